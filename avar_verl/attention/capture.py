@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capture attention masses of a transformers model while it runs, whatever attention backend it runs on.
+
+Every transformers attention layer calls one function of transformers' `AttentionInterface`, with q and k after the
+rotary embedding. The function in use is registered again, under its own name, with a wrapper that reduces q and k to
+role masses when the forward pass carries a capture and then calls the original with nothing changed; without a capture
+it only calls the original. The capture travels as a keyword argument from the decoder to its attention layers. So it
+lives in the closure of a checkpointed layer, and the recomputation in the backward pass repeats exactly the operations
+of the forward pass, also after the `with` block has ended.
+
+Relies on: transformers 5.9.0, modeling_utils.py `AttentionInterface.get_interface`, and decoders that pass `**kwargs` on
+to their attention function (models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VLTextModel.forward`).
+
+Shape suffixes:
+    B = samples, S = positions, Q = selected queries (the most of any sample), L = captured layers, H = query heads,
+    K = key/value heads, D = head size, R = token roles
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from avar_verl.attention.mass import Visibility, selected_mass
+from avar_verl.roles import TokenRole
+
+KWARG = "avar_capture"
+# Attention arguments that change the softmax in a way the mass does not reproduce (Gemma 2's cap, GPT-OSS's sinks).
+UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux")
+Reduction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def select_queries(roles_BS: torch.Tensor, query_role: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the queries of a role, ragged made rectangular.
+
+    Returns:
+        positions_BQ int64 in ascending order, and valid_BQ bool, False on the filling of samples that have fewer.
+    """
+    wanted = torch.as_tensor(query_role, device=roles_BS.device).reshape(-1)
+    chosen_BS = torch.isin(roles_BS, wanted.to(roles_BS.dtype))
+    count_B = chosen_BS.sum(1)
+    # A stable sort brings the chosen positions to the front, in order.
+    order_BS = torch.argsort(~chosen_BS, dim=1, stable=True)
+    num_queries = int(count_B.max()) if count_B.numel() else 0
+    valid_BQ = torch.arange(num_queries, device=roles_BS.device) < count_B[:, None]
+    return order_BS[:, :num_queries], valid_BQ
+
+
+def packed_segments(position_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
+    """Segment ids of packed rows: a new segment starts wherever the position does not follow on the one before.
+
+    The rule of transformers (masking_utils.py `find_packed_sequence_indices`). None when there is one segment a row.
+    """
+    if position_ids_BS is None:
+        return None
+    breaks_BS = torch.diff(position_ids_BS, prepend=position_ids_BS[:, :1] - 1, dim=-1) != 1
+    return breaks_BS.long().cumsum(-1) if bool(breaks_BS.any()) else None
+
+
+class _Forward:
+    """What one forward pass of the decoder has left behind, layer by layer.
+
+    A plain class: FSDP rebuilds dataclasses and tuples among the keyword arguments, and this must stay one object.
+    """
+
+    def __init__(self, captured: "CapturedMass"):
+        self.captured = captured
+        self.by_layer: dict[int, torch.Tensor] = {}
+        self.implementation: str | None = None
+
+    def observe(self, module, query_BHSD, key_BKSD, attention_mask, arguments: dict) -> None:
+        captured = self.captured
+        layer = module.layer_idx
+        if layer not in captured.layers:
+            return
+        for name in UNSUPPORTED_ARGUMENTS:
+            if arguments.get(name) is not None:
+                raise ValueError(
+                    f"attention masses need a plain softmax over the keys; got {name}={arguments[name]} in layer {layer}. "
+                    "Leave this layer out of `layers`."
+                )
+        roles_BS = captured.roles
+        if tuple(roles_BS.shape) != (key_BKSD.shape[0], key_BKSD.shape[2]) or query_BHSD.shape[2] != key_BKSD.shape[2]:
+            raise ValueError(
+                f"roles must cover every position of the forward pass; got roles {tuple(roles_BS.shape)} for queries "
+                f"{tuple(query_BHSD.shape)} and keys {tuple(key_BKSD.shape)}. Run without a key/value cache."
+            )
+        positions_BQ, valid_BQ = captured.positions, captured.valid
+        query_BHQD = query_BHSD
+        if not captured.all_queries:
+            index = positions_BQ[:, None, :, None].expand(-1, query_BHSD.shape[1], -1, query_BHSD.shape[3])
+            query_BHQD = query_BHSD.gather(2, index)
+        visibility = self._visibility(attention_mask, positions_BQ, arguments, layer)
+        mass_BHQR = selected_mass(query_BHQD, key_BKSD, roles_BS, visibility, valid_BQ, arguments.get("scaling"))
+        result = mass_BHQR if captured.reduction is None else captured.reduction(mass_BHQR, valid_BQ)
+        # A checkpointed layer comes here again in the backward pass: its first result is the one in the loss.
+        self.by_layer.setdefault(layer, result)
+
+    def _visibility(self, attention_mask, positions_BQ, arguments, layer) -> Visibility:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
+            if attention_mask.shape[1] != 1:
+                raise ValueError(
+                    f"attention masses need one mask for all heads; got a mask of shape {tuple(attention_mask.shape)} "
+                    f"in layer {layer}. Leave this layer out of `layers`."
+                )
+            mask_BSS = attention_mask[:, 0].expand(positions_BQ.shape[0], -1, -1)
+            rows_BQS = mask_BSS.gather(1, positions_BQ[:, :, None].expand(-1, -1, mask_BSS.shape[-1]))
+            # An additive mask hides with the least number of its type, a boolean one with False.
+            visible = rows_BQS if rows_BQS.dtype == torch.bool else rows_BQS > torch.finfo(rows_BQS.dtype).min / 2
+            return Visibility(positions_BQ, rows_BQS=visible)
+        key_mask_BS = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            key_mask_BS = attention_mask.bool()
+        elif attention_mask is not None:
+            raise ValueError(
+                f"attention masses read 4-D masks, 2-D padding masks or none; got {type(attention_mask).__name__} with "
+                f"attn_implementation={self.implementation!r}. Use sdpa, eager or flash_attention_2."
+            )
+        segments_BS = None if key_mask_BS is not None else packed_segments(arguments.get("position_ids"))
+        return Visibility(positions_BQ, key_mask_BS, segments_BS, arguments.get("sliding_window"))
+
+
+class CapturedMass:
+    """Result of `capture_mass`, filled by the forward pass inside its `with` block."""
+
+    def __init__(self, roles, layers, query_role, reduction: Reduction | None = None):
+        self.roles = roles
+        self.layers = tuple(layers)
+        self.reduction = reduction
+        self.all_queries = query_role is None
+        if query_role is None:
+            self.positions = torch.arange(roles.shape[1], device=roles.device).expand(roles.shape[0], -1)
+            self.valid = None
+        else:
+            self.positions, self.valid = select_queries(roles, query_role)
+        self._forward: _Forward | None = None
+
+    def begin(self) -> _Forward:
+        if self._forward is not None:
+            raise ValueError("capture_mass holds one forward pass; got a second. Open a new block for every forward.")
+        self._forward = _Forward(self)
+        return self._forward
+
+    def per_layer(self) -> list[torch.Tensor]:
+        """What every captured layer left: (B, H, Q, R) masses, or the reduction of them, in the order of `layers`."""
+        if self._forward is None:
+            raise ValueError("capture_mass has seen no forward pass. Call the model inside the `with` block.")
+        missing = [layer for layer in self.layers if layer not in self._forward.by_layer]
+        if missing:
+            raise ValueError(
+                f"every captured layer must call transformers' attention interface; layers {missing} did not "
+                f"(attn_implementation={self._forward.implementation!r}). verl's patched attention for "
+                "use_remove_padding=True or sequence parallelism bypasses it: set model.use_remove_padding=False."
+            )
+        return [self._forward.by_layer[layer] for layer in self.layers]
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """(B, L, H, S, R) float32 masses, L in ascending order of layers; rows of other queries are 0."""
+        mass_BLHQR = torch.stack(self.per_layer(), dim=1)
+        if self.all_queries:
+            return mass_BLHQR
+        B, L, H, Q, R = mass_BLHQR.shape
+        index = self.positions[:, None, None, :, None].expand(-1, L, H, -1, R)
+        # Filling rows are 0 and their positions are not those of real queries, so adding them changes nothing.
+        return mass_BLHQR.new_zeros(B, L, H, self.roles.shape[1], R).scatter_add(3, index, mass_BLHQR)
+
+
+def _eager_of(module) -> Callable:
+    """The eager attention function of the file that defines the class of `module`.
+
+    transformers hands it to `get_interface` as a default instead of registering it, one a file.
+    """
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(
+        f"eager attention must be defined beside the attention class; got {type(module).__qualname__} without one. "
+        "Use attn_implementation='sdpa'."
+    )
+
+
+def _wrap(name: str) -> None:
+    """Register the attention function `name` again with the capture around it. Idempotent."""
+    original = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    if name == "eager" and name in ALL_ATTENTION_FUNCTIONS or getattr(original, "_avar_capture", False):
+        return
+
+    def attention(module, query, key, value, attention_mask, *args, **kwargs):
+        forward = kwargs.pop(KWARG, None)
+        if forward is not None:
+            forward.observe(module, query, key, attention_mask, kwargs)
+        function = original if original is not None else _eager_of(module)
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+    attention._avar_capture = True
+    AttentionInterface.register(name, attention)
+
+
+def find_decoder(model: torch.nn.Module) -> torch.nn.Module:
+    """The text decoder of a (possibly wrapped) vision-language model: the module that calls the attention layers.
+
+    Raises:
+        ValueError: no or several modules hold decoder layers with `self_attn.layer_idx`.
+    """
+
+    def is_decoder(module) -> bool:
+        layers = getattr(module, "layers", None)
+        return isinstance(layers, torch.nn.ModuleList) and all(
+            hasattr(getattr(layer, "self_attn", None), "layer_idx") for layer in layers
+        )
+
+    found = [module for module in model.modules() if is_decoder(module)]
+    if len(found) != 1:
+        raise ValueError(
+            f"attention is captured in the one text decoder of the model; got {len(found)} in {type(model).__name__}. "
+            "Pass a model with a single stack of self-attention layers."
+        )
+    return found[0]
+
+
+def resolve_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Ascending layer indices of a selection; None is all, negative indices count from the end.
+
+    Raises:
+        ValueError: an empty selection, an index out of range, or a layer named twice.
+    """
+    if layers is None:
+        return tuple(range(num_layers))
+    resolved = sorted(layer + num_layers if layer < 0 else layer for layer in layers)
+    if not resolved or len(set(resolved)) != len(resolved) or resolved[0] < 0 or resolved[-1] >= num_layers:
+        raise ValueError(
+            f"layers must be distinct indices of the {num_layers} decoder layers; got {list(layers)}. "
+            "Use null for all layers."
+        )
+    return tuple(resolved)
+
+
+@contextmanager
+def capture_mass(
+    model: torch.nn.Module,
+    roles: torch.Tensor,
+    layers: Sequence[int] | None = None,
+    query_role: int | Sequence[int] | None = None,
+    reduction: Reduction | None = None,
+):
+    """Capture the attention masses of one forward pass.
+
+    Args:
+        model: a transformers vision-language model, bare or wrapped (FSDP, FSDP2, PEFT). Gradient checkpointing must be
+            non-reentrant, as in verl.
+        roles: (B, S) `TokenRole` of the positions the decoder sees, from a `RoleMap`.
+        layers: decoder layers to capture, default all; negative indices count from the end.
+        query_role: a `TokenRole`, or several, whose queries are measured; default all positions.
+        reduction: `reduction(mass_BHQR, valid_BQ) -> tensor`, applied in every layer to what would otherwise be kept;
+            `valid_BQ` (None without a query_role) is False on filling.
+
+    Yields:
+        `CapturedMass`; its `mass` is (B, L, H, S, R) after the forward pass, with gradients where the pass has them.
+
+    Raises:
+        ValueError: an unknown layer, roles of another shape, a key/value cache, an attention function that bypasses
+            transformers' attention interface.
+
+    >>> with capture_mass(model, roles, query_role=TokenRole.RESPONSE) as captured:  # doctest: +SKIP
+    ...     model(**inputs)
+    >>> share = captured.mass[..., TokenRole.IMAGE]  # doctest: +SKIP
+    """
+    decoder = find_decoder(model)
+    captured = CapturedMass(roles, resolve_layers(layers, len(decoder.layers)), query_role, reduction)
+    implementation = decoder.config._attn_implementation
+    _wrap(implementation)
+
+    def attach(_module, args, kwargs):
+        forward = captured.begin()
+        forward.implementation = implementation
+        mask = kwargs.get("attention_mask")
+        if captured.all_queries and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            captured.valid = mask.bool()  # Padding queries have no mass, whichever side they are on.
+        return args, {**kwargs, KWARG: forward}
+
+    handle = decoder.register_forward_pre_hook(attach, with_kwargs=True)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+__all__ = ["CapturedMass", "TokenRole", "capture_mass", "find_decoder", "resolve_layers", "select_queries"]

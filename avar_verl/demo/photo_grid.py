@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about a 2 x 2 grid of photographs, for a model small enough to learn to look on a laptop.
+
+A sample is an image of 112 x 112 pixels: four cells of 56 x 56, each a random crop of one of ten photographs that
+scikit-image carries inside its wheel. One question follows, and none can be answered without the picture:
+
+| kind | question | answer | possible answers |
+| --- | --- | --- | --- |
+| what | What does the top left show? | cat | 10 |
+| where | Which place shows the cat? | top left | 4 |
+| count | How many places show the cat? | 2 | 4 (0 to 3) |
+| pair | Which two places show the same? | top left and bottom right | 6 |
+
+The reference response looks at the four places one by one, each with its box, then concludes:
+
+    <think>Top left [0, 0, 56, 56] shows the cat. Top right [56, 0, 112, 56] shows the moon. ...
+    So the answer is cat.</think><answer>cat</answer>
+
+(on one line). Boxes are written as Qwen2.5-VL writes them: ``[x1, y1, x2, y2]`` in pixels of the image that the
+model sees. That image is the stored one: 112 is a multiple of 28 (patch 14, merge 2) and 112 * 112 lies between the
+pixel limits of both qwen_vl_utils (4 to 16384 tokens of 28 x 28) and the demo's processor, so nothing resizes it.
+
+Train and test never share a pixel: every photograph is cut once into a train and a test region, and a crop stays
+inside the region of its split.
+
+No image is ever downloaded. Needs: numpy, pillow, pyarrow, and the files of scikit-image (which is not imported).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+DATA_SOURCE = "avar/photo_grid"
+IMAGE_SIZE = 112
+CELL_SIZE = 56
+KINDS = ("what", "where", "count", "pair")
+SPLITS = ("train", "test")
+MAX_COUNT = 3
+
+Box = tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Photo:
+    """One photograph of scikit-image and its two regions, as (left, top, right, bottom) in pixels of the file."""
+
+    name: str
+    file: str
+    train: Box
+    test: Box
+
+    def region(self, split: str) -> Box:
+        """The region that crops of ``split`` may touch."""
+        return {"train": self.train, "test": self.test}[split]
+
+
+# The cuts follow the content, so that both sides show what the name says; borders that show nothing are left out.
+PHOTOS = (
+    Photo("bricks", "brick.png", train=(0, 0, 330, 512), test=(330, 0, 512, 512)),
+    Photo("cat", "chelsea.png", train=(0, 0, 290, 300), test=(290, 0, 451, 300)),
+    Photo("coffee", "coffee.png", train=(0, 0, 390, 400), test=(390, 0, 600, 400)),
+    Photo("coins", "coins.png", train=(0, 0, 384, 190), test=(0, 190, 384, 303)),
+    Photo("galaxies", "hubble_deep_field.jpg", train=(0, 0, 650, 872), test=(650, 0, 1000, 872)),
+    Photo("moon", "moon.png", train=(0, 0, 512, 330), test=(0, 330, 512, 512)),
+    Photo("motorcycle", "motorcycle_left.png", train=(0, 0, 480, 500), test=(480, 0, 741, 500)),
+    Photo("retina", "retina.jpg", train=(180, 230, 860, 1180), test=(860, 230, 1230, 1180)),
+    Photo("rocket", "rocket.jpg", train=(0, 190, 640, 427), test=(0, 0, 640, 190)),
+    Photo("tissue", "ihc.png", train=(0, 0, 512, 330), test=(0, 330, 512, 512)),
+)
+NAMES = tuple(photo.name for photo in PHOTOS)
+
+PLACES: dict[str, Box] = {
+    "top left": (0, 0, CELL_SIZE, CELL_SIZE),
+    "top right": (CELL_SIZE, 0, IMAGE_SIZE, CELL_SIZE),
+    "bottom left": (0, CELL_SIZE, CELL_SIZE, IMAGE_SIZE),
+    "bottom right": (CELL_SIZE, CELL_SIZE, IMAGE_SIZE, IMAGE_SIZE),
+}
+PLACE_NAMES = tuple(PLACES)
+PAIRS = tuple((first, second) for first in range(4) for second in range(first + 1, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Where a cell comes from: ``box`` is (left, top, right, bottom) in pixels of the file of photograph ``name``."""
+
+    name: str
+    box: Box
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One image with its question.
+
+    ``boxes`` (of the cells, in pixels of ``image``) and ``crops`` follow the order of `PLACES`. ``index`` is the
+    sample's number under its seed and split.
+    """
+
+    image: Image.Image
+    question: str
+    response: str
+    answer: str
+    kind: str
+    boxes: tuple[Box, ...]
+    crops: tuple[Crop, ...]
+    split: str
+    index: int
+
+
+def answers_of(kind: str) -> tuple[str, ...]:
+    """Every possible answer to a question of ``kind``.
+
+    Raises:
+        ValueError: ``kind`` is not one of `KINDS`.
+    """
+    if kind == "what":
+        return NAMES
+    if kind == "where":
+        return PLACE_NAMES
+    if kind == "count":
+        return tuple(str(count) for count in range(MAX_COUNT + 1))
+    if kind == "pair":
+        return tuple(f"{PLACE_NAMES[first]} and {PLACE_NAMES[second]}" for first, second in PAIRS)
+    raise ValueError(f"kind must be one of {KINDS}; got {kind!r}. See the table at the top of this module.")
+
+
+def question_text(kind: str, subject: str = "") -> str:
+    """The question of ``kind``; ``subject`` is a place for ``what``, a photograph for ``where`` and ``count``."""
+    return {
+        "what": f"What does the {subject} show?",
+        "where": f"Which place shows the {subject}?",
+        "count": f"How many places show the {subject}?",
+        "pair": "Which two places show the same?",
+    }[kind]
+
+
+def response_text(names: Iterable[str], answer: str, kind=None, subject=None) -> str:
+    """The reference response for cells showing ``names`` (four, in the order of `PLACES`)."""
+    looks = [
+        f"{place.capitalize()} [{', '.join(map(str, box))}] shows the {name}."
+        for (place, box), name in zip(PLACES.items(), names, strict=True)
+    ]
+    return f"<think>{' '.join(looks)} So the answer is {answer}.</think><answer>{answer}</answer>"
+
+
+def sentences() -> Iterator[str]:
+    """Every question, and responses that hold every word of every response: the vocabulary of the demo."""
+    for kind in KINDS:
+        subjects = {"what": PLACE_NAMES, "where": NAMES, "count": NAMES, "pair": ("",)}[kind]
+        yield from (question_text(kind, subject) for subject in subjects)
+        yield from (response_text([name] * 4, answer) for answer in answers_of(kind) for name in NAMES)
+
+
+@functools.cache
+def load_photo(file: str) -> Image.Image:
+    """A photograph of scikit-image as RGB, read from the installed wheel.
+
+    Raises:
+        FileNotFoundError: scikit-image is not installed, or this version does not carry the file.
+    """
+    # The files are opened by path: skimage.data's own functions would try to download one that is missing.
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the photo grid needs the photographs of scikit-image; got no installed scikit-image. "
+            "Install the demo extra: pip install 'avar-verl[demo]'."
+        )
+    path = Path(spec.origin).parent / "data" / file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"scikit-image must carry {file}; got no such file at {path}. Install scikit-image==0.26.0."
+        )
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _draw_names(kind: str, rng: np.random.Generator) -> tuple[list[str], str, str]:
+    """Four names, the subject of the question and its answer. Every answer of a kind is equally likely."""
+    if kind == "what":
+        names = [str(name) for name in rng.choice(NAMES, size=4)]
+        place = int(rng.integers(4))
+        return names, PLACE_NAMES[place], names[place]
+    if kind == "where":
+        subject = str(rng.choice(NAMES))
+        place = int(rng.integers(4))
+        names = [str(name) for name in rng.choice([name for name in NAMES if name != subject], size=4)]
+        names[place] = subject
+        return names, subject, PLACE_NAMES[place]
+    if kind == "count":
+        subject = str(rng.choice(NAMES))
+        count = int(rng.integers(MAX_COUNT + 1))
+        names = [str(name) for name in rng.choice([name for name in NAMES if name != subject], size=4)]
+        for place in rng.permutation(4)[:count]:
+            names[place] = subject
+        return names, subject, str(count)
+    first, second = PAIRS[int(rng.integers(len(PAIRS)))]
+    names = [str(name) for name in rng.choice(NAMES, size=4, replace=False)]
+    names[second] = names[first]
+    return names, "", f"{PLACE_NAMES[first]} and {PLACE_NAMES[second]}"
+
+
+def _draw_crop(photo: Photo, split: str, rng: np.random.Generator) -> Crop:
+    """A square crop of random size and place: its side is 50 to 100 % of the region's shorter one."""
+    left, top, right, bottom = photo.region(split)
+    shorter = min(right - left, bottom - top)
+    side = int(rng.integers(shorter // 2, shorter + 1))
+    x = int(rng.integers(left, right - side + 1))
+    y = int(rng.integers(top, bottom - side + 1))
+    return Crop(photo.name, (x, y, x + side, y + side))
+
+
+def _paint(crops: Iterable[Crop]) -> Image.Image:
+    photos = {photo.name: photo for photo in PHOTOS}
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    for crop, box in zip(crops, PLACES.values(), strict=True):
+        cell = load_photo(photos[crop.name].file).resize((CELL_SIZE, CELL_SIZE), Image.BILINEAR, box=crop.box)
+        image.paste(cell, box[:2])
+    return image
+
+
+def _make_sample(index: int, seed: int, split: str) -> Sample:
+    # One generator per sample: sample i is the same whatever n is, and the splits' streams are independent.
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    kind = KINDS[index % len(KINDS)]
+    names, subject, answer = _draw_names(kind, rng)
+    photos = {photo.name: photo for photo in PHOTOS}
+    crops = tuple(_draw_crop(photos[name], split, rng) for name in names)
+    return Sample(
+        image=_paint(crops),
+        question=question_text(kind, subject),
+        response=response_text(names, answer, kind, subject),
+        answer=answer,
+        kind=kind,
+        boxes=tuple(PLACES.values()),
+        crops=crops,
+        split=split,
+        index=index,
+    )
+
+
+def iter_samples(n: int, seed: int, split: str) -> Iterator[Sample]:
+    """`make_samples`, one at a time."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}. Ask for one sample or more.")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative; got {seed}. Use 0 or a positive number.")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}; got {split!r}. Held-out samples are split='test'.")
+    for index in range(n):
+        yield _make_sample(index, seed, split)
+
+
+def make_samples(n: int, seed: int, split: str) -> list[Sample]:
+    """``n`` samples, the kinds of question in turn. The same arguments give the same samples, pixel for pixel.
+
+    A longer list under the same seed starts with the shorter one, so two stages that must not see the same samples
+    need two seeds.
+
+    Raises:
+        ValueError: ``n`` < 1, ``seed`` < 0 or ``split`` not in `SPLITS`.
+        FileNotFoundError: a photograph is missing, see `load_photo`.
+    """
+    return list(iter_samples(n, seed, split))

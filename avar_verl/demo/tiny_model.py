@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A randomly initialised Qwen2.5-VL of under a million parameters, as a complete Hugging Face folder.
+
+The architecture, the processor and the chat template are those of Qwen2.5-VL, so everything that runs on the real
+model (transformers, verl, vLLM, token roles, attention capture) runs on this one, in seconds and on a CPU. The
+tokenizer is the model's own: bytes, and one token for each word of `avar_verl.demo.photo_grid`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from avar_verl.demo import photo_grid
+
+# Qwen2.5-VL's own special tokens, in its own order.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Single tokens, but not special ones: rewards read them after decoding with skip_special_tokens=True.
+TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# Qwen2.5-VL's chat template.
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The words of the template; the demo's own sentences add theirs.
+TEMPLATE_SENTENCES = ("system", "user", "assistant", "You are a helpful assistant.")
+
+# A piece is a coordinate with its bracket or comma (" [0," and " 56,": four pieces per box), a word with the space
+# before it, a run of punctuation or a run of spaces. A piece outside the vocabulary is spelled in bytes.
+PIECE = r" ?\[?\p{N}{1,3}[,\]]?| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+TEXT_CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.05,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+}
+VISION_CONFIG = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 2,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [1],
+    "initializer_range": 0.05,
+}
+
+
+def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
+    pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECE), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tags = re.compile("|".join(map(re.escape, TAG_TOKENS)))
+    words = {
+        piece
+        for sentence in (*TEMPLATE_SENTENCES, *sentences)
+        for text in tags.split(sentence)
+        for piece, _ in pre_tokenizer.pre_tokenize_str(text)
+    }
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *sorted(words.difference(alphabet))]
+    # No merges: with ignore_merges a piece is looked up whole, and one that is not there falls apart into bytes.
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[], ignore_merges=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAG_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        model_max_length=TEXT_CONFIG["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_tiny_model(path, seed=0, **overrides) -> Path:
+    path = Path(path)
+    tokenizer = build_tokenizer(photo_grid.sentences())
+    text = dict(TEXT_CONFIG)
+    vision = {**VISION_CONFIG, **overrides.pop("vision_config", {})}
+    text.update(overrides)
+    vision["out_hidden_size"] = text["hidden_size"]
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
+    config = Qwen2_5_VLConfig(
+        text_config={**text, "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
+                     "pad_token_id": ids["<|endoftext|>"], "tie_word_embeddings": True},
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False
+    )
+    pixels = photo_grid.IMAGE_SIZE**2
+    kw = dict(patch_size=14, merge_size=2, temporal_patch_size=2, min_pixels=pixels, max_pixels=pixels)
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**kw),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**kw),
+        chat_template=CHAT_TEMPLATE,
+    )
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path

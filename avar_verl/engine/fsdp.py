@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's FSDP engine with attention guidance in training and attention masses in the log-prob pass.
+
+Shape suffixes:
+    B = samples of a micro-batch, S = positions, Q = selected queries, L = captured layers, H = query heads,
+    R = token roles (+ 2 columns, see objectives.agto)
+"""
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from avar_verl.attention.capture import CapturedMass, capture_mass, select_queries
+from avar_verl.config import QUERY_ROLES
+from avar_verl.engine.config import AvarFSDPEngineConfig
+from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
+from avar_verl.objectives.reward import VISUAL_FIELDS, VisualReduction, visual_fields
+from avar_verl.roles import RoleMap, TokenRole
+
+# Set on a batch to have its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS for every sample. A flag and
+# not a mode, because with LoRA the same engine also runs the reference pass, whose masses nobody wants.
+MEASURE_FLAG = "avar_measure"
+VISUAL_OUTPUT = "avar_visual"
+
+
+class _Guidance:
+    """State of one optimizer step: how many samples have each term in the global batch, and sums for the log."""
+
+    SUMS = ("enhance", "suppress", "image_mass", "system_mass", "vas", "image_share", "lm_loss")
+
+    def __init__(self, factor: float, num_enhance: int, num_suppress: int, num_samples: int, dp_size: int):
+        self.factor, self.dp_size = factor, dp_size
+        self.num_enhance, self.num_suppress, self.num_samples = num_enhance, num_suppress, num_samples
+        self.sums = dict.fromkeys(self.SUMS, 0.0)
+
+    def add(self, terms: AgtoTerms, mean_mass_BLHR: torch.Tensor, lm_loss: torch.Tensor) -> None:
+        by_role_BR = mean_mass_BLHR.detach().double().mean((1, 2))
+        with_image, with_both = terms.has_enhance_B, terms.has_suppress_B
+        self.sums["enhance"] += float(terms.enhance_B.detach().sum())
+        self.sums["suppress"] += float(terms.suppress_B.detach().sum())
+        self.sums["image_mass"] += float(by_role_BR[with_image, TokenRole.IMAGE].sum())
+        self.sums["system_mass"] += float(by_role_BR[with_both, TokenRole.SYSTEM].sum())
+        self.sums["vas"] += float(by_role_BR[with_both, RATIO].sum())
+        self.sums["image_share"] += float(by_role_BR[with_both, SHARE].sum())
+        self.sums["lm_loss"] += float(lm_loss.detach()) / self.dp_size
+
+    def metrics(self, group) -> dict[str, float]:
+        """Means over the global batch, the same on every rank."""
+        total = torch.tensor([self.sums[name] for name in self.SUMS], dtype=torch.float64, device=get_device_id())
+        torch.distributed.all_reduce(total, group=group)
+        sums = dict(zip(self.SUMS, total.tolist(), strict=True))
+        out = {"avar/lm_loss": sums["lm_loss"], "avar/schedule": self.factor}
+        out["avar/guided_samples"] = self.num_enhance
+        out["avar/samples_without_system"] = self.num_enhance - self.num_suppress
+        if self.num_enhance:
+            out["avar/enhance"] = sums["enhance"] / self.num_enhance
+            out["avar/image_mass"] = sums["image_mass"] / self.num_enhance
+        if self.num_suppress:
+            for name in ("suppress", "system_mass", "vas", "image_share"):
+                out[f"avar/{name}"] = sums[name] / self.num_suppress
+        return out
+
+
+class AvarFSDPEngine(FSDPEngineWithLMHead):
+    """`FSDPEngineWithLMHead` that captures attention masses when its config asks for it.
+
+    Changes w.r.t. verl's engine, none without an `AvarFSDPEngineConfig`:
+    - training with `agto`: the loss gets alpha * L_enhance + beta * L_suppress, normalised over the global batch like
+      verl's own loss, and `avar/*` metrics; with alpha = beta = 0 nothing is added to it;
+    - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers a sample.
+    """
+
+    def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
+        self._check(model_config, engine_config)
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+        is_avar = isinstance(engine_config, AvarFSDPEngineConfig)
+        self._agto = engine_config.agto if is_avar else None
+        self._vars = engine_config.vars if is_avar else None
+        self._guidance: _Guidance | None = None
+        self._captured: CapturedMass | None = None
+        self._role_map: RoleMap | None = None
+        if self._captures(engine_config):
+            self._role_map = RoleMap.from_pretrained(model_config.processor, model_config.hf_config)
+
+    @staticmethod
+    def _captures(engine_config) -> bool:
+        if not isinstance(engine_config, AvarFSDPEngineConfig):
+            return False
+        agto, vars_ = engine_config.agto, engine_config.vars
+        return bool((agto and (agto.guides or agto.measure)) or (vars_ and vars_.measures))
+
+    @classmethod
+    def _check(cls, model_config, engine_config) -> None:
+        """Refuse what cannot work before a parameter is loaded."""
+        if get_device_name() == "cpu" and engine_config.strategy == "fsdp":
+            raise ValueError(
+                "FSDP1 needs an accelerator (sync_module_states wants its parameters on one); got strategy='fsdp' on the "
+                "CPU. Set strategy=fsdp2."
+            )
+        if not cls._captures(engine_config):
+            return
+        if model_config.processor is None:
+            raise ValueError(
+                f"attention masses need the model's processor; verl loaded none from {model_config.tokenizer_path!r}. "
+                "Check that the folder holds a processor of a family that verl knows."
+            )
+        if model_config.use_remove_padding or engine_config.ulysses_sequence_parallel_size > 1:
+            raise ValueError(
+                "attention masses need padded micro-batches, because verl replaces the attention for packed ones; got "
+                f"use_remove_padding={model_config.use_remove_padding}, ulysses_sequence_parallel_size="
+                f"{engine_config.ulysses_sequence_parallel_size}. Set model.use_remove_padding=False and a size of 1."
+            )
+
+    # ---- roles -------------------------------------------------------------------------------------------------
+
+    def _roles(self, data: TensorDict) -> torch.Tensor:
+        """(B, S) roles of right-padded samples, aligned with the padded model inputs (prepare_model_inputs)."""
+        input_ids, mask = data["input_ids"], data["loss_mask"]
+        ids_BS = torch.nested.to_padded_tensor(input_ids, padding=0)
+        lengths_B = input_ids.offsets().diff()
+        positions_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        real_BS = positions_S < lengths_B[:, None]
+        # SFT masks whole samples, RL the response alone: in both the mask ends where the sample ends.
+        mask_BM = torch.nested.to_padded_tensor(mask, padding=0)
+        index_BS = positions_S - (lengths_B - mask.offsets().diff())[:, None]
+        inside_BS = (index_BS >= 0) & real_BS
+        response_BS = mask_BM.gather(1, index_BS.clamp(0, mask_BM.shape[1] - 1)).bool() & inside_BS
+        return self._role_map(ids_BS, real_BS, response_BS)
+
+    # ---- training: guidance ------------------------------------------------------------------------------------
+
+    def _begin_guidance(self, data: TensorDict) -> _Guidance:
+        roles_BS = self._roles(data)
+        _, valid_BQ = select_queries(roles_BS, QUERY_ROLES[self._agto.query_role])
+        has_enhance_B, has_suppress_B = eligible(roles_BS, valid_BQ)
+        counts = torch.stack([has_enhance_B.sum(), has_suppress_B.sum(), torch.tensor(len(roles_BS))])
+        counts = counts.to(get_device_id())
+        torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
+        # The scheduler has made one step for every optimizer step, and is part of the checkpoint.
+        factor = schedule(self.lr_scheduler.last_epoch, self._agto.warmup_steps, self._agto.anneal)
+        return _Guidance(factor, *counts.tolist(), dp_size=self.get_data_parallel_size())
+
+    def _guided(self, loss_function: Callable, captured: CapturedMass) -> Callable:
+        agto, guidance = self._agto, self._guidance
+
+        def loss_with_guidance(model_output, data, dp_group=None):
+            loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
+            mean_mass_BLHR = torch.stack(captured.per_layer(), dim=1)
+            if agto.heads is not None:
+                mean_mass_BLHR = mean_mass_BLHR[:, :, list(agto.heads)]
+            terms = agto_terms(
+                mean_mass_BLHR, captured.roles, captured.valid, agto.epsilon, agto.image_target, agto.system_floor
+            )
+            guidance.add(terms, mean_mass_BLHR, loss)
+            # Per-sample terms averaged over the global batch; FSDP then averages gradients over the ranks, which the
+            # factor dp_size undoes, as in verl's sft_loss (verl/workers/utils/losses.py).
+            if agto.alpha > 0 and guidance.num_enhance:
+                weight = guidance.factor * agto.alpha * guidance.dp_size / guidance.num_enhance
+                loss = loss + weight * terms.enhance_B.sum()
+            if agto.beta > 0 and guidance.num_suppress:
+                weight = guidance.factor * agto.beta * guidance.dp_size / guidance.num_suppress
+                loss = loss + weight * terms.suppress_B.sum()
+            return loss, metrics
+
+        return loss_with_guidance
+
+    # ---- verl's methods ----------------------------------------------------------------------------------------
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False):
+        if forward_only or self._agto is None or not (self._agto.guides or self._agto.measure):
+            return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+        self._guidance = self._begin_guidance(data)
+        try:
+            outputs = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+            outputs["metrics"].update(self._guidance.metrics(self.get_data_parallel_group()))
+        finally:
+            self._guidance = None
+        return outputs
+
+    def forward_step(self, micro_batch: TensorDict, loss_function, forward_only):
+        if self._guidance is not None:
+            capture = dict(
+                layers=self._agto.layers,
+                query_role=QUERY_ROLES[self._agto.query_role],
+                reduction=mean_over_queries,
+            )
+        elif self._vars is not None and tu.get_non_tensor_data(data=micro_batch, key=MEASURE_FLAG, default=False):
+            capture = dict(
+                layers=self._vars.layers,
+                query_role=TokenRole.RESPONSE,
+                reduction=VisualReduction(self._vars.epsilon),
+            )
+        else:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        micro_batch = micro_batch.to(get_device_id())
+        with capture_mass(self.module, self._roles(micro_batch), **capture) as captured:
+            self._captured = captured
+            try:
+                if self._guidance is not None:
+                    loss_function = self._guided(loss_function, captured)
+                return super().forward_step(micro_batch, loss_function, forward_only)
+            finally:
+                self._captured = None
+
+    def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
+        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        if self._captured is not None and self._guidance is None:
+            captured = self._captured
+            fields_BF = visual_fields(captured.per_layer(), captured.roles, captured.valid)
+            assert fields_BF.shape[1] == len(VISUAL_FIELDS)
+            model_output[VISUAL_OUTPUT] = fields_BF
+        return model_output

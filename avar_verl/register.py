@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that touches verl's registries.
+
+`verl.plugins` (entry point, read at the end of `import verl`) imports this module in every verl process: driver, Ray
+workers, agent loops, vLLM servers. Importing it costs nothing heavy: what needs verl's engines or trainers waits, as a
+post-import hook, until verl itself imports them. Names registered:
+
+| registry | name | class |
+| --- | --- | --- |
+| verl platform | `cpu` | `compat.cpu_platform.PlatformCPU` |
+| verl engine | `language_model` x `fsdp`, `fsdp2`, for nvidia, amd and huawei devices and the CPU | `engine.fsdp.AvarFSDPEngine` |
+| verl trainer | `avar_sync` | `trainer.grpo.AvarPPOTrainer` |
+
+verl logs an entry point that fails to load at DEBUG and goes on (verl/__init__.py:70-75), so that a run would die much
+later with "Unknown trainer 'avar_sync'", or train without guidance. Here an error while registering ends the process.
+"""
+
+import importlib.metadata
+import sys
+import traceback
+
+import wrapt
+
+VERL_VERSION = "0.9.1"
+TRAINER_NAME = "avar_sync"
+# (device, vendor) keys that win over the device keys of verl's own FSDP engines.
+ACCELERATORS = {"cuda": ["nvidia", "amd"], "npu": ["huawei"]}
+
+
+def _register_engines(_module) -> None:
+    from verl.workers.engine.base import EngineRegistry
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
+
+    from avar_verl.compat.detect import PLATFORM
+    from avar_verl.engine.fsdp import AvarFSDPEngine
+
+    for device, vendors in ACCELERATORS.items():
+        EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device, vendors)(AvarFSDPEngine)
+    EngineRegistry.register("language_model", ["fsdp", "fsdp2"], PLATFORM)(AvarFSDPEngine)
+    EngineRegistry.register("value_model", ["fsdp2"], PLATFORM)(FSDPEngineWithValueHead)
+
+
+def _register_trainer(_module) -> None:
+    from verl.trainer.ppo.v1.trainer_base import register_trainer
+
+    from avar_verl.trainer.grpo import AvarPPOTrainer
+
+    register_trainer(TRAINER_NAME)(AvarPPOTrainer)
+
+
+def _register() -> None:
+    installed = importlib.metadata.version("verl")
+    if installed != VERL_VERSION:
+        raise ValueError(
+            f"avar_verl plugs into verl {VERL_VERSION}; got verl {installed}. Install verl=={VERL_VERSION}, or keep "
+            "avar_verl from loading with VERL_USE_EXTERNAL_PLUGINS=none."
+        )
+    from avar_verl.compat import cpu_platform, detect, metrics, position_ids, process_group, vllm_cpu
+
+    cpu_platform.register()
+    if detect.is_active():
+        process_group.apply()
+        vllm_cpu.alias_distribution()
+    wrapt.register_post_import_hook(position_ids.apply, "verl.utils.tensordict_utils")
+    wrapt.register_post_import_hook(metrics.apply, "verl.workers.engine_workers")
+    wrapt.register_post_import_hook(_register_engines, "verl.workers.engine")
+    wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")
+
+
+try:
+    _register()
+except Exception:
+    # Broad on purpose: whatever it was, verl would swallow it. SystemExit is the one thing that it lets through.
+    traceback.print_exc()
+    sys.exit("avar_verl could not register itself with verl (see the error above).")

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's synchronous PPO/GRPO trainer with the visual attention reward (VARS).
+
+Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
+"""
+
+from numbers import Real
+
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import omega_conf_to_dataclass
+
+from avar_verl.config import VarsConfig
+from avar_verl.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
+from avar_verl.objectives.reward import VISUAL_FIELDS, shape_visual_reward
+
+
+def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
+    """Refuse trainer configs under which VARS cannot be right.
+
+    Raises:
+        ValueError: naming the field and what to set it to.
+    """
+    if not vars_config.measures:
+        return
+    if config.actor_rollout_ref.actor.fsdp_config.get("vars") is None:
+        raise ValueError(
+            "VARS is measured by the actor's engine; got actor_rollout_ref.actor.fsdp_config.vars=null. Start from "
+            "avar_grpo.yaml, which sets fsdp_config._target_ and fsdp_config.vars."
+        )
+    correction = config.algorithm.get("rollout_correction")
+    if correction and correction.get("bypass_mode", False):
+        raise ValueError(
+            "VARS is measured while the actor recomputes old_log_probs; got algorithm.rollout_correction.bypass_mode=True, "
+            "which skips that pass. Set it to False."
+        )
+    filter_groups = config.algorithm.get("filter_groups")
+    if filter_groups and filter_groups.enable and vars_config.lambda_v > 0 and filter_groups.metric == "reward":
+        raise ValueError(
+            "group filtering happens before r_visual is known; got algorithm.filter_groups.metric='reward' with "
+            f"lambda_v={vars_config.lambda_v}. Filter on the gate: algorithm.filter_groups.metric={vars_config.gate_key}."
+        )
+
+
+class AvarPPOTrainer(PPOTrainerSync):
+    """`PPOTrainerSync` plus `lambda_v * r_visual` on the last response token of right answers, before the advantage.
+
+    Changes w.r.t. verl's trainer: the old-log-prob pass is asked for attention masses; `rm_scores` of rollouts whose
+    answer is right rise by the weighted visual reward; `avar/*` metrics. With lambda_v = 0 `rm_scores` are not touched.
+    """
+
+    def __init__(self, config: DictConfig):
+        self.vars: VarsConfig = omega_conf_to_dataclass(config.avar.vars)
+        check_grpo_config(config, self.vars)
+        super().__init__(config)
+
+    # verl compares the configured mode with the literal "sync" in six places (trainer_base.py:153, 731, 902, 912, 1004,
+    # 1499) and gives every other name an asynchronous replay buffer and checkpoints. This trainer is synchronous under
+    # another name; the base class assigns the configured name, which the setter drops.
+    @property
+    def trainer_mode(self) -> str:
+        return "sync"
+
+    @trainer_mode.setter
+    def trainer_mode(self, name: str) -> None:
+        return
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info[MEASURE_FLAG] = self.vars.measures
+        batch = super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info[MEASURE_FLAG] = False
+        return batch
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        self._add_visual_reward(batch, metrics)
+        return super()._compute_advantage(batch, metrics)
+
+    def _add_visual_reward(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """Add the weighted r_visual to `rm_scores` in the TransferQueue and log every part of the reward."""
+        fields = ["uid", "rm_scores", "extra_fields"] + ([VISUAL_OUTPUT] if self.vars.measures else [])
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        real = [not tag.get("is_padding", False) for tag in batch.tags]
+        infos = [extra["reward_extra_info"] for extra in list(data["extra_fields"])]
+        metrics.update(reward_part_metrics(infos, real))
+        if not self.vars.measures:
+            return
+
+        visual_BF = torch.stack(list(data[VISUAL_OUTPUT].unbind())).float()
+        correct_B = correct_answers(infos, real, self.vars)
+        raw_B = visual_BF[:, VISUAL_FIELDS.index(self.vars.statistic)]
+        if self.vars.lambda_v == 0:
+            metrics.update(visual_metrics(visual_BF, correct_B, real))
+            return
+        shaped_B = shape_visual_reward(raw_B, correct_B, list(data["uid"]), self.vars.shaping, self.vars.clip_max)
+        weighted_B = self.vars.lambda_v * shaped_B
+        metrics.update(visual_metrics(visual_BF, correct_B, real, raw_B, shaped_B, weighted_B))
+
+        scores = list(data["rm_scores"].unbind())
+        for score, reward in zip(scores, weighted_B, strict=True):
+            if reward != 0:
+                score[-1] += reward.to(score.dtype)  # The outcome reward sits there too (AgentLoopOutput.as_dict).
+        rm_scores = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({"rm_scores": rm_scores}, batch_size=len(batch)),
+        )
+
+
+def correct_answers(infos: list[dict], real: list[bool], vars_config: VarsConfig) -> torch.Tensor:
+    """(B,) bool: the gate's value of the reward function's dict is above the threshold; False on padding rows.
+
+    Raises:
+        ValueError: the reward function does not return the gate's key.
+    """
+    key = vars_config.gate_key
+    for info in infos:
+        if key not in info:
+            raise ValueError(
+                f"r_visual is paid for right answers alone, which the reward function's {key!r} tells; it returned "
+                f"{sorted(info)}. Return {key!r} from compute_score, or set avar.vars.gate_key."
+            )
+    values = [float(info[key]) > vars_config.gate_threshold and keep for info, keep in zip(infos, real, strict=True)]
+    return torch.tensor(values)
+
+
+def reward_part_metrics(infos: list[dict], real: list[bool]) -> dict[str, float]:
+    """`avar/reward/<key>`: mean of every numeric part of the reward function's dict over the real rollouts."""
+    kept = [info for info, keep in zip(infos, real, strict=True) if keep]
+    keys = [key for key, value in (kept[0] if kept else {}).items() if isinstance(value, Real)]
+    return {f"avar/reward/{key}": sum(float(info[key]) for info in kept) / len(kept) for key in keys}
+
+
+def visual_metrics(
+    visual_BF: torch.Tensor,
+    correct_B: torch.Tensor,
+    real: list[bool],
+    raw_B: torch.Tensor | None = None,
+    shaped_B: torch.Tensor | None = None,
+    weighted_B: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Metrics of a batch of rollouts, over the real ones.
+
+    `avar/vas`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts where they are
+    defined, whose number is `avar/measured_rollouts`; `avar/r_visual/raw` of the same, `avar/r_visual/gated` after gate
+    and shaping and `avar/r_visual/weighted` after lambda_v, over all.
+    """
+    real_B = torch.tensor(real)
+    fields = dict(zip(VISUAL_FIELDS, visual_BF.unbind(1), strict=True))
+    measured_B = real_B & torch.isfinite(fields["ratio"]) & torch.isfinite(fields["image_share"])
+    out = {"avar/measured_rollouts": int(measured_B.sum()), "avar/correct": float(correct_B[real_B].float().mean())}
+    if bool(measured_B.any()):
+        for name, key in [("vas", "ratio"), *((key, key) for key in ("image_share", "image_mass", "system_mass"))]:
+            out[f"avar/{name}"] = float(fields[key][measured_B].mean())
+        if raw_B is not None:
+            out["avar/r_visual/raw"] = float(raw_B[measured_B].mean())
+    if shaped_B is not None:
+        out["avar/r_visual/gated"] = float(shaped_B[real_B].mean())
+        out["avar/r_visual/weighted"] = float(weighted_B[real_B].mean())
+    return out
