@@ -74,14 +74,18 @@ class AgtoConfig:
         _check(self.epsilon >= 0, "epsilon must be >= 0", self.epsilon, fix + "epsilon=1e-6, the paper's.")
         _check(self.query_role in QUERY_ROLES, f"query_role must be one of {sorted(QUERY_ROLES)}", self.query_role, fix)
         target, floor = self.image_target, self.system_floor
-        _check(target is None or 0 < target <= 1, "image_target must be null or in (0, 1]", target, fix + "image_target.")
+        _check(
+            target is None or 0 < target <= 1, "image_target must be null or in (0, 1]", target, fix + "image_target."
+        )
         _check(floor is None or 0 <= floor < 1, "system_floor must be null or in [0, 1)", floor, fix + "system_floor.")
         _check(self.warmup_steps >= 0, "warmup_steps must be >= 0", self.warmup_steps, fix + "warmup_steps=0 for none.")
         object.__setattr__(self, "layers", _check_indices("layers", self.layers))
         object.__setattr__(self, "heads", _check_indices("heads", self.heads))
         anneal = _check_indices("anneal", self.anneal)
         ok = anneal is None or (len(anneal) == 2 and self.warmup_steps <= anneal[0] < anneal[1])
-        _check(ok, "anneal must be [first, last] with warmup_steps <= first < last", anneal, fix + "anneal=null for none.")
+        _check(
+            ok, "anneal must be [first, last] with warmup_steps <= first < last", anneal, fix + "anneal=null for none."
+        )
         object.__setattr__(self, "anneal", anneal)
 
     @property
@@ -125,7 +129,9 @@ class VarsConfig:
         fix = "Set avar.vars."
         _check(self.lambda_v >= 0, "lambda_v must be >= 0", self.lambda_v, fix + "lambda_v=0 to disable the reward.")
         _check(self.epsilon > 0, "epsilon must be > 0", self.epsilon, fix + "epsilon=1e-6.")
-        _check(self.statistic in STATISTICS, f"statistic must be one of {STATISTICS}", self.statistic, fix + "statistic.")
+        _check(
+            self.statistic in STATISTICS, f"statistic must be one of {STATISTICS}", self.statistic, fix + "statistic."
+        )
         _check(self.shaping in SHAPINGS, f"shaping must be one of {SHAPINGS}", self.shaping, fix + "shaping.")
         if self.shaping == "clip":
             ok = self.clip_max is not None and self.clip_max > 0

@@ -55,13 +55,14 @@ def _register() -> None:
             f"avar_verl plugs into verl {VERL_VERSION}; got verl {installed}. Install verl=={VERL_VERSION}, or keep "
             "avar_verl from loading with VERL_USE_EXTERNAL_PLUGINS=none."
         )
-    from avar_verl.compat import cpu_platform, detect, metrics, position_ids, process_group, vllm_cpu
+    from avar_verl.compat import cpu_platform, detect, metrics, position_ids, process_group, text_only, vllm_cpu
 
     cpu_platform.register()
     if detect.is_active():
         process_group.apply()
         vllm_cpu.alias_distribution()
     wrapt.register_post_import_hook(position_ids.apply, "verl.utils.tensordict_utils")
+    wrapt.register_post_import_hook(text_only.apply, "verl.models.transformers.qwen2_vl")
     wrapt.register_post_import_hook(metrics.apply, "verl.workers.engine_workers")
     wrapt.register_post_import_hook(_register_engines, "verl.workers.engine")
     wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")

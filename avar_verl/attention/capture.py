@@ -23,7 +23,7 @@ from contextlib import contextmanager
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from avar_verl.attention.mass import Visibility, selected_mass
+from avar_verl.attention.mass import NUM_ROLES, Visibility, selected_mass
 from avar_verl.roles import TokenRole
 
 KWARG = "avar_capture"
@@ -93,7 +93,15 @@ class _Forward:
             index = positions_BQ[:, None, :, None].expand(-1, query_BHSD.shape[1], -1, query_BHSD.shape[3])
             query_BHQD = query_BHSD.gather(2, index)
         visibility = self._visibility(attention_mask, positions_BQ, arguments, layer)
-        mass_BHQR = selected_mass(query_BHQD, key_BKSD, roles_BS, visibility, valid_BQ, arguments.get("scaling"))
+        mass_BHQR = selected_mass(
+            query_BHQD,
+            key_BKSD,
+            captured.key_groups,
+            visibility,
+            valid_BQ,
+            arguments.get("scaling"),
+            captured.num_groups,
+        )
         result = mass_BHQR if captured.reduction is None else captured.reduction(mass_BHQR, valid_BQ)
         # A checkpointed layer comes here again in the backward pass: its first result is the one in the loss.
         self.by_layer.setdefault(layer, result)
@@ -125,8 +133,10 @@ class _Forward:
 class CapturedMass:
     """Result of `capture_mass`, filled by the forward pass inside its `with` block."""
 
-    def __init__(self, roles, layers, query_role, reduction: Reduction | None = None):
+    def __init__(self, roles, layers, query_role, reduction: Reduction | None = None, key_groups=None, num_groups=None):
         self.roles = roles
+        self.key_groups = roles if key_groups is None else key_groups
+        self.num_groups = NUM_ROLES if key_groups is None else num_groups
         self.layers = tuple(layers)
         self.reduction = reduction
         self.all_queries = query_role is None
@@ -222,19 +232,19 @@ def find_decoder(model: torch.nn.Module) -> torch.nn.Module:
     return found[0]
 
 
-def resolve_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    """Ascending layer indices of a selection; None is all, negative indices count from the end.
+def resolve_indices(name: str, indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Ascending indices of a selection among `count` layers or heads; None is all, negative ones count from the end.
 
     Raises:
-        ValueError: an empty selection, an index out of range, or a layer named twice.
+        ValueError: an empty selection, an index out of range, or one named twice.
     """
-    if layers is None:
-        return tuple(range(num_layers))
-    resolved = sorted(layer + num_layers if layer < 0 else layer for layer in layers)
-    if not resolved or len(set(resolved)) != len(resolved) or resolved[0] < 0 or resolved[-1] >= num_layers:
+    if indices is None:
+        return tuple(range(count))
+    resolved = sorted(index + count if index < 0 else index for index in indices)
+    if not resolved or len(set(resolved)) != len(resolved) or resolved[0] < 0 or resolved[-1] >= count:
         raise ValueError(
-            f"layers must be distinct indices of the {num_layers} decoder layers; got {list(layers)}. "
-            "Use null for all layers."
+            f"{name} must be distinct indices among the {count} that the decoder has; got {list(indices)}. "
+            "Use null for all of them."
         )
     return tuple(resolved)
 
@@ -246,6 +256,8 @@ def capture_mass(
     layers: Sequence[int] | None = None,
     query_role: int | Sequence[int] | None = None,
     reduction: Reduction | None = None,
+    key_groups: torch.Tensor | None = None,
+    num_groups: int | None = None,
 ):
     """Capture the attention masses of one forward pass.
 
@@ -257,6 +269,8 @@ def capture_mass(
         query_role: a `TokenRole`, or several, whose queries are measured; default all positions.
         reduction: `reduction(mass_BHQR, valid_BQ) -> tensor`, applied in every layer to what would otherwise be kept;
             `valid_BQ` (None without a query_role) is False on filling.
+        key_groups: (B, S) integers in [0, num_groups) to sum the attention by instead of by role, for example one group
+            for every image token; R is then num_groups.
 
     Yields:
         `CapturedMass`; its `mass` is (B, L, H, S, R) after the forward pass, with gradients where the pass has them.
@@ -270,7 +284,9 @@ def capture_mass(
     >>> share = captured.mass[..., TokenRole.IMAGE]  # doctest: +SKIP
     """
     decoder = find_decoder(model)
-    captured = CapturedMass(roles, resolve_layers(layers, len(decoder.layers)), query_role, reduction)
+    captured = CapturedMass(
+        roles, resolve_indices("layers", layers, len(decoder.layers)), query_role, reduction, key_groups, num_groups
+    )
     implementation = decoder.config._attn_implementation
     _wrap(implementation)
 
@@ -289,4 +305,4 @@ def capture_mass(
         handle.remove()
 
 
-__all__ = ["CapturedMass", "TokenRole", "capture_mass", "find_decoder", "resolve_layers", "select_queries"]
+__all__ = ["CapturedMass", "TokenRole", "capture_mass", "find_decoder", "resolve_indices", "select_queries"]

@@ -6,7 +6,7 @@ chunk is dropped; the backward pass forms the chunk's weights again from q, k an
 
 Shape suffixes:
     B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads, K = key/value heads,
-    G = query heads of one key head (H / K), D = head size, R = token roles (len(TokenRole))
+    G = query heads of one key head (H / K), D = head size, R = token roles (len(TokenRole)), or any other key groups
 """
 
 from dataclasses import dataclass
@@ -74,13 +74,13 @@ class _RoleMass(torch.autograd.Function):
         ctx.visibility, ctx.scale = visibility, scale
         query = query_BHQD.float().reshape(B, K, H // K, Q, D)
         key = key_BKSD.float()
-        mass = query.new_zeros(B, K, H // K, Q, NUM_ROLES)
+        mass = query.new_zeros(B, K, H // K, Q, onehot_BSR.shape[-1])
         for start in range(0, Q, ctx.chunk):
             stop = min(start + ctx.chunk, Q)
             weights = _chunk_weights(query[:, :, :, start:stop], key, visibility.chunk(start, stop, S), scale)
             torch.matmul(weights, onehot_BSR[:, None, None], out=mass[:, :, :, start:stop])
         ctx.save_for_backward(query_BHQD, key_BKSD, onehot_BSR, mass)
-        return mass.reshape(B, H, Q, NUM_ROLES)
+        return mass.reshape(B, H, Q, -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -90,7 +90,7 @@ class _RoleMass(torch.autograd.Function):
         K, S = key_BKSD.shape[1:3]
         query = query_BHQD.float().reshape(B, K, H // K, Q, D)
         key = key_BKSD.float()
-        grad = grad_BHQR.float().reshape(B, K, H // K, Q, NUM_ROLES)
+        grad = grad_BHQR.float().reshape(mass.shape)
         # g_r - sum_r' g_r' mass_r', the bracket of the formula above for every role.
         grad = grad - (grad * mass).sum(-1, keepdim=True)
         grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
@@ -111,12 +111,14 @@ def selected_mass(
     visibility: Visibility,
     valid_BQ: torch.Tensor | None = None,
     scale: float | None = None,
+    num_groups: int = NUM_ROLES,
 ) -> torch.Tensor:
     """Role masses of already selected queries, (B, H, Q, R) float32; 0 where `valid_BQ` is False.
 
-    `attention_mass` is the documented front end; this one takes per-sample query positions and explicit mask rows.
+    `attention_mass` is the documented front end; this one takes per-sample query positions, explicit mask rows and any
+    grouping of the keys into `num_groups` groups, for example one group for every image token.
     """
-    onehot_BSR = torch.nn.functional.one_hot(key_roles_BS.long(), NUM_ROLES).float()
+    onehot_BSR = torch.nn.functional.one_hot(key_roles_BS.long(), num_groups).float()
     scale = query_BHQD.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query_BHQD.device.type, enabled=False):
         mass_BHQR = _RoleMass.apply(query_BHQD, key_BKSD, onehot_BSR, visibility, scale)
@@ -183,7 +185,9 @@ def attention_mass(
         positions_Q, selected = torch.arange(S, device=query.device), query
     else:
         positions_Q = torch.as_tensor(query_positions, device=query.device, dtype=torch.long)
-        if positions_Q.dim() != 1 or (positions_Q.numel() and not 0 <= int(positions_Q.min()) <= int(positions_Q.max()) < S):
+        if positions_Q.dim() != 1 or (
+            positions_Q.numel() and not 0 <= int(positions_Q.min()) <= int(positions_Q.max()) < S
+        ):
             raise ValueError(
                 f"query_positions must be one-dimensional, in [0, {S}); got {positions_Q.tolist()}. "
                 "Select positions that exist."

@@ -16,6 +16,7 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from avar_verl.compat.detect import PLATFORM, is_active
 
+
 class _CpuDeviceModule(ModuleType):
     """`torch.cpu` plus the memory calls that verl makes on `torch.<device>` wherever it runs.
 

@@ -66,14 +66,14 @@ class Photo:
 # The cuts follow the content, so that both sides show what the name says; borders that show nothing are left out.
 PHOTOS = (
     Photo("bricks", "brick.png", train=(0, 0, 330, 512), test=(330, 0, 512, 512)),
-    Photo("cat", "chelsea.png", train=(0, 0, 290, 300), test=(290, 0, 451, 300)),
-    Photo("coffee", "coffee.png", train=(0, 0, 390, 400), test=(390, 0, 600, 400)),
+    Photo("cat", "chelsea.png", train=(200, 0, 451, 300), test=(0, 0, 200, 300)),
+    Photo("coffee", "coffee.png", train=(0, 0, 310, 400), test=(310, 30, 530, 400)),
     Photo("coins", "coins.png", train=(0, 0, 384, 190), test=(0, 190, 384, 303)),
     Photo("galaxies", "hubble_deep_field.jpg", train=(0, 0, 650, 872), test=(650, 0, 1000, 872)),
-    Photo("moon", "moon.png", train=(0, 0, 512, 330), test=(0, 330, 512, 512)),
-    Photo("motorcycle", "motorcycle_left.png", train=(0, 0, 480, 500), test=(480, 0, 741, 500)),
+    Photo("moon", "moon.png", train=(0, 0, 330, 512), test=(330, 0, 512, 512)),
+    Photo("motorcycle", "motorcycle_left.png", train=(40, 60, 440, 470), test=(440, 60, 680, 470)),
     Photo("retina", "retina.jpg", train=(180, 230, 860, 1180), test=(860, 230, 1230, 1180)),
-    Photo("rocket", "rocket.jpg", train=(0, 190, 640, 427), test=(0, 0, 640, 190)),
+    Photo("rocket", "rocket.jpg", train=(0, 190, 640, 427), test=(230, 40, 430, 190)),
     Photo("tissue", "ihc.png", train=(0, 0, 512, 330), test=(0, 330, 512, 512)),
 )
 NAMES = tuple(photo.name for photo in PHOTOS)

@@ -14,7 +14,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from avar_verl.attention.capture import CapturedMass, capture_mass, select_queries
+from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
 from avar_verl.config import QUERY_ROLES
 from avar_verl.engine.config import AvarFSDPEngineConfig
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
@@ -114,6 +114,12 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 f"use_remove_padding={model_config.use_remove_padding}, ulysses_sequence_parallel_size="
                 f"{engine_config.ulysses_sequence_parallel_size}. Set model.use_remove_padding=False and a size of 1."
             )
+        text_config = model_config.hf_config.get_text_config()
+        for part in (engine_config.agto, engine_config.vars):
+            if part is not None:
+                resolve_indices("layers", part.layers, text_config.num_hidden_layers)
+        if engine_config.agto is not None:
+            resolve_indices("heads", engine_config.agto.heads, text_config.num_attention_heads)
 
     # ---- roles -------------------------------------------------------------------------------------------------
 
@@ -150,8 +156,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         def loss_with_guidance(model_output, data, dp_group=None):
             loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
             mean_mass_BLHR = torch.stack(captured.per_layer(), dim=1)
-            if agto.heads is not None:
-                mean_mass_BLHR = mean_mass_BLHR[:, :, list(agto.heads)]
+            mean_mass_BLHR = mean_mass_BLHR[:, :, list(resolve_indices("heads", agto.heads, mean_mass_BLHR.shape[2]))]
             terms = agto_terms(
                 mean_mass_BLHR, captured.roles, captured.valid, agto.epsilon, agto.image_target, agto.system_floor
             )
@@ -188,7 +193,11 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 query_role=QUERY_ROLES[self._agto.query_role],
                 reduction=mean_over_queries,
             )
-        elif self._vars is not None and tu.get_non_tensor_data(data=micro_batch, key=MEASURE_FLAG, default=False):
+        elif (
+            self._vars is not None
+            and self._vars.measures
+            and tu.get_non_tensor_data(data=micro_batch, key=MEASURE_FLAG, default=False)
+        ):
             capture = dict(
                 layers=self._vars.layers,
                 query_role=TokenRole.RESPONSE,

@@ -49,7 +49,15 @@ class VasSums:
         return VasSums(
             *(
                 getattr(self, name) + getattr(other, name)
-                for name in ("ratio_LH", "share_LH", "image_LH", "system_LH", "num_queries", "num_samples", "num_skipped")
+                for name in (
+                    "ratio_LH",
+                    "share_LH",
+                    "image_LH",
+                    "system_LH",
+                    "num_queries",
+                    "num_samples",
+                    "num_skipped",
+                )
             )
         )
 

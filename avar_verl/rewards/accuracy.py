@@ -11,7 +11,7 @@ The grading rules:
    "B. 12 cm", equals the bare letter; two letters with texts must agree in both. "B 12 cm", without a delimiter, is no
    choice.
 4. **Math match** by math-verify, of the *whole* answer, never of a number found somewhere in a sentence:
-   - a right-hand side counts for its equation (`x = 5` for `5`), unless the answer lists several things;
+   - the last side of an equation or approximation counts for it (`x = 5` for `5`), unless the answer is a list;
    - units are never converted: a unit on one side only is ignored, two different units are unequal;
    - a percentage on one side only equals both the number (50% = 50) and the fraction (50% = 0.5);
    - a comma, or a space, before exactly three digits is a thousands separator (1,234 = 1234); every other comma
@@ -21,7 +21,7 @@ The grading rules:
    - sets and bare lists have no order, `(1, 2)` has one.
 5. **Text only**, never math: an answer of letters only, or with a word of three letters or more (a product commutes, so
    `left` would equal `felt`); with a LaTeX command or a character outside a closed list; longer than `MAX_MATH_CHARS`;
-   with a factorial, a tower of powers, or exponents beyond `MAX_EXPONENT`. A comparison that needs more than
+   with a factorial, a tower of powers, or powers beyond `MAX_POWER_DIGITS`. A comparison that needs more than
    `MAX_MATH_CALLS` function calls counts as unequal.
 
 An answer is right if 2, 3 or 4 says so.
@@ -30,6 +30,7 @@ An answer is right if 2, 3 or 4 says so.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import numbers
@@ -47,11 +48,12 @@ logger = logging.getLogger(__name__)
 MAX_MATH_CHARS = 200
 """Longest cleaned answer, in characters, that math-verify gets to see."""
 
-MAX_EXPONENT = 10_000
-"""Largest product of all integers in exponents: a huge power is a single C call, which no limit on calls interrupts."""
+MAX_POWER_DIGITS = 300
+"""Most digits of a power. Huge integers take long in few calls, so the limit on calls would come too late for them."""
 
-MAX_MATH_CALLS = 5_000_000
-"""Most function calls and returns in one comparison, 2 to 3 s of work. Ordinary answers take 1 % to 20 % of it."""
+MAX_MATH_CALLS = 10_000_000
+"""Most function calls and returns in one comparison, about 4 s of work. Ordinary answers take less than a tenth of it,
+the first ones in a process, which load parts of sympy, up to half."""
 
 
 # --- Finding the answer ---
@@ -286,7 +288,19 @@ _WORD = re.compile(r"(?!and\b)[a-zA-Z]{3,}")
 # Adjacent numbers would be multiplied; "!" and ")_" (permutations) become factorials; "%" a modulo; 12:30 a quotient.
 _NOT_A_VALUE = re.compile(r"\d \d|[!%]|\)_|(?<!\d)\d{1,2}:\d{2}(?!\d)")
 # One exponent: a number, a letter, a command, or a group (two levels deep) without a further power.
-_EXPONENT = re.compile(r"\^ ?(?:\{((?:[^{}^]|\{[^{}^]*\})*)\}|([+-]?[\d.]+|\\[a-zA-Z]+|[a-zA-Z*']))(?! ?\^)")
+_EXPONENT = re.compile(r"\^ ?(?:\{(?:[^{}^]|\{[^{}^]*\})*\}|[+-]?[\d.]+|\\[a-zA-Z]+|[a-zA-Z*'])(?! ?\^)")
+
+
+def _power_digits(latex: str) -> int:
+    """Bound on the digits of a power: (sum of the atoms' exponents) * (product of the groups') * (longest number)."""
+    atoms, groups = 0, 1
+    for exponent in _EXPONENT.finditer(latex):
+        size = math.prod(max(1, int(number)) for number in re.findall(r"\d+", exponent.group()))
+        if latex[: exponent.start()].rstrip().endswith((")", "}", "]", "|")):  # may hold further powers, which multiply
+            groups *= size
+        else:
+            atoms += size
+    return max(1, atoms) * groups * max(map(len, re.findall(r"\d+", latex)), default=1)
 
 
 def _to_latex(text: str) -> str | None:
@@ -297,15 +311,14 @@ def _to_latex(text: str) -> str | None:
     text = _ROUND_ROOT.sub(r"\\sqrt{\1}", _BARE_FUNCTION.sub(r"\\\1", text))
     text = _ROUND_EXPONENT.sub(r"^{\1}", text)
     bare = _ENVIRONMENT.sub("", text)
-    exponents = [braced or single for braced, single in _EXPONENT.findall(bare)]
     is_text = (
         not text.isascii()
         or re.fullmatch(r"[a-zA-Z ]*", text)
         or _WORD.search(_COMMAND.sub(" ", bare))
         or _NOT_A_VALUE.search(bare)
         or not _COMMANDS.issuperset(_COMMAND.findall(bare))
-        or len(exponents) != bare.count("^")
-        or math.prod(max(1, int(n)) for exponent in exponents for n in re.findall(r"\d+", exponent)) > MAX_EXPONENT
+        or len(_EXPONENT.findall(bare)) != bare.count("^")
+        or _power_digits(bare) > MAX_POWER_DIGITS
     )
     return None if is_text else text
 
@@ -339,15 +352,16 @@ def _load_math_verify() -> tuple[Callable, Callable, type[BaseException]]:
 def _limit_calls(function: Callable[[], bool], limit: int, exception: type[BaseException]) -> bool:
     """Return `function()`, but raise `exception` inside it after `limit` function calls and returns.
 
-    A profile hook, because it works in any thread and counts work instead of seconds: a busy machine gives no other
-    reward.
+    A profile hook, because it works in any thread and counts work instead of seconds: a busy machine gives no
+    other reward.
     """
     left = limit
 
     def count(frame, event, arg):
         nonlocal left
         left -= 1
-        if left < 0:
+        # Not in a generator: raised while one is being closed, an exception is dropped, and the hook with it.
+        if left < 0 and event in ("call", "c_call") and not frame.f_code.co_flags & inspect.CO_GENERATOR:
             raise exception
 
     previous = sys.getprofile()
@@ -358,8 +372,8 @@ def _limit_calls(function: Callable[[], bool], limit: int, exception: type[BaseE
         sys.setprofile(previous)
 
 
-# sympy's caches and mpmath's working precision belong to the process, and the GIL leaves nothing to gain from sharing
-# them.
+# sympy's caches and mpmath's working precision belong to the process, and the GIL leaves nothing to
+# gain from sharing them.
 _MATH_LOCK = threading.Lock()
 
 

@@ -1,0 +1,43 @@
+# make demo    the whole recipe on this machine, with a report in outputs/demo
+# make test    every test that needs no GPU
+# make quick   the tests without end-to-end runs
+# make check   lint
+#
+# Each target builds .venv first, and only when pyproject.toml or the constraints have changed.
+
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+STAMP := .venv/.installed
+# A uv of the system, or one in a folder of its own.
+UV := $(shell command -v uv || echo .uv/bin/uv)
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: env demo test quick check clean
+
+env: $(STAMP)
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install --quiet uv
+
+$(STAMP): pyproject.toml constraints/cpu.txt | $(filter .uv/bin/uv,$(UV))
+	test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.10,<3.13' .venv
+	$(UV) pip install --quiet --python $(PYTHON) --constraint constraints/cpu.txt --editable '.[cpu,demo,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(PYTHON) -m avar_verl.cli demo --out outputs/demo
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+quick: $(STAMP)
+	$(PYTHON) -m pytest -m 'not e2e'
+
+check: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:
+	rm -rf .venv .uv outputs

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script `avar`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from avar_verl.demo.run import run_demo
+
+    run_demo(Path(args.out), fresh=args.fresh, **json.loads(args.settings))
+
+
+def _vas(args: argparse.Namespace) -> None:
+    import pandas
+    from verl.utils.dataset.vision_utils import process_image
+
+    from avar_verl.measure import Checkpoint, Item, measure_vas
+
+    rows = pandas.read_parquet(args.data)
+    rows = rows.head(args.n) if args.n else rows
+    items = []
+    for number, row in rows.iterrows():
+        messages = list(row["messages"])
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            raise ValueError(
+                f"avar vas reads one question and one response a row; got roles "
+                f"{[message['role'] for message in messages]} in row {number} of {args.data}. Keep such rows alone."
+            )
+        images = tuple(process_image(dict(image)) for image in row["images"])
+        items.append(Item(messages[0]["content"].replace("<image>", ""), images, messages[1]["content"]))
+    checkpoint = Checkpoint.load(args.model, device=args.device)
+    result = {}
+    for query, sums in measure_vas(checkpoint, items, batch_size=args.batch_size).items():
+        result[query] = {**sums.summary(), "num_samples": sums.num_samples, "num_skipped": sums.num_skipped}
+        line = "  ".join(f"{key} {value:.4g}" for key, value in result[query].items())
+        print(f"{query:9s} {line}")
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: `avar demo`, `avar vas`."""
+    top = argparse.ArgumentParser(prog="avar", description="AVAR on verl.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="the whole recipe on a tiny model, on this machine, with a report")
+    demo.add_argument("--out", default="outputs/demo", help="folder of the run (default: %(default)s)")
+    demo.add_argument("--fresh", action="store_true", help="delete the folder and start over")
+    demo.add_argument("--settings", default="{}", metavar="JSON", help="fields of DemoSettings to replace")
+    demo.set_defaults(run=_demo)
+
+    vas = commands.add_parser("vas", help="Visual Attention Score of a checkpoint on a parquet file of responses")
+    vas.add_argument("--model", required=True, help="Hugging Face folder")
+    vas.add_argument("--data", required=True, help="parquet file with the columns messages and images, as for SFT")
+    vas.add_argument("--n", type=int, default=0, help="only the first N rows (default: all)")
+    vas.add_argument("--batch-size", type=int, default=8)
+    vas.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    vas.add_argument("--out", help="write the numbers to this JSON file too")
+    vas.set_defaults(run=_vas)
+    return top
+
+
+def main() -> None:
+    """Entry point. Exit code 0 only on success; a rule that was broken is one line, not a traceback."""
+    args = parser().parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1" if args.command == "demo" else "0")
+    try:
+        args.run(args)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        sys.exit(f"avar {args.command}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's own launchers as subprocesses, with the configs of recipes/avar on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONFIG = ["--config-dir", str(Path(__file__).parents[2] / "recipes" / "avar" / "config")]
+
+
+def sft(work: Path, model: Path, data: Path, overrides: list[str], processes: int = 1) -> list[str]:
+    """Command of verl's SFT trainer."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+        *("-m", "verl.trainer.sft_trainer", *CONFIG, "--config-name", "avar_sft", "machine=cpu_sft"),
+        f"model.path={model}",
+        f"data.train_files={data}",
+        "data.max_length=512",
+        "optim.lr=1e-3",
+        "trainer.test_freq=-1",
+        f"trainer.default_local_dir={work / 'checkpoints'}",
+        f"hydra.run.dir={work / 'hydra'}",
+        *overrides,
+    ]
+
+
+def grpo(work: Path, model: Path, data: Path, overrides: list[str]) -> list[str]:
+    """Command of verl's PPO trainer."""
+    return [
+        *(sys.executable, "-m", "verl.trainer.main_ppo", *CONFIG, "--config-name", "avar_grpo", "machine=cpu_grpo"),
+        f"actor_rollout_ref.model.path={model}",
+        f"data.train_files={data}",
+        f"data.val_files={data}",
+        "data.train_batch_size=4",
+        "data.max_prompt_length=64",
+        "data.max_response_length=80",
+        "actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
+        "actor_rollout_ref.actor.optim.lr=1e-4",
+        "trainer.val_before_train=false",
+        "trainer.test_freq=-1",
+        f"trainer.default_local_dir={work / 'checkpoints'}",
+        f"hydra.run.dir={work / 'hydra'}",
+        *overrides,
+    ]
+
+
+def environment(metrics: Path) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "VERL_FILE_LOGGER_PATH": str(metrics), "PYTHONUNBUFFERED": "1"}
+
+
+def steps(metrics: Path) -> dict[int, dict]:
+    """Metrics by step, from verl's file logger; several records of a step are merged."""
+    out: dict[int, dict] = {}
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        record = json.loads(line)
+        out.setdefault(record["step"], {}).update(record["data"])
+    return out
+
+
+def run(command: list[str], work: Path, name: str) -> dict[int, dict]:
+    """Run to the end; the metrics by step."""
+    metrics = work / f"{name}.jsonl"
+    with (work / f"{name}.log").open("w") as log:
+        process = subprocess.run(command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT, timeout=600)
+    assert process.returncode == 0, (work / f"{name}.log").read_text(errors="replace")[-6000:]
+    return steps(metrics)
+
+
+def run_and_kill(command: list[str], work: Path, name: str, after_step: int) -> dict[int, dict]:
+    """Start, and kill the whole process group without warning once `after_step` is checkpointed and logged."""
+    metrics, tracker = work / f"{name}.jsonl", work / "checkpoints" / "latest_checkpointed_iteration.txt"
+    with (work / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + 600
+        while not (tracker.exists() and tracker.read_text().strip() == str(after_step) and after_step in steps(metrics)):
+            text = (work / f"{name}.log").read_text(errors="replace")
+            assert process.poll() is None, f"ended before it could be killed\n{text[-6000:]}"
+            assert time.monotonic() < deadline, f"no checkpoint of step {after_step}\n{text[-6000:]}"
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return steps(metrics)

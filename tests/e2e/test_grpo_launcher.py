@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO with VARS through `python -m verl.trainer.main_ppo`: Ray, real vLLM rollouts, weight sync, kill and resume."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from avar_verl.demo import photo_grid
+from tests.e2e import launch
+
+pytestmark = pytest.mark.e2e
+
+# A model that has not learned anything answers nothing right, and a reward that is zero everywhere moves nothing: the
+# function below calls half of the responses right by their length, so that the gate opens and advantages differ.
+REWARD = '''
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    right = float(len(solution_str) % 2)
+    return {"score": right, "acc": right, "length": float(len(solution_str))}
+'''
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory, tiny_model_path):
+    """Two steps, a kill, the third step from the checkpoint: (folder, metrics before, metrics after)."""
+    work = tmp_path_factory.mktemp("grpo")
+    photo_grid.make_rl_parquet(work / "rl.parquet", 12, 0, "train")
+    (work / "reward.py").write_text(REWARD)
+    overrides = [
+        f"reward.custom_reward_function.path={work / 'reward.py'}",
+        "avar.vars.statistic=image_share",
+        "trainer.total_training_steps=3",
+        "trainer.total_epochs=1",
+        "trainer.save_freq=1",
+    ]
+    command = launch.grpo(work, tiny_model_path, work / "rl.parquet", overrides)
+    before = launch.run_and_kill(command, work, "killed", after_step=2)
+    return work, before, launch.run(command, work, "resumed")
+
+
+@pytest.fixture(scope="module")
+def all_steps(killed_and_resumed):
+    _, before, after = killed_and_resumed
+    assert sorted(after) == [3], "resuming must not repeat a step"
+    return {**before, **after}
+
+
+def test_rewards_are_what_the_formula_says(all_steps):
+    for step in (1, 2, 3):
+        record = all_steps[step]
+        assert record["avar/measured_rollouts"] == 16
+        assert 0 < record["avar/image_share"] < 1
+        assert 0 < record["avar/r_visual/gated"] <= record["avar/correct"]
+        assert record["avar/r_visual/weighted"] == pytest.approx(0.3 * record["avar/r_visual/gated"], rel=1e-5)
+        assert record["avar/reward/acc"] == pytest.approx(record["avar/correct"])
+        total = record["avar/reward/score"] + record["avar/r_visual/weighted"]
+        assert record["critic/score/mean"] == pytest.approx(total, rel=1e-5)
+
+
+def test_parts_of_a_swapped_reward_function_are_logged(all_steps):
+    assert all_steps[1]["avar/reward/length"] > 0
+
+
+def test_rollouts_follow_the_trained_weights(all_steps):
+    """Weights reach vLLM: its probabilities and the actor's agree before and after updates and a restart."""
+    for step in (1, 2, 3):
+        assert all_steps[step]["training/rollout_actor_probs_pearson_corr"] > 0.99, step
+        assert all_steps[step]["actor/grad_norm"] > 0, step
+
+
+def test_checkpoint_is_a_hugging_face_folder_that_has_moved(killed_and_resumed, tiny_model_path):
+    work, _, _ = killed_and_resumed
+    folder = work / "checkpoints" / "global_step_3" / "actor" / "huggingface"
+    before = AutoModelForImageTextToText.from_pretrained(tiny_model_path).state_dict()
+    after = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    assert before.keys() == after.keys()
+    moved = sum(not torch.equal(tensor, after[name].to(tensor.dtype)) for name, tensor in before.items())
+    assert moved == len(before)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's training worker with and without guidance: parity with stock verl, and what must not change the result."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from avar_verl.demo import photo_grid
+from avar_verl.objectives.reward import VISUAL_FIELDS
+
+SCRIPT = Path(__file__).parent / "scenarios.py"
+GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
+# Adam divides a gradient by its own size, so the rounding of one near zero shows: 2e-5 is 2 % of a step of 1e-3.
+TOLERANCE = dict(rtol=2e-4, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory) -> Path:
+    """24 samples, every eighth without an image."""
+    path = tmp_path_factory.mktemp("engine") / "sft.parquet"
+    photo_grid.make_sft_parquet(path, 24, 0, "train")
+    rows = pd.read_parquet(path)
+    for index in range(3, 24, 8):
+        messages = [dict(message) for message in rows.at[index, "messages"]]
+        messages[0]["content"] = messages[0]["content"].replace("<image>", "")
+        rows.at[index, "messages"], rows.at[index, "images"] = messages, []
+    rows.to_parquet(path)
+    return path
+
+
+def run(work: Path, model: Path, data: Path, scenarios: dict[str, dict], processes: int = 1) -> dict:
+    work.mkdir(exist_ok=True)
+    spec = {"model": str(model), "data": str(data), "scenarios": [{"name": n, **s} for n, s in scenarios.items()]}
+    (work / "spec.json").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*command, str(SCRIPT), str(work)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(work / "result.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
+    """Every scenario that needs one process."""
+    scenarios = {
+        "stock": {"stock": True},
+        "zero": {"agto": {"alpha": 0.0, "beta": 0.0}},
+        "measured": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}},
+        "guided": {"agto": GUIDED},
+        "micro": {"agto": GUIDED, "micro": 2},
+        "checkpointing": {"agto": GUIDED, "checkpointing": True},
+        "eager": {"agto": GUIDED, "attention": "eager"},
+        "layers": {"agto": {**GUIDED, "layers": [-1], "heads": [0, 2]}},
+        "target": {"agto": {**GUIDED, "warmup_steps": 0, "image_target": 1e-9, "system_floor": 0.999}},
+        "visual": {"vars": {}},
+        "visual_micro": {"vars": {}, "micro": 1},
+        "stock_inference": {"vars": {"lambda_v": 0.0}},
+        "packed": {"agto": GUIDED, "use_remove_padding": True},
+        "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
+        "bad_layer": {"agto": {**GUIDED, "layers": [4]}},
+    }
+    return run(tmp_path_factory.mktemp("one"), tiny_model_path, data_file, scenarios)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, tiny_model_path, data_file) -> dict:
+    """Two processes on gloo, four samples each."""
+    scenarios = {"guided": {"agto": GUIDED}, "guided_micro": {"agto": GUIDED, "micro": 2}}
+    return run(tmp_path_factory.mktemp("two"), tiny_model_path, data_file, scenarios, processes=2)
+
+
+def assert_same_training(one: dict, other: dict, **tolerance) -> None:
+    for step, (a, b) in enumerate(zip(one["metrics"], other["metrics"], strict=True)):
+        for key in [key for key in a if key in ("loss", "grad_norm") or key.startswith("avar/")]:
+            if key in b:
+                torch.testing.assert_close(
+                    torch.tensor(float(b[key])),
+                    torch.tensor(float(a[key])),
+                    **tolerance,
+                    msg=lambda text, key=key, step=step: f"{key} at step {step}: {text}",
+                )
+    assert one["parameters"].keys() == other["parameters"].keys()
+    for name, parameter in one["parameters"].items():
+        torch.testing.assert_close(other["parameters"][name], parameter, **tolerance, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("scenario", ["zero", "measured"])
+def test_zero_coefficients_are_stock_verl_to_the_bit(one, scenario):
+    assert_same_training(one["stock"], one[scenario], rtol=0, atol=0)
+
+
+def test_measuring_logs_masses_without_guidance(one):
+    for metrics in one["measured"]["metrics"]:
+        assert metrics["avar/guided_samples"] == 7  # one of eight has no image
+        assert 0 < metrics["avar/image_share"] < 1
+        assert metrics["avar/lm_loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+
+
+def test_guidance_changes_loss_and_parameters(one):
+    first, second, third = one["guided"]["metrics"]
+    assert first["avar/schedule"] == 0 and second["avar/schedule"] == 0.5 and third["avar/schedule"] == 1
+    assert first["loss"] == pytest.approx(one["stock"]["metrics"][0]["loss"], rel=1e-6)  # warm-up starts at 0
+    for metrics in (second, third):
+        guidance = 0.15 * metrics["avar/enhance"] + 0.1 * metrics["avar/suppress"]
+        expected = metrics["avar/lm_loss"] + metrics["avar/schedule"] * guidance
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    moved = [
+        name for name, p in one["guided"]["parameters"].items() if not torch.equal(p, one["stock"]["parameters"][name])
+    ]
+    assert any("q_proj" in name for name in moved) and any("k_proj" in name for name in moved)
+
+
+def test_targets_that_are_met_stop_the_guidance(one):
+    """Every head is over an image target of 1e-9 and under a system floor of 0.999: the terms are constants."""
+    for name, parameter in one["target"]["parameters"].items():
+        torch.testing.assert_close(parameter, one["stock"]["parameters"][name], rtol=0, atol=0, msg=name)
+
+
+def test_a_subset_of_layers_and_heads_is_another_loss(one):
+    assert one["layers"]["metrics"][1]["avar/enhance"] != one["guided"]["metrics"][1]["avar/enhance"]
+
+
+@pytest.mark.parametrize("scenario", ["micro", "checkpointing", "eager"])
+def test_one_process_invariance(one, scenario):
+    assert_same_training(one["guided"], one[scenario], **TOLERANCE)
+
+
+@pytest.mark.parametrize("scenario", ["guided", "guided_micro"])
+def test_data_parallel_size_changes_nothing(one, two, scenario):
+    assert_same_training(one["guided"], two[scenario], **TOLERANCE)
+
+
+def test_log_prob_pass_returns_a_few_numbers_a_sample(one):
+    visual = one["visual"]["visual"]
+    assert visual.shape == (8, len(VISUAL_FIELDS))
+    fields = dict(zip(VISUAL_FIELDS, visual.unbind(1), strict=True))
+    assert fields["num_image"].tolist() == [16, 16, 16, 0, 16, 16, 16, 16]
+    assert bool((fields["num_system"] > 0).all()) and bool((fields["num_queries"] > 20).all())
+    assert fields["ratio"][3] == 0 and fields["image_share"][3] == 0  # no image, but a system turn
+    assert bool((fields["image_mass"] + fields["system_mass"] <= 1).all())
+    torch.testing.assert_close(one["visual_micro"]["visual"], visual, rtol=1e-5, atol=1e-6)
+
+
+def test_measuring_leaves_log_probs_alone(one):
+    assert "visual" not in one["stock_inference"]
+    torch.testing.assert_close(one["visual"]["log_probs"], one["stock_inference"]["log_probs"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "scenario, message",
+    [
+        ("packed", "need padded micro-batches"),
+        ("fsdp1", "FSDP1 needs an accelerator"),
+        ("bad_layer", "layers must be distinct indices among the 4"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(one, scenario, message):
+    assert message in one[scenario]["error"]
