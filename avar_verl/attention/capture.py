@@ -13,7 +13,7 @@ to their attention function (models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_
 
 Shape suffixes:
     B = samples, S = positions, Q = selected queries (the most of any sample), L = captured layers, H = query heads,
-    K = key/value heads, D = head size, R = token roles
+    K = key/value heads, D = head size, R = token roles (or other key groups)
 """
 
 import sys
@@ -59,50 +59,70 @@ def packed_segments(position_ids_BS: torch.Tensor | None) -> torch.Tensor | None
     return breaks_BS.long().cumsum(-1) if bool(breaks_BS.any()) else None
 
 
+class _Request:
+    """What to capture: shared by a `CapturedMass` and its forward pass, which must not hold each other.
+
+    (A cycle between them would keep a step's graph alive until the garbage collector comes by.)
+    """
+
+    def __init__(self, roles, layers, query_role, reduction, key_groups, num_groups, implementation):
+        self.roles = roles
+        self.layers = tuple(layers)
+        self.reduction = reduction
+        self.key_groups = roles if key_groups is None else key_groups
+        self.num_groups = NUM_ROLES if key_groups is None else num_groups
+        self.implementation = implementation
+        self.all_queries = query_role is None
+        if query_role is None:
+            self.positions = torch.arange(roles.shape[1], device=roles.device).expand(roles.shape[0], -1)
+            self.valid = None
+        else:
+            self.positions, self.valid = select_queries(roles, query_role)
+
+
 class _Forward:
     """What one forward pass of the decoder has left behind, layer by layer.
 
     A plain class: FSDP rebuilds dataclasses and tuples among the keyword arguments, and this must stay one object.
     """
 
-    def __init__(self, captured: "CapturedMass"):
-        self.captured = captured
+    def __init__(self, request: _Request):
+        self.request = request
         self.by_layer: dict[int, torch.Tensor] = {}
-        self.implementation: str | None = None
 
     def observe(self, module, query_BHSD, key_BKSD, attention_mask, arguments: dict) -> None:
-        captured = self.captured
+        request = self.request
         layer = module.layer_idx
-        if layer not in captured.layers:
+        if layer not in request.layers:
             return
         for name in UNSUPPORTED_ARGUMENTS:
             if arguments.get(name) is not None:
                 raise ValueError(
-                    f"attention masses need a plain softmax over the keys; got {name}={arguments[name]} in layer {layer}. "
-                    "Leave this layer out of `layers`."
+                    f"attention masses need a plain softmax over the keys; got {name}={arguments[name]} in layer "
+                    f"{layer}. Leave this layer out of `layers`."
                 )
-        roles_BS = captured.roles
+        roles_BS = request.roles
         if tuple(roles_BS.shape) != (key_BKSD.shape[0], key_BKSD.shape[2]) or query_BHSD.shape[2] != key_BKSD.shape[2]:
             raise ValueError(
                 f"roles must cover every position of the forward pass; got roles {tuple(roles_BS.shape)} for queries "
                 f"{tuple(query_BHSD.shape)} and keys {tuple(key_BKSD.shape)}. Run without a key/value cache."
             )
-        positions_BQ, valid_BQ = captured.positions, captured.valid
+        positions_BQ, valid_BQ = request.positions, request.valid
         query_BHQD = query_BHSD
-        if not captured.all_queries:
+        if not request.all_queries:
             index = positions_BQ[:, None, :, None].expand(-1, query_BHSD.shape[1], -1, query_BHSD.shape[3])
             query_BHQD = query_BHSD.gather(2, index)
         visibility = self._visibility(attention_mask, positions_BQ, arguments, layer)
         mass_BHQR = selected_mass(
             query_BHQD,
             key_BKSD,
-            captured.key_groups,
+            request.key_groups,
             visibility,
             valid_BQ,
             arguments.get("scaling"),
-            captured.num_groups,
+            request.num_groups,
         )
-        result = mass_BHQR if captured.reduction is None else captured.reduction(mass_BHQR, valid_BQ)
+        result = mass_BHQR if request.reduction is None else request.reduction(mass_BHQR, valid_BQ)
         # A checkpointed layer comes here again in the backward pass: its first result is the one in the loss.
         self.by_layer.setdefault(layer, result)
 
@@ -124,33 +144,32 @@ class _Forward:
         elif attention_mask is not None:
             raise ValueError(
                 f"attention masses read 4-D masks, 2-D padding masks or none; got {type(attention_mask).__name__} with "
-                f"attn_implementation={self.implementation!r}. Use sdpa, eager or flash_attention_2."
+                f"attn_implementation={self.request.implementation!r}. Use sdpa, eager or flash_attention_2."
             )
         segments_BS = None if key_mask_BS is not None else packed_segments(arguments.get("position_ids"))
         return Visibility(positions_BQ, key_mask_BS, segments_BS, arguments.get("sliding_window"))
 
 
 class CapturedMass:
-    """Result of `capture_mass`, filled by the forward pass inside its `with` block."""
+    """Result of `capture_mass`, filled by the forward pass inside its `with` block.
 
-    def __init__(self, roles, layers, query_role, reduction: Reduction | None = None, key_groups=None, num_groups=None):
-        self.roles = roles
-        self.key_groups = roles if key_groups is None else key_groups
-        self.num_groups = NUM_ROLES if key_groups is None else num_groups
-        self.layers = tuple(layers)
-        self.reduction = reduction
-        self.all_queries = query_role is None
-        if query_role is None:
-            self.positions = torch.arange(roles.shape[1], device=roles.device).expand(roles.shape[0], -1)
-            self.valid = None
-        else:
-            self.positions, self.valid = select_queries(roles, query_role)
+    `roles` (B, S), `layers`, `positions` (B, Q) of the queries and `valid` (B, Q), False on filling, None for all
+    positions without a padding mask.
+    """
+
+    def __init__(self, request: _Request):
+        self._request = request
         self._forward: _Forward | None = None
+
+    roles = property(lambda self: self._request.roles)
+    layers = property(lambda self: self._request.layers)
+    positions = property(lambda self: self._request.positions)
+    valid = property(lambda self: self._request.valid)
 
     def begin(self) -> _Forward:
         if self._forward is not None:
             raise ValueError("capture_mass holds one forward pass; got a second. Open a new block for every forward.")
-        self._forward = _Forward(self)
+        self._forward = _Forward(self._request)
         return self._forward
 
     def per_layer(self) -> list[torch.Tensor]:
@@ -161,7 +180,7 @@ class CapturedMass:
         if missing:
             raise ValueError(
                 f"every captured layer must call transformers' attention interface; layers {missing} did not "
-                f"(attn_implementation={self._forward.implementation!r}). verl's patched attention for "
+                f"(attn_implementation={self._request.implementation!r}). verl's patched attention for "
                 "use_remove_padding=True or sequence parallelism bypasses it: set model.use_remove_padding=False."
             )
         return [self._forward.by_layer[layer] for layer in self.layers]
@@ -170,7 +189,7 @@ class CapturedMass:
     def mass(self) -> torch.Tensor:
         """(B, L, H, S, R) float32 masses, L in ascending order of layers; rows of other queries are 0."""
         mass_BLHQR = torch.stack(self.per_layer(), dim=1)
-        if self.all_queries:
+        if self._request.all_queries:
             return mass_BLHQR
         B, L, H, Q, R = mass_BLHQR.shape
         index = self.positions[:, None, None, :, None].expand(-1, L, H, -1, R)
@@ -284,18 +303,17 @@ def capture_mass(
     >>> share = captured.mass[..., TokenRole.IMAGE]  # doctest: +SKIP
     """
     decoder = find_decoder(model)
-    captured = CapturedMass(
-        roles, resolve_indices("layers", layers, len(decoder.layers)), query_role, reduction, key_groups, num_groups
-    )
     implementation = decoder.config._attn_implementation
+    layers = resolve_indices("layers", layers, len(decoder.layers))
+    request = _Request(roles, layers, query_role, reduction, key_groups, num_groups, implementation)
+    captured = CapturedMass(request)
     _wrap(implementation)
 
     def attach(_module, args, kwargs):
         forward = captured.begin()
-        forward.implementation = implementation
         mask = kwargs.get("attention_mask")
-        if captured.all_queries and isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            captured.valid = mask.bool()  # Padding queries have no mass, whichever side they are on.
+        if request.all_queries and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            request.valid = mask.bool()  # Padding queries have no mass, whichever side they are on.
         return args, {**kwargs, KWARG: forward}
 
     handle = decoder.register_forward_pre_hook(attach, with_kwargs=True)

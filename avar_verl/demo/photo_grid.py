@@ -4,21 +4,22 @@
 A sample is an image of 112 x 112 pixels: four cells of 56 x 56, each a random crop of one of ten photographs that
 scikit-image carries inside its wheel. One question follows, and none can be answered without the picture:
 
-| kind | question | answer | possible answers |
+| kind | question | answer | best constant guess |
 | --- | --- | --- | --- |
-| what | What does the top left show? | cat | 10 |
-| where | Which place shows the cat? | top left | 4 |
-| count | How many places show the cat? | 2 | 4 (0 to 3) |
-| pair | Which two places show the same? | top left and bottom right | 6 |
+| what | What does the top left show? | cat | 1 in 10 |
+| where | Which place shows the cat? | top left | 1 in 4 |
+| count | How many places show the cat? | 2 (0 to 3) | 1 in 4 |
+| same | Which place shows the same as the top left? | bottom right | 1 in 3 |
 
-The reference response looks at the four places one by one, each with its box, then concludes:
+The reference response looks at places one by one, each with its box, until it has seen what it needs:
 
-    <think>Top left [0, 0, 56, 56] shows the cat. Top right [56, 0, 112, 56] shows the moon. ...
-    So the answer is cat.</think><answer>cat</answer>
+    <think>top left [0, 0, 56, 56] shows the moon. top right [56, 0, 112, 56] shows the cat.</think>
+    <answer>top right</answer>
 
-(on one line). Boxes are written as Qwen2.5-VL writes them: ``[x1, y1, x2, y2]`` in pixels of the image that the
-model sees. That image is the stored one: 112 is a multiple of 28 (patch 14, merge 2) and 112 * 112 lies between the
-pixel limits of both qwen_vl_utils (4 to 16384 tokens of 28 x 28) and the demo's processor, so nothing resizes it.
+(on one line). `what` looks at the place in question last, `where` and `same` stop when they have found it, `count` looks
+everywhere and keeps a tally. Boxes are written as Qwen2.5-VL writes them: ``[x1, y1, x2, y2]`` in pixels of the image
+that the model sees. That image is the stored one: 112 is a multiple of 28 (patch 14, merge 2) and 112 * 112 lies between
+the pixel limits of both qwen_vl_utils (4 to 16384 tokens of 28 x 28) and the demo's processor, so nothing resizes it.
 
 Train and test never share a pixel: every photograph is cut once into a train and a test region, and a crop stays
 inside the region of its split.
@@ -32,8 +33,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,9 @@ from PIL import Image
 DATA_SOURCE = "avar/photo_grid"
 IMAGE_SIZE = 112
 CELL_SIZE = 56
-KINDS = ("what", "where", "count", "pair")
+KINDS = ("what", "where", "count", "same")
+# The kinds in turn: half of the questions are about one place.
+CYCLE = ("what", "where", "what", "count", "what", "same")
 SPLITS = ("train", "test")
 MAX_COUNT = 3
 
@@ -85,7 +87,6 @@ PLACES: dict[str, Box] = {
     "bottom right": (CELL_SIZE, CELL_SIZE, IMAGE_SIZE, IMAGE_SIZE),
 }
 PLACE_NAMES = tuple(PLACES)
-PAIRS = tuple((first, second) for first in range(4) for second in range(first + 1, 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,40 +124,64 @@ def answers_of(kind: str) -> tuple[str, ...]:
     """
     if kind == "what":
         return NAMES
-    if kind == "where":
+    if kind in ("where", "same"):
         return PLACE_NAMES
     if kind == "count":
         return tuple(str(count) for count in range(MAX_COUNT + 1))
-    if kind == "pair":
-        return tuple(f"{PLACE_NAMES[first]} and {PLACE_NAMES[second]}" for first, second in PAIRS)
     raise ValueError(f"kind must be one of {KINDS}; got {kind!r}. See the table at the top of this module.")
 
 
-def question_text(kind: str, subject: str = "") -> str:
-    """The question of ``kind``; ``subject`` is a place for ``what``, a photograph for ``where`` and ``count``."""
+def chance_level() -> float:
+    """Expected accuracy of the best guesser that sees the question alone: the mean over `CYCLE` of the table's column.
+
+    >>> round(chance_level(), 4)
+    0.1889
+    """
+    guess = {"what": 1 / len(NAMES), "where": 1 / 4, "count": 1 / (MAX_COUNT + 1), "same": 1 / 3}
+    return sum(guess[kind] for kind in CYCLE) / len(CYCLE)
+
+
+def question_text(kind: str, subject: str) -> str:
+    """The question of ``kind`` about ``subject``, a place (`what`, `same`) or the name of a photograph."""
     return {
         "what": f"What does the {subject} show?",
         "where": f"Which place shows the {subject}?",
         "count": f"How many places show the {subject}?",
-        "pair": "Which two places show the same?",
+        "same": f"Which place shows the same as the {subject}?",
     }[kind]
 
 
-def response_text(names: Iterable[str], answer: str, kind=None, subject=None) -> str:
-    """The reference response for cells showing ``names`` (four, in the order of `PLACES`)."""
-    looks = [
-        f"{place.capitalize()} [{', '.join(map(str, box))}] shows the {name}."
-        for (place, box), name in zip(PLACES.items(), names, strict=True)
-    ]
-    return f"<think>{' '.join(looks)} So the answer is {answer}.</think><answer>{answer}</answer>"
+def response_text(kind: str, subject: str, names: Sequence[str]) -> tuple[str, str]:
+    """The reference response and its answer, for cells that show ``names`` (four, in the order of `PLACES`)."""
+    shown = dict(zip(PLACE_NAMES, names, strict=True))
+    order = list(PLACE_NAMES)
+    if kind == "what":
+        order.sort(key=lambda place: place == subject)
+    if kind == "same":
+        order.sort(key=lambda place: place != subject)
+    looks, tally = [], 0
+    for place in order:
+        look = f"{place} [{', '.join(map(str, PLACES[place]))}] shows the {shown[place]}"
+        if kind == "count":
+            tally += shown[place] == subject
+            look += f", {tally} so far"
+        looks.append(f"{look}.")
+        if kind == "where" and shown[place] == subject:
+            break
+        if kind == "same" and place != subject and shown[place] == shown[subject]:
+            break
+    answer = {"what": shown[place], "where": place, "count": str(tally), "same": place}[kind]
+    return f"<think>{' '.join(looks)}</think><answer>{answer}</answer>", answer
 
 
 def sentences() -> Iterator[str]:
-    """Every question, and responses that hold every word of every response: the vocabulary of the demo."""
+    """Questions and responses that hold every word of every sample: the vocabulary of the demo."""
     for kind in KINDS:
-        subjects = {"what": PLACE_NAMES, "where": NAMES, "count": NAMES, "pair": ("",)}[kind]
-        yield from (question_text(kind, subject) for subject in subjects)
-        yield from (response_text([name] * 4, answer) for answer in answers_of(kind) for name in NAMES)
+        for subject in PLACE_NAMES if kind in ("what", "same") else NAMES:
+            yield question_text(kind, subject)
+            for name in NAMES:
+                for names in ([name] * 4, [subject, name, name, name], [name, subject, subject, subject]):
+                    yield response_text(kind, subject, names)[0]
 
 
 @functools.cache
@@ -182,29 +207,21 @@ def load_photo(file: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def _draw_names(kind: str, rng: np.random.Generator) -> tuple[list[str], str, str]:
-    """Four names, the subject of the question and its answer. Every answer of a kind is equally likely."""
+def _draw_names(kind: str, rng: np.random.Generator) -> tuple[list[str], str]:
+    """Four names and the subject of the question. Every answer of a kind is equally likely."""
     if kind == "what":
-        names = [str(name) for name in rng.choice(NAMES, size=4)]
-        place = int(rng.integers(4))
-        return names, PLACE_NAMES[place], names[place]
-    if kind == "where":
-        subject = str(rng.choice(NAMES))
-        place = int(rng.integers(4))
-        names = [str(name) for name in rng.choice([name for name in NAMES if name != subject], size=4)]
-        names[place] = subject
-        return names, subject, PLACE_NAMES[place]
-    if kind == "count":
-        subject = str(rng.choice(NAMES))
-        count = int(rng.integers(MAX_COUNT + 1))
-        names = [str(name) for name in rng.choice([name for name in NAMES if name != subject], size=4)]
-        for place in rng.permutation(4)[:count]:
-            names[place] = subject
-        return names, subject, str(count)
-    first, second = PAIRS[int(rng.integers(len(PAIRS)))]
-    names = [str(name) for name in rng.choice(NAMES, size=4, replace=False)]
-    names[second] = names[first]
-    return names, "", f"{PLACE_NAMES[first]} and {PLACE_NAMES[second]}"
+        return [str(name) for name in rng.choice(NAMES, size=4)], PLACE_NAMES[int(rng.integers(4))]
+    if kind == "same":
+        first, second = (int(place) for place in rng.permutation(4)[:2])
+        names = [str(name) for name in rng.choice(NAMES, size=4, replace=False)]
+        names[second] = names[first]
+        return names, PLACE_NAMES[first]
+    subject = str(rng.choice(NAMES))
+    names = [str(name) for name in rng.choice([name for name in NAMES if name != subject], size=4)]
+    count = 1 if kind == "where" else int(rng.integers(MAX_COUNT + 1))
+    for place in rng.permutation(4)[:count]:
+        names[int(place)] = subject
+    return names, subject
 
 
 def _draw_crop(photo: Photo, split: str, rng: np.random.Generator) -> Crop:
@@ -229,14 +246,15 @@ def _paint(crops: Iterable[Crop]) -> Image.Image:
 def _make_sample(index: int, seed: int, split: str) -> Sample:
     # One generator per sample: sample i is the same whatever n is, and the splits' streams are independent.
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    kind = KINDS[index % len(KINDS)]
-    names, subject, answer = _draw_names(kind, rng)
+    kind = CYCLE[index % len(CYCLE)]
+    names, subject = _draw_names(kind, rng)
+    response, answer = response_text(kind, subject, names)
     photos = {photo.name: photo for photo in PHOTOS}
     crops = tuple(_draw_crop(photos[name], split, rng) for name in names)
     return Sample(
         image=_paint(crops),
         question=question_text(kind, subject),
-        response=response_text(names, answer, kind, subject),
+        response=response,
         answer=answer,
         kind=kind,
         boxes=tuple(PLACES.values()),
@@ -269,3 +287,57 @@ def make_samples(n: int, seed: int, split: str) -> list[Sample]:
         FileNotFoundError: a photograph is missing, see `load_photo`.
     """
     return list(iter_samples(n, seed, split))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _write(path: str | Path, rows: list[dict]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def make_sft_parquet(path: str | Path, n: int, seed: int, split: str = "train") -> None:
+    """Write ``n`` samples for verl's SFT trainer (`MultiTurnSFTDataset`): columns ``messages`` and ``images``."""
+    _write(
+        path,
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"<image>{sample.question}"},
+                    {"role": "assistant", "content": sample.response},
+                ],
+                "images": [{"bytes": _png(sample.image)}],
+            }
+            for sample in iter_samples(n, seed, split)
+        ],
+    )
+
+
+def make_rl_parquet(path: str | Path, n: int, seed: int, split: str = "train") -> None:
+    """Write ``n`` samples for verl's PPO trainer (`RLHFDataset`); ``extra_info`` holds kind, split and crops."""
+    _write(
+        path,
+        [
+            {
+                "data_source": DATA_SOURCE,
+                "prompt": [{"role": "user", "content": f"<image>{sample.question}"}],
+                "images": [{"bytes": _png(sample.image)}],
+                "ability": "vision",
+                "reward_model": {"style": "rule", "ground_truth": sample.answer},
+                "extra_info": {
+                    "index": sample.index,
+                    "split": sample.split,
+                    "kind": sample.kind,
+                    "question": sample.question,
+                    "crops": [{"name": crop.name, "box": list(crop.box)} for crop in sample.crops],
+                },
+            }
+            for sample in iter_samples(n, seed, split)
+        ],
+    )

@@ -197,6 +197,8 @@ class Demo:
             f"data.train_batch_size={settings.batch_size}",
             f"data.micro_batch_size_per_gpu={settings.batch_size}",
             "data.max_length=512",
+            "data.custom_cls.path=pkg://avar_verl.demo.dataset",
+            "data.custom_cls.name=CachedSFTDataset",
             f"optim.lr={settings.sft_lr}",
             "optim.lr_warmup_steps_ratio=0.1",
             f"trainer.total_training_steps={settings.sft_steps}",

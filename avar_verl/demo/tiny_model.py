@@ -143,8 +143,14 @@ def build_tiny_model(path, seed=0, **overrides) -> Path:
     vision["out_hidden_size"] = text["hidden_size"]
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
-        text_config={**text, "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": ids["<|im_end|>"],
-                     "pad_token_id": ids["<|endoftext|>"], "tie_word_embeddings": True},
+        text_config={
+            **text,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": True,
+        },
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

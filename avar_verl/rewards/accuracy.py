@@ -52,7 +52,7 @@ MAX_POWER_DIGITS = 300
 """Most digits of a power. Huge integers take long in few calls, so the limit on calls would come too late for them."""
 
 MAX_MATH_CALLS = 10_000_000
-"""Most function calls and returns in one comparison, about 4 s of work. Ordinary answers take less than a tenth of it,
+"""Most function calls and returns in one comparison, 3 to 6 s of work. Ordinary answers take less than a tenth of it,
 the first ones in a process, which load parts of sympy, up to half."""
 
 

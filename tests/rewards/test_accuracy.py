@@ -298,6 +298,7 @@ def test_long_answers_are_compared_as_text_only(caplog):
         "9^9^9",
         "9^(9^9)",
         "((9^{999})^{999})^{999}",
+        "((9^{6})^{8})^{9}",
         "9^{99\\cdot 99\\cdot 99}",
         "9^{-99999999}",
         "2^{\\frac{9^9}{2}}",
@@ -352,6 +353,19 @@ def test_limit_calls_raises_at_the_limit_in_any_thread():
     with ThreadPoolExecutor(max_workers=1) as pool:
         assert [outcome(10), outcome(10_000)] == [True, "stopped"]
         assert list(pool.map(outcome, [10, 10_000])) == [True, "stopped"]
+
+
+@pytest.mark.parametrize("limit", range(100, 110))
+def test_limit_calls_is_not_lost_in_a_generator_that_is_closed(limit):
+    class Stop(BaseException):
+        pass
+
+    def work():
+        for _ in range(1000):
+            next(number for number in (1, 2))  # left unfinished, so Python closes it and drops what is raised then
+
+    with pytest.raises(Stop):
+        accuracy._limit_calls(work, limit, Stop)
 
 
 def test_what_happened_is_logged_at_debug_level(caplog):
