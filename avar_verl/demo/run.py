@@ -41,22 +41,22 @@ class DemoSettings:
     seed: int = 0
     """Seed of the model's initial weights and of the data."""
 
-    num_train: int = 2000
+    num_train: int = 1536
     """Training samples of the cold start."""
 
     num_rl: int = 512
     """Prompts of GRPO, none of them in the cold start."""
 
-    num_eval: int = 240
+    num_eval: int = 280
     """Held-out samples: crops of image regions that no stage trains on."""
 
     batch_size: int = 32
     """Samples of one cold-start step."""
 
-    sft_steps: int = 280
+    sft_steps: int = 300
     """Optimizer steps of both cold starts."""
 
-    sft_lr: float = 2e-3
+    sft_lr: float = 4e-3
     """Peak learning rate of both cold starts."""
 
     agto: dict = field(
@@ -201,6 +201,7 @@ class Demo:
             "data.custom_cls.name=CachedSFTDataset",
             f"optim.lr={settings.sft_lr}",
             "optim.lr_warmup_steps_ratio=0.1",
+            "optim.betas=[0.9,0.95]",
             f"trainer.total_training_steps={settings.sft_steps}",
             f"trainer.total_epochs={settings.sft_steps * settings.batch_size // settings.num_train + 1}",
             f"trainer.save_freq={settings.sft_steps // 2}",

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""geometry3k from the hub as parquet files for verl's PPO trainer, with the AVAR response format in the prompt.
+
+    python -m recipes.avar.data.geo3k --out data/geo3k
+
+Writes train.parquet and test.parquet: data_source, prompt, images, ability, reward_model, extra_info. Needs access to
+the Hugging Face hub.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+DATASET = "hiyouga/geometry3k"
+INSTRUCTION = (
+    " First reason step by step inside <think> </think> tags, looking back at the image where you use it. "
+    "Then give the final answer inside <answer> </answer> tags."
+)
+
+
+def convert(example: dict, index: int, split: str) -> dict:
+    """One row of the hub's layout (`problem` with `<image>`, `answer`, `images` of PIL) in verl's layout.
+
+    Raises:
+        ValueError: the number of `<image>` placeholders is not the number of images.
+    """
+    images = []
+    for image in example["images"]:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue()})
+    problem = example["problem"]
+    if problem.count("<image>") != len(images):
+        raise ValueError(
+            f"a prompt must name each image once with <image>; got {problem.count('<image>')} placeholders for "
+            f"{len(images)} images in row {index} of {split}. Mend the row or leave it out."
+        )
+    return {
+        "data_source": DATASET,
+        "prompt": [{"role": "user", "content": problem + INSTRUCTION}],
+        "images": images,
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": example["answer"]},
+        "extra_info": {"split": split, "index": index, "question": problem},
+    }
+
+
+def main() -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = datasets.load_dataset(DATASET, split=split)
+        converted = [convert(example, index, split) for index, example in enumerate(tqdm(rows, desc=split))]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(converted), args.out / f"{split}.parquet")
+        print(f"{args.out / split}.parquet: {len(converted)} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# AVAR GRPO of a cold-started Qwen2.5-VL-7B with the visual attention reward: 2 nodes of 8 GPUs with 80 GB, one Ray
+# cluster (`ray start --head` on the first node, `ray start --address=HEAD:6379` on the others). Run it on the head.
+#
+#   MODEL=checkpoints/avar/cold_start/global_step_N/huggingface bash recipes/avar/run_grpo_qwen2_5_vl_7b.sh [overrides]
+#
+# Data: python -m recipes.avar.data.geo3k --out data/geo3k
+# Written for this hardware, composed and validated by tests, not yet run on it.
+set -euo pipefail
+
+MODEL=${MODEL:?the Hugging Face folder that the cold start has written}
+TRAIN=${TRAIN:-data/geo3k/train.parquet}
+VAL=${VAL:-data/geo3k/test.parquet}
+NNODES=${NNODES:-2}
+OUT=${OUT:-checkpoints/avar/grpo}
+HERE=$(cd "$(dirname "$0")" && pwd)
+
+# Paper: lr 1e-6, batch 256, 4 epochs, n = 8, KL 0, lambda_v = 0.3, lambda_f = 0.1.
+python -m verl.trainer.main_ppo --config-dir "$HERE/config" --config-name avar_grpo \
+    actor_rollout_ref.model.path="$MODEL" \
+    data.train_files="$TRAIN" \
+    data.val_files="$VAL" \
+    trainer.nnodes="$NNODES" \
+    trainer.n_gpus_per_node=8 \
+    trainer.default_local_dir="$OUT" \
+    "$@"

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny random Qwen2.5-VL for every test that needs a model."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from avar_verl.demo import photo_grid
+from avar_verl.demo.tiny_model import build_tiny_model
+from avar_verl.roles import RoleMap
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory):
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_model_path):
+    return AutoProcessor.from_pretrained(tiny_model_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model_path):
+    return AutoConfig.from_pretrained(tiny_model_path)
+
+
+@pytest.fixture(scope="session")
+def role_map(tiny_processor, tiny_config):
+    return RoleMap.from_pretrained(tiny_processor, tiny_config)
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_model_path):
+    """`load_tiny(attn_implementation)` -> a fresh float32 model in evaluation mode."""
+
+    def load(attn_implementation: str = "sdpa"):
+        return AutoModelForImageTextToText.from_pretrained(
+            tiny_model_path, dtype=torch.float32, attn_implementation=attn_implementation
+        ).eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def encode(tiny_processor):
+    """`encode(n, padding_side)` -> processor inputs of n photo-grid samples with their responses."""
+
+    def run(n: int = 3, padding_side: str = "right"):
+        samples = photo_grid.make_samples(n, 0, "train")
+        texts = [
+            tiny_processor.apply_chat_template(
+                [
+                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": sample.response}]},
+                ]
+            )
+            for sample in samples
+        ]
+        images = [sample.image for sample in samples]
+        return tiny_processor(
+            text=texts, images=images, padding=True, padding_side=padding_side, return_tensors="pt"
+        )
+
+    return run
