@@ -16,7 +16,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
 from avar_verl.config import QUERY_ROLES
-from avar_verl.engine.config import AvarFSDPEngineConfig
+from avar_verl.engine_config import AvarFSDPEngineConfig
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.reward import VISUAL_FIELDS, VisualReduction, visual_fields
 from avar_verl.roles import RoleMap, TokenRole

@@ -28,7 +28,7 @@ from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
 from avar_verl.config import AgtoConfig, VarsConfig
-from avar_verl.engine.config import AvarFSDPEngineConfig
+from avar_verl.engine_config import AvarFSDPEngineConfig
 from avar_verl.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT, AvarFSDPEngine
 
 STEPS = 3
