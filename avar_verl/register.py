@@ -8,8 +8,9 @@ post-import hook, until verl itself imports them. Names registered:
 | registry | name | class |
 | --- | --- | --- |
 | verl platform | `cpu` | `compat.cpu_platform.PlatformCPU` |
-| verl engine | `language_model` x `fsdp`, `fsdp2`, for nvidia, amd and huawei devices and the CPU | `engine.fsdp.AvarFSDPEngine` |
+| verl engine | `language_model` x `fsdp`, `fsdp2`, for cuda, npu and the CPU | `engine.fsdp.AvarFSDPEngine` |
 | verl trainer | `avar_sync` | `trainer.grpo.AvarPPOTrainer` |
+| verl agent loop | `avar_single_turn` | `rollout.agent_loop.AvarSingleTurnAgentLoop` |
 
 verl logs an entry point that fails to load at DEBUG and goes on (verl/__init__.py:70-75), so that a run would die much
 later with "Unknown trainer 'avar_sync'", or train without guidance. Here an error while registering ends the process.
@@ -23,6 +24,7 @@ import wrapt
 
 VERL_VERSION = "0.9.1"
 TRAINER_NAME = "avar_sync"
+AGENT_LOOP_NAME = "avar_single_turn"
 # (device, vendor) keys that win over the device keys of verl's own FSDP engines.
 ACCELERATORS = {"cuda": ["nvidia", "amd"], "npu": ["huawei"]}
 
@@ -48,6 +50,14 @@ def _register_trainer(_module) -> None:
     register_trainer(TRAINER_NAME)(AvarPPOTrainer)
 
 
+def _register_agent_loop(_module) -> None:
+    from verl.experimental.agent_loop.agent_loop import register
+
+    from avar_verl.rollout.agent_loop import AvarSingleTurnAgentLoop
+
+    register(AGENT_LOOP_NAME)(AvarSingleTurnAgentLoop)
+
+
 def _register() -> None:
     installed = importlib.metadata.version("verl")
     if installed != VERL_VERSION:
@@ -66,6 +76,7 @@ def _register() -> None:
     wrapt.register_post_import_hook(metrics.apply, "verl.workers.engine_workers")
     wrapt.register_post_import_hook(_register_engines, "verl.workers.engine")
     wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")
+    wrapt.register_post_import_hook(_register_agent_loop, "verl.experimental.agent_loop")
 
 
 try:

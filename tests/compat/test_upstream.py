@@ -182,6 +182,10 @@ def test_verl_finds_everything_and_import_stays_light():
         assert engine_workers.maybe_fix_3d_position_ids.__name__ == "fix_3d_position_ids"
         from verl.trainer.ppo.v1 import get_trainer_cls
         assert get_trainer_cls("avar_sync").__name__ == "AvarPPOTrainer"
+        import verl.experimental.agent_loop
+        from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+        target = _agent_loop_registry["avar_single_turn"]["_target_"]
+        assert target == "avar_verl.rollout.agent_loop.AvarSingleTurnAgentLoop"
         """,
         VERL_PLATFORM="cpu",
     )

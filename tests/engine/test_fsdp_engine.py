@@ -13,6 +13,8 @@ import torch
 from avar_verl.demo import photo_grid
 from avar_verl.objectives.reward import VISUAL_FIELDS
 
+pytestmark = pytest.mark.e2e
+
 SCRIPT = Path(__file__).parent / "scenarios.py"
 GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
 # Adam divides a gradient by its own size, so the rounding of one near zero shows: 2e-5 is 2 % of a step of 1e-3.

@@ -19,6 +19,14 @@ def test_gate():
     assert correct_answers([{"score": 0.3, "acc": 0}], [True], other).tolist() == [True]
 
 
+def test_placeholders_are_forbidden_and_other_biases_stay():
+    from avar_verl.rollout.agent_loop import forbid
+
+    given = {"temperature": 1.0, "logit_bias": {7: 2.0}}
+    assert forbid(given, [3, 4])["logit_bias"] == {7: 2.0, 3: -100.0, 4: -100.0}
+    assert given == {"temperature": 1.0, "logit_bias": {7: 2.0}} and forbid({}, [3])["logit_bias"] == {3: -100.0}
+
+
 def test_a_reward_function_without_the_gate_is_an_error():
     with pytest.raises(ValueError, match=r"'acc' tells; it returned \['score'\].*gate_key"):
         correct_answers([{"score": 1.0}], [True], VarsConfig())
@@ -67,6 +75,7 @@ def queue():
     ray.shutdown()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "vars_config, expected",
     [
