@@ -219,7 +219,7 @@ class Demo:
             f"optim.lr={settings.sft_lr}",
             "optim.lr_warmup_steps_ratio=0.1",
             "optim.betas=[0.9,0.95]",
-            "+optim.override_optimizer_config.fused=true",
+            "optim.override_optimizer_config={fused:true}",
             f"trainer.total_training_steps={settings.sft_steps}",
             f"trainer.total_epochs={settings.sft_steps * settings.batch_size // settings.num_train + 1}",
             f"trainer.save_freq={settings.sft_steps // 2}",

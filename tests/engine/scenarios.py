@@ -16,11 +16,11 @@ import torch.distributed as dist
 import verl.workers.engine  # noqa: F401  registers the engines
 from omegaconf import OmegaConf
 from tensordict.tensorclass import NonTensorData
+from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 from verl.utils.distributed import initialize_global_process_group
-from verl.trainer.config import CheckpointConfig
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -28,8 +28,8 @@ from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
 from avar_verl.config import AgtoConfig, VarsConfig
-from avar_verl.engine_config import AvarFSDPEngineConfig
 from avar_verl.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT, AvarFSDPEngine
+from avar_verl.engine_config import AvarFSDPEngineConfig
 
 STEPS = 3
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
