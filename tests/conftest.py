@@ -65,8 +65,6 @@ def encode(tiny_processor):
             for sample in samples
         ]
         images = [sample.image for sample in samples]
-        return tiny_processor(
-            text=texts, images=images, padding=True, padding_side=padding_side, return_tensors="pt"
-        )
+        return tiny_processor(text=texts, images=images, padding=True, padding_side=padding_side, return_tensors="pt")
 
     return run

@@ -34,7 +34,9 @@ def test_every_coefficient_is_explained_above_it(path):
         for number, line in enumerate(lines):
             if line.startswith("  ") and ":" in line and not line.strip().startswith(("#", "_target_")):
                 assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
-    assert not any(line.split("#")[0].strip() and "#" in line for line in lines if "://" not in line), "trailing comment"
+    assert not any(line.split("#")[0].strip() and "#" in line for line in lines if "://" not in line), (
+        "trailing comment"
+    )
 
 
 @pytest.mark.parametrize(

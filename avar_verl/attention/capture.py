@@ -8,8 +8,8 @@ it only calls the original. The capture travels as a keyword argument from the d
 lives in the closure of a checkpointed layer, and the recomputation in the backward pass repeats exactly the operations
 of the forward pass, also after the `with` block has ended.
 
-Relies on: transformers 5.9.0, modeling_utils.py `AttentionInterface.get_interface`, and decoders that pass `**kwargs` on
-to their attention function (models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VLTextModel.forward`).
+Relies on: transformers 5.9.0, modeling_utils.py `AttentionInterface.get_interface`, and decoders that pass `**kwargs`
+on to their attention function (models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VLTextModel.forward`).
 
 Shape suffixes:
     B = samples, S = positions, Q = selected queries (the most of any sample), L = captured layers, H = query heads,

@@ -5,8 +5,9 @@ The full attention matrix is never formed. A chunk of queries meets all keys, th
 chunk is dropped; the backward pass forms the chunk's weights again from q, k and two numbers a row.
 
 Shape suffixes:
-    B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads, K = key/value heads,
-    G = query heads of one key head (H / K), D = head size, R = token roles (len(TokenRole)), or any other key groups
+    B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads,
+    K = key/value heads, G = query heads of one key head (H / K), D = head size,
+    R = token roles (len(TokenRole)), or any other key groups
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 """Engine metrics as numbers in the SFT log.
 
 `TrainingWorker._postprocess_output` (verl/workers/engine_workers.py:193) gathers every engine metric into a list with
-one entry a rank, and the SFT trainer logs that list as it is (verl/trainer/sft_trainer.py:385): the console drops it and
-tensorboard refuses it. verl's own SFT engines return no metrics, so nobody has noticed. The engine's `avar/*` metrics
-are global means already, the same on every rank; the wrapper below logs the first.
+one entry a rank, and the SFT trainer logs that list as it is (verl/trainer/sft_trainer.py:385): the console drops it
+and tensorboard refuses it. verl's own SFT engines return no metrics, so nobody has noticed. The engine's `avar/*`
+metrics are global means already, the same on every rank; the wrapper below logs the first.
 """
 
 import functools

@@ -98,8 +98,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         """Refuse what cannot work before a parameter is loaded."""
         if get_device_name() == "cpu" and engine_config.strategy == "fsdp":
             raise ValueError(
-                "FSDP1 needs an accelerator (sync_module_states wants its parameters on one); got strategy='fsdp' on the "
-                "CPU. Set strategy=fsdp2."
+                "FSDP1 needs an accelerator (sync_module_states wants its parameters on one); got strategy='fsdp' on "
+                "the CPU. Set strategy=fsdp2."
             )
         if not cls._captures(engine_config):
             return

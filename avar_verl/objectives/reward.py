@@ -80,9 +80,9 @@ def shape_visual_reward(
     undefined = correct_B & ~torch.isfinite(raw_B)
     if bool(undefined.any()):
         raise ValueError(
-            "r_visual needs a response token, a system turn and an image-to-system ratio that is finite for every right "
-            f"answer; got {raw_B[undefined].tolist()} at rows {undefined.nonzero().flatten().tolist()}. Give the prompts "
-            "a system turn, or set avar.vars.lambda_v=0."
+            "r_visual needs a response token, a system turn and a finite ratio for every right answer; got "
+            f"{raw_B[undefined].tolist()} at rows {undefined.nonzero().flatten().tolist()}. Give the prompts a system "
+            "turn, or set avar.vars.lambda_v=0."
         )
     raw_B = raw_B.where(correct_B, 0.0).float()
     if shaping == "none":

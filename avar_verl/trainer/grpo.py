@@ -35,14 +35,15 @@ def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
     correction = config.algorithm.get("rollout_correction")
     if correction and correction.get("bypass_mode", False):
         raise ValueError(
-            "VARS is measured while the actor recomputes old_log_probs; got algorithm.rollout_correction.bypass_mode=True, "
-            "which skips that pass. Set it to False."
+            "VARS is measured while the actor recomputes old_log_probs; got "
+            "algorithm.rollout_correction.bypass_mode=True, which skips that pass. Set it to False."
         )
     filter_groups = config.algorithm.get("filter_groups")
     if filter_groups and filter_groups.enable and vars_config.lambda_v > 0 and filter_groups.metric == "reward":
         raise ValueError(
             "group filtering happens before r_visual is known; got algorithm.filter_groups.metric='reward' with "
-            f"lambda_v={vars_config.lambda_v}. Filter on the gate: algorithm.filter_groups.metric={vars_config.gate_key}."
+            f"lambda_v={vars_config.lambda_v}. Filter on the gate: "
+            f"algorithm.filter_groups.metric={vars_config.gate_key}."
         )
 
 

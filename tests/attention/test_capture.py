@@ -218,7 +218,9 @@ def test_another_softmax_is_refused(load_tiny, encode, role_map, monkeypatch, ar
         pass  # installs the wrapper
     wrapped = ALL_ATTENTION_FUNCTIONS["sdpa"]
     monkeypatch.setitem(
-        ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *args, **kwargs: wrapped(*args, **{**kwargs, **argument})
+        ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda *args, **kwargs: wrapped(*args, **{**kwargs, **argument}),
     )
     monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "_avar_capture", True, raising=False)
     with pytest.raises(ValueError, match="need a plain softmax"), torch.no_grad(), capture_mass(model, roles):

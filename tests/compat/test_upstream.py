@@ -33,7 +33,7 @@ def nested(matrices):
 def test_the_trainer_mode_is_compared_with_sync_in_six_places():
     text = source("trainer/ppo/v1/trainer_base.py")
     assert len(re.findall(r'trainer_mode [!=]= "sync"', text)) == 6
-    assert 'self.trainer_mode = self.config.trainer.v1.trainer_mode' in text
+    assert "self.trainer_mode = self.config.trainer.v1.trainer_mode" in text
 
 
 def test_upstream_lines_of_the_patches():
@@ -43,8 +43,8 @@ def test_upstream_lines_of_the_patches():
     worker = source("workers/engine_workers.py")
     assert "final_metrics = allgather_dict_into_dict(data=metrics, group=dp_group)" in worker
     assert "inputs_embeds + 0.0 * image_embeds.mean()" in source("models/transformers/qwen2_vl.py")
-    assert 'partial(sft_loss, config=None)' in source("trainer/sft_trainer.py")
-    assert "logging.getLogger(__name__).debug(\"Failed to load plugin" in source("__init__.py")
+    assert "partial(sft_loss, config=None)" in source("trainer/sft_trainer.py")
+    assert 'logging.getLogger(__name__).debug("Failed to load plugin' in source("__init__.py")
 
 
 @needs_cpu_build
@@ -53,16 +53,21 @@ def test_upstream_lines_of_vllm():
     utils = (vllm / "model_executor/layers/utils.py").read_text()
     assert "def dispatch_cpu_unquantized_gemm(\n    layer: torch.nn.Module,\n    remove_weight: bool,\n)" in utils
     assert "layer.cpu_linear(x, weight, bias)" in utils
-    assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=True)" in (
-        vllm / "model_executor/layers/linear.py"
-    ).read_text()
+    assert (
+        "dispatch_cpu_unquantized_gemm(layer, remove_weight=True)"
+        in (vllm / "model_executor/layers/linear.py").read_text()
+    )
     assert '+ "+cpu"' in (vllm / "platforms/__init__.py").read_text()
 
 
 def test_attention_interface():
     from transformers.modeling_utils import AttentionInterface
 
-    assert list(inspect.signature(AttentionInterface.get_interface).parameters) == ["self", "attn_implementation", "default"]
+    assert list(inspect.signature(AttentionInterface.get_interface).parameters) == [
+        "self",
+        "attn_implementation",
+        "default",
+    ]
 
 
 # ---- the patches ---------------------------------------------------------------------------------------------------

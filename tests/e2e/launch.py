@@ -81,7 +81,9 @@ def run_and_kill(command: list[str], work: Path, name: str, after_step: int) -> 
             command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         deadline = time.monotonic() + 600
-        while not (tracker.exists() and tracker.read_text().strip() == str(after_step) and after_step in steps(metrics)):
+        while not (
+            tracker.exists() and tracker.read_text().strip() == str(after_step) and after_step in steps(metrics)
+        ):
             text = (work / f"{name}.log").read_text(errors="replace")
             assert process.poll() is None, f"ended before it could be killed\n{text[-6000:]}"
             assert time.monotonic() < deadline, f"no checkpoint of step {after_step}\n{text[-6000:]}"

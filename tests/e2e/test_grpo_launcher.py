@@ -12,11 +12,11 @@ pytestmark = pytest.mark.e2e
 
 # A model that has not learned anything answers nothing right, and a reward that is zero everywhere moves nothing: the
 # function below calls half of the responses right by their length, so that the gate opens and advantages differ.
-REWARD = '''
+REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     right = float(len(solution_str) % 2)
     return {"score": right, "acc": right, "length": float(len(solution_str))}
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cold start through `torchrun -m verl.trainer.sft_trainer`: guidance, two processes, kill and resume, hand-over."""
+"""The cold start through `torchrun -m verl.trainer.sft_trainer`: guidance, DP 2, kill and resume, hand-over."""
 
 import pytest
 import torch

@@ -89,7 +89,7 @@ def batches(dataset, scenario: dict, pad_token_id: int):
 
 
 def run(scenario: dict, model_path: str, dataset, pad_token_id: int) -> dict:
-    """One scenario: metrics of every step, parameters at the end, and the measured masses where `vars` asks for them."""
+    """One scenario: metrics of every step, parameters at the end, measured masses where `vars` asks for them."""
     try:
         worker = build_worker(scenario, model_path)
     except ValueError as error:

@@ -37,7 +37,9 @@ def test_terms_by_hand():
 
 def test_columns_for_the_log_and_filling_queries():
     layer = masses([[0.4, 0.2, 0.9]], [[0.2, 0.4, 0.05]]).requires_grad_()
-    mean = mean_over_queries(layer * torch.tensor([1.0, 1.0, 0.0])[None, None, :, None], torch.tensor([[True, True, False]]))
+    mean = mean_over_queries(
+        layer * torch.tensor([1.0, 1.0, 0.0])[None, None, :, None], torch.tensor([[True, True, False]])
+    )
     assert mean[0, 0, I].item() == pytest.approx(0.3)
     assert mean[0, 0, RATIO].item() == pytest.approx((2.0 + 0.5) / 2)
     assert mean[0, 0, SHARE].item() == pytest.approx((2 / 3 + 1 / 3) / 2)

@@ -24,7 +24,9 @@ def fields(image, system, valid, roles):
 
 def test_mean_over_heads_first_then_ratio_then_queries():
     """Heads average to image 0.3, 0.1 and system 0.1, 0.2: ratios 3 and 0.5, mean 1.75; filling does not count."""
-    out = fields([[0.4, 0.1, 0.9], [0.2, 0.1, 0.9]], [[0.1, 0.3, 0.01], [0.1, 0.1, 0.01]], [True, True, False], [S, I, R])
+    out = fields(
+        [[0.4, 0.1, 0.9], [0.2, 0.1, 0.9]], [[0.1, 0.3, 0.01], [0.1, 0.1, 0.01]], [True, True, False], [S, I, R]
+    )
     assert out["ratio"] == pytest.approx(1.75, rel=1e-4)
     assert out["image_share"] == pytest.approx((0.75 + 1 / 3) / 2)
     assert out["image_mass"] == pytest.approx(0.2) and out["system_mass"] == pytest.approx(0.15)
@@ -64,7 +66,7 @@ def test_a_wrong_answer_is_paid_nothing_whatever_it_looked_at(shaping):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_right_answer_without_a_defined_ratio_is_an_error(value):
-    with pytest.raises(ValueError, match=r"at rows \[1\]. Give the prompts a system turn"):
+    with pytest.raises(ValueError, match=r"at rows \[1\]. Give the prompts a system"):
         shape_visual_reward(torch.tensor([1.0, value]), torch.tensor([True, True]), ["a", "a"])
 
 

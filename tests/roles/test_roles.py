@@ -68,7 +68,7 @@ def test_rows_of_a_batch_do_not_touch(role_map, tiny_processor):
 
 
 def test_response_mask_wins_over_ids_a_policy_has_written(role_map, tiny_processor):
-    """A rollout may hold an image placeholder or open a user turn: it stays a response, and nothing else becomes one."""
+    """A rollout may hold an image placeholder or open a user turn: it stays a response, alone."""
     written = ["<|image_pad|>", "<|im_start|>", "user", "\n", " cat"]
     earlier = (ANSWER[0], "ooooooo")  # an answer of the prompt, not of this rollout
     header = (["<|im_start|>", "assistant", "\n"], "ooo")

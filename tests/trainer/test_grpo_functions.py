@@ -79,7 +79,7 @@ def queue():
 @pytest.mark.parametrize(
     "vars_config, expected",
     [
-        # rows: right, wrong, right (1 token), padding; raw 2, 4, 8, 100; outcome rewards 1.1, 0.1, 1, 0 on the last token
+        # rows: right, wrong, right (1 token), padding; raw 2, 4, 8, 100; outcome rewards 1.1, 0.1, 1, 0
         (VarsConfig(), [[0, 0, 1.1 + 0.3 * 2], [0, 0.1], [1.0 + 0.3 * 8], [0.0]]),
         (VarsConfig(shaping="clip", clip_max=3.0), [[0, 0, 1.1 + 0.6], [0, 0.1], [1.0 + 0.9], [0.0]]),
         (VarsConfig(lambda_v=0.0, measure=True), [[0, 0, 1.1], [0, 0.1], [1.0], [0.0]]),
