@@ -527,7 +527,7 @@ REFUSED = {
         "attention of sample 1 in .* must be null or rows of numbers that are finite and >= 0",
     ),
     "other questions": (lambda s: s["samples"].pop(), "stage sft must show the same held-out questions as base"),
-    "other kinds": (lambda s: s["by_kind"].pop("pair"), "stage sft must show the same kinds of question as base"),
+    "other kinds": (lambda s: s["by_kind"].pop("same"), "stage sft must show the same kinds of question as base"),
     "other shape": (
         lambda s: [s["heatmap"]["user"][key].pop() for key in ("share", "ratio")],
         "stage sft must show the same layers and heads as base",
