@@ -65,6 +65,15 @@ class _CpuDeviceModule(ModuleType):
 
     manual_seed_all = manual_seed
 
+    # verl saves no state for a device named cpu, but restores one (utils/checkpoint/checkpoint_manager.py:186-219).
+    @staticmethod
+    def get_rng_state(*_args) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, *_args) -> None:
+        torch.set_rng_state(state)
+
 
 class PlatformCPU(PlatformBase):
     """The host as a verl device. Ray counts it in slots named GPU, one for each training process."""
