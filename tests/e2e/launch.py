@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's own launchers as subprocesses, with the configs of recipes/avar on the CPU."""
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 CONFIG = ["--config-dir", str(Path(__file__).parents[2] / "recipes" / "avar" / "config")]
 
@@ -74,12 +76,10 @@ def run(command: list[str], work: Path, name: str) -> dict[int, dict]:
 
 
 def run_and_kill(command: list[str], work: Path, name: str, after_step: int) -> dict[int, dict]:
-    """Start, and kill the whole process group without warning once `after_step` is checkpointed and logged."""
+    """Start, and kill every process of the run without warning once `after_step` is checkpointed and logged."""
     metrics, tracker = work / f"{name}.jsonl", work / "checkpoints" / "latest_checkpointed_iteration.txt"
     with (work / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 600
         while not (
             tracker.exists() and tracker.read_text().strip() == str(after_step) and after_step in steps(metrics)
@@ -88,6 +88,10 @@ def run_and_kill(command: list[str], work: Path, name: str, after_step: int) -> 
             assert process.poll() is None, f"ended before it could be killed\n{text[-6000:]}"
             assert time.monotonic() < deadline, f"no checkpoint of step {after_step}\n{text[-6000:]}"
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)
+        # Launchers start workers in sessions of their own, which outlive a signal to the group.
+        launcher = psutil.Process(process.pid)
+        for victim in (launcher, *launcher.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
         process.wait()
     return steps(metrics)
