@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -75,6 +76,7 @@ TEMPLATE_SENTENCES = ("system", "user", "assistant", "You are a helpful assistan
 PIECE = r" ?\[?\p{N}{1,3}[,\]]?| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 
+# Fields of Qwen2_5_VLTextConfig; the rest follows from the tokenizer.
 TEXT_CONFIG = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -85,6 +87,7 @@ TEXT_CONFIG = {
     "initializer_range": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
 }
+# Fields of Qwen2_5_VLVisionConfig. The window is the whole image: 32 images are 32 attention calls a layer, not 128.
 VISION_CONFIG = {
     "depth": 2,
     "hidden_size": 64,
@@ -100,6 +103,11 @@ VISION_CONFIG = {
 
 
 def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with one token for every piece of ``sentences`` (see `PIECE`).
+
+    Any text round-trips: a piece outside the vocabulary is spelled in bytes. The ids are the 256 bytes, the pieces in
+    alphabetical order, `SPECIAL_TOKENS`, `TAG_TOKENS`; the same sentences give the same tokenizer.
+    """
     pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PIECE), behavior="isolated"),
@@ -134,12 +142,43 @@ def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_tiny_model(path, seed=0, **overrides) -> Path:
+def build_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
+    """Write a randomly initialised tiny Qwen2.5-VL with its processor and tokenizer into the folder ``path``.
+
+    An image of 112 x 112 pixels becomes 16 image tokens. The weights are float32 and depend on ``seed`` alone; torch's
+    global random state is left as it was. vLLM's CPU attention takes a head size (``hidden_size`` divided by
+    ``num_attention_heads``) of 32, 64, 80, 96, 112, 128 or larger ones, so 32 is the smallest that runs there, and
+    ``mrope_section`` must sum to half of it.
+
+    Args:
+        path: the folder, made if it is not there.
+        seed: of the initial weights.
+        **overrides: fields of `TEXT_CONFIG` with other values; ``vision_config`` is a dict of fields of
+            `VISION_CONFIG`.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: a field is in neither table, or ``mrope_section`` does not fit the head size.
+    """
     path = Path(path)
+    unknown = sorted(overrides.keys() - TEXT_CONFIG.keys() - {"vision_config"})
+    unknown += sorted(overrides.get("vision_config", {}).keys() - VISION_CONFIG.keys())
+    if unknown:
+        raise ValueError(
+            f"overrides must be fields of TEXT_CONFIG, or of VISION_CONFIG under vision_config; got {unknown}. "
+            "Take the names from the two tables."
+        )
     tokenizer = build_tokenizer(photo_grid.sentences())
     text = dict(TEXT_CONFIG)
     vision = {**VISION_CONFIG, **overrides.pop("vision_config", {})}
     text.update(overrides)
+    head_size, section = text["hidden_size"] // text["num_attention_heads"], text["rope_parameters"]["mrope_section"]
+    if 2 * sum(section) != head_size:
+        raise ValueError(
+            f"mrope_section must sum to half of the head size {head_size}; got {section}. Change rope_parameters too."
+        )
     vision["out_hidden_size"] = text["hidden_size"]
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
@@ -166,7 +205,10 @@ def build_tiny_model(path, seed=0, **overrides) -> Path:
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False
     )
     pixels = photo_grid.IMAGE_SIZE**2
-    kw = dict(patch_size=14, merge_size=2, temporal_patch_size=2, min_pixels=pixels, max_pixels=pixels)
+    # Both limits pinned, so that transformers, verl and vLLM all see 16 tokens. Given as `size`: transformers 5.9 would
+    # write min_pixels and max_pixels into the class's own default, and so into every later processor.
+    size = {"shortest_edge": pixels, "longest_edge": pixels}
+    kw = dict(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**kw),
         tokenizer=tokenizer,
