@@ -65,9 +65,9 @@ def _register() -> None:
             f"avar_verl plugs into verl {VERL_VERSION}; got verl {installed}. Install verl=={VERL_VERSION}, or keep "
             "avar_verl from loading with VERL_USE_EXTERNAL_PLUGINS=none."
         )
-    from avar_verl.compat import cpu_platform, detect, metrics, position_ids, process_group, text_only, vllm_cpu
+    import avar_verl.compat.cpu_platform  # noqa: F401  registers the platform
+    from avar_verl.compat import detect, metrics, position_ids, process_group, text_only, vllm_cpu
 
-    cpu_platform.register()
     if detect.is_active():
         process_group.apply()
         vllm_cpu.alias_distribution()

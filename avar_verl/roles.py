@@ -29,11 +29,16 @@ class RoleMap:
     """Maps token ids to roles for one model family. Build it with `RoleMap.from_pretrained`.
 
     Args:
-        find_turns: `find_turns(ids_BS) -> (B, S)` roles by turn, IMAGE not yet marked.
+        find_turns: `find_turns(ids_BS, mask_BS) -> (B, S)` roles by turn, IMAGE not yet marked; `mask_BS` or None says
+            what is no padding.
         image_token_ids: ids of the image and video placeholders.
     """
 
-    def __init__(self, find_turns: Callable[[torch.Tensor], torch.Tensor], image_token_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        find_turns: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        image_token_ids: tuple[int, ...],
+    ):
         self.find_turns = find_turns
         self.image_token_ids = tuple(image_token_ids)
 
@@ -68,8 +73,8 @@ class RoleMap:
 
         Args:
             input_ids: (B, S) integers; a row may hold one sample, padded on either side, or several packed ones.
-            attention_mask: (B, S), 0 on padding, which becomes OTHER. Without it padding after a finished turn is
-                still OTHER, but padding after a response that was cut short cannot be told from the response.
+            attention_mask: (B, S), 0 on padding, which becomes OTHER. Without it the padding tokens at the end of a
+                row are taken for padding, also where a response has ended with one.
             response_mask: (B, S), 1 on the tokens that are trained or were rolled out. They become RESPONSE whatever
                 their ids are (a policy can write any id), and no other position does.
 
@@ -87,7 +92,7 @@ class RoleMap:
                     f"{name} must have the shape of input_ids {tuple(input_ids.shape)}; got {tuple(mask.shape)}. "
                     "Give one value for every token."
                 )
-        roles = self.find_turns(input_ids)
+        roles = self.find_turns(input_ids, attention_mask)
         is_image = torch.isin(input_ids, input_ids.new_tensor(self.image_token_ids))
         roles = roles.masked_fill(is_image, TokenRole.IMAGE)
         if response_mask is not None:

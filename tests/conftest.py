@@ -41,12 +41,18 @@ def role_map(tiny_processor, tiny_config):
 def load_tiny(tiny_model_path):
     """`load_tiny(attn_implementation)` -> a fresh float32 model in evaluation mode."""
 
-    def load(attn_implementation: str = "sdpa"):
+    def load(attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32):
         return AutoModelForImageTextToText.from_pretrained(
-            tiny_model_path, dtype=torch.float32, attn_implementation=attn_implementation
+            tiny_model_path, dtype=dtype, attn_implementation=attn_implementation
         ).eval()
 
     return load
+
+
+@pytest.fixture
+def tiny_model(request, load_tiny):
+    """A fresh float32 model with sdpa, or with the attention of an indirect parametrization, such as "eager"."""
+    return load_tiny(getattr(request, "param", "sdpa"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ Shape suffixes:
     K = key/value heads, D = head size, R = token roles (or other key groups)
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def select_queries(roles_BS: torch.Tensor, query_role: int | Sequence[int]) -> t
 def packed_segments(position_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
     """Segment ids of packed rows: a new segment starts wherever the position does not follow on the one before.
 
-    The rule of transformers (masking_utils.py `find_packed_sequence_indices`). None when there is one segment a row.
+    The rule of transformers (masking_utils.py `find_packed_sequence_indices`). None when there is one segment.
     """
     if position_ids_BS is None:
         return None
@@ -79,6 +80,12 @@ class _Request:
         else:
             self.positions, self.valid = select_queries(roles, query_role)
 
+    def hide_padding(self, mask_BS: torch.Tensor) -> None:
+        """Padding queries have no mass, whichever side they are on and whatever role they were given."""
+        if mask_BS.shape != self.roles.shape:
+            return  # A step with a cache, which `_Forward.observe` refuses with the reason.
+        self.valid = mask_BS if self.all_queries else self.valid & mask_BS.gather(1, self.positions)
+
 
 class _Forward:
     """What one forward pass of the decoder has left behind, layer by layer.
@@ -89,12 +96,18 @@ class _Forward:
     def __init__(self, request: _Request):
         self.request = request
         self.by_layer: dict[int, torch.Tensor] = {}
+        self.has_gradients = torch.is_grad_enabled()
 
     def observe(self, module, query_BHSD, key_BKSD, attention_mask, arguments: dict) -> None:
         request = self.request
         layer = module.layer_idx
         if layer not in request.layers:
             return
+        if self.has_gradients and not torch.is_grad_enabled():
+            raise ValueError(
+                f"attention masses under reentrant gradient checkpointing have no gradient; got layer {layer} without. "
+                "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or run the forward under no_grad."
+            )
         for name in UNSUPPORTED_ARGUMENTS:
             if arguments.get(name) is not None:
                 raise ValueError(
@@ -146,7 +159,11 @@ class _Forward:
                 f"attention masses read 4-D masks, 2-D padding masks or none; got {type(attention_mask).__name__} with "
                 f"attn_implementation={self.request.implementation!r}. Use sdpa, eager or flash_attention_2."
             )
-        segments_BS = None if key_mask_BS is not None else packed_segments(arguments.get("position_ids"))
+        # Without a mask sdpa and eager see the whole row: a packed one gets a mask, except beside a cache. Flash
+        # attention reads the position ids of a single row (modeling_flash_attention_utils.py `_is_packed_sequence`).
+        segments_BS = None
+        if key_mask_BS is None and "flash" in self.request.implementation and positions_BQ.shape[0] == 1:
+            segments_BS = packed_segments(arguments.get("position_ids"))
         return Visibility(positions_BQ, key_mask_BS, segments_BS, arguments.get("sliding_window"))
 
 
@@ -198,11 +215,19 @@ class CapturedMass:
 
 
 def _eager_of(module) -> Callable:
-    """The eager attention function of the file that defines the class of `module`.
+    """The eager attention function of the class of `module`.
 
-    transformers hands it to `get_interface` as a default instead of registering it, one a file.
+    transformers hands it to `get_interface` as a default instead of registering it: one a file, in a few files one for
+    text and one for vision (models/llama4/modeling_llama4.py), which the class's own forward tells apart.
     """
     for cls in type(module).__mro__:
+        if "forward" not in vars(cls):
+            continue
+        forward = inspect.unwrap(vars(cls)["forward"])
+        for name in forward.__code__.co_names:
+            if name.endswith("eager_attention_forward"):
+                return forward.__globals__[name]
+    for cls in type(module).__mro__:  # A forward that somebody has replaced.
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
             return function
@@ -295,8 +320,8 @@ def capture_mass(
         `CapturedMass`; its `mass` is (B, L, H, S, R) after the forward pass, with gradients where the pass has them.
 
     Raises:
-        ValueError: an unknown layer, roles of another shape, a key/value cache, an attention function that bypasses
-            transformers' attention interface.
+        ValueError: an unknown layer, roles of another shape, a key/value cache, reentrant gradient checkpointing, an
+            attention function that bypasses transformers' attention interface.
 
     >>> with capture_mass(model, roles, query_role=TokenRole.RESPONSE) as captured:  # doctest: +SKIP
     ...     model(**inputs)
@@ -312,8 +337,8 @@ def capture_mass(
     def attach(_module, args, kwargs):
         forward = captured.begin()
         mask = kwargs.get("attention_mask")
-        if request.all_queries and isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            request.valid = mask.bool()  # Padding queries have no mass, whichever side they are on.
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            request.hide_padding(mask.bool())
         return args, {**kwargs, KWARG: forward}
 
     handle = decoder.register_forward_pre_hook(attach, with_kwargs=True)

@@ -81,7 +81,7 @@ class _RoleMass(torch.autograd.Function):
             weights = _chunk_weights(query[:, :, :, start:stop], key, visibility.chunk(start, stop, S), scale)
             torch.matmul(weights, onehot_BSR[:, None, None], out=mass[:, :, :, start:stop])
         ctx.save_for_backward(query_BHQD, key_BKSD, onehot_BSR, mass)
-        return mass.reshape(B, H, Q, -1)
+        return mass.reshape(B, H, Q, mass.shape[-1])  # Q may be 0, which forbids -1.
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -185,14 +185,17 @@ def attention_mass(
     if query_positions is None:
         positions_Q, selected = torch.arange(S, device=query.device), query
     else:
-        positions_Q = torch.as_tensor(query_positions, device=query.device, dtype=torch.long)
+        positions_Q = torch.as_tensor(query_positions, device=query.device)
+        # A mask or fractions would become positions by conversion alone.
+        is_index = positions_Q.dtype != torch.bool and not positions_Q.is_floating_point()
         if positions_Q.dim() != 1 or (
-            positions_Q.numel() and not 0 <= int(positions_Q.min()) <= int(positions_Q.max()) < S
+            positions_Q.numel() and not (is_index and 0 <= int(positions_Q.min()) <= int(positions_Q.max()) < S)
         ):
             raise ValueError(
-                f"query_positions must be one-dimensional, in [0, {S}); got {positions_Q.tolist()}. "
-                "Select positions that exist."
+                f"query_positions must be one-dimensional integers in [0, {S}); got {positions_Q.tolist()}. "
+                "Select positions that exist; a mask becomes positions with mask.nonzero()[:, 0]."
             )
+        positions_Q = positions_Q.long()
         selected = query[:, :, positions_Q]
     mask_BS = None if attention_mask is None else attention_mask.bool()
     visibility = Visibility(positions_Q.expand(B, -1), key_mask_BS=mask_BS, segment_ids_BS=segment_ids)

@@ -75,6 +75,9 @@ class _CpuDeviceModule(ModuleType):
         torch.set_rng_state(state)
 
 
+# Registered where it is defined, as verl's own are: importing this module first imports verl, whose plugin comes here
+# before the class exists. A registry entry only: verl asks `is_available` when it picks one.
+@PlatformRegistry.register(platform=PLATFORM)
 class PlatformCPU(PlatformBase):
     """The host as a verl device. Ray counts it in slots named GPU, one for each training process."""
 
@@ -152,8 +155,3 @@ class PlatformCPU(PlatformBase):
 
     def cudart(self) -> Any:
         return None
-
-
-def register() -> None:
-    """Add the platform to verl's registry. A registry entry only: verl asks `is_available` when it picks one."""
-    PlatformRegistry.register(platform=PLATFORM)(PlatformCPU)

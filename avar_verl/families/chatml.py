@@ -15,12 +15,12 @@ ROLE_NAMES = {"system": TokenRole.SYSTEM, "user": TokenRole.USER, "assistant": T
 
 @dataclass(frozen=True)
 class ChatMLTurns:
-    """Callable (B, S) ids -> (B, S) roles by turn.
+    """Callable (B, S) ids, (B, S) mask or None -> (B, S) roles by turn.
 
     A turn runs from its start delimiter through its end delimiter and the newline behind it, or, when it was cut short,
     to the next start delimiter or the end of the row. The assistant's header (delimiter, name, newline) is OTHER: the
-    model is given it. Turns of other names (tool, function) are OTHER. The padding token behind an open turn is OTHER
-    too: see `RoleMap.__call__` for the mask that settles it.
+    model is given it. Turns of other names (tool, function) are OTHER. Without a mask, padding tokens behind an open
+    turn are OTHER too; with one they are what the mask says, since a response may end with that token.
     """
 
     start_id: int
@@ -52,7 +52,7 @@ class ChatMLTurns:
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id != ids[1] else None
         return cls(*ids, names=names, pad_id=pad_id)
 
-    def __call__(self, ids_BS: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor | None = None) -> torch.Tensor:
         S = ids_BS.shape[1]
         positions_S = torch.arange(S, device=ids_BS.device)
         starts_BS, ends_BS = ids_BS == self.start_id, ids_BS == self.end_id
@@ -78,7 +78,7 @@ class ChatMLTurns:
         roles_BS = role_at_start_BS.gather(1, anchor_BS) * inside_BS
         in_header_BS = positions_S - anchor_BS < header_at_start_BS.gather(1, anchor_BS)
         roles_BS = roles_BS.masked_fill((roles_BS == TokenRole.RESPONSE) & in_header_BS, int(TokenRole.OTHER))
-        if self.pad_id is not None:
+        if self.pad_id is not None and mask_BS is None:
             # Padding on the right of an open turn: a run of the padding token up to the end of the row.
             other_BS = (ids_BS != self.pad_id).long()
             tail_BS = other_BS.flip(1).cumsum(1).flip(1) == 0

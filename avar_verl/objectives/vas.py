@@ -76,7 +76,8 @@ class VasSums:
             )
         ratio_LH = self.ratio_LH / self.num_queries
         image, system = float(self.image_LH.mean()) / self.num_queries, float(self.system_LH.mean()) / self.num_queries
-        ratio_of_means = image / system if system > 0 else float("inf")
+        # A tensor divides by 0 as `attention_ratio` does: inf, or nan where both are 0.
+        ratio_of_means = float(torch.tensor(image, dtype=torch.float64) / system)
         return {
             "vas": float(ratio_LH.mean()),
             "vas_median": float(ratio_LH.flatten().quantile(0.5)),

@@ -3,13 +3,19 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from avar_verl.attention import capture_mass
-from avar_verl.attention.capture import find_decoder
+from avar_verl.attention import capture, capture_mass
+from avar_verl.attention.capture import find_decoder, packed_segments, select_queries
+from avar_verl.objectives.agto import mean_over_queries
+from avar_verl.objectives.reward import VisualReduction
 from avar_verl.roles import TokenRole
+from tests.attention.reference import eager_mass
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
@@ -19,7 +25,52 @@ def eager_masses(model, inputs, roles):
     attentions = model(**inputs, use_cache=False, output_attentions=True).attentions
     onehot = torch.nn.functional.one_hot(roles, len(TokenRole)).float()
     mass = torch.stack([weights @ onehot[:, None] for weights in attentions], dim=1)
-    return mass * inputs["attention_mask"][:, None, None, :, None]
+    return mass * inputs["attention_mask"][:, None, None, :, None] if "attention_mask" in inputs else mass
+
+
+def packed_row(model, inputs) -> dict:
+    """The samples of a right-padded batch in one row, told apart by their position ids alone, as verl packs them."""
+    mask = inputs["attention_mask"].bool()
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
+        attention_mask=inputs["attention_mask"],
+    )
+    text = torch.arange(mask.shape[1]).expand(1, mask.shape[0], -1)
+    return {
+        "input_ids": inputs["input_ids"][mask][None],
+        "position_ids": torch.cat([text, positions])[:, mask][:, None],
+        "pixel_values": inputs["pixel_values"],
+        "image_grid_thw": inputs["image_grid_thw"],
+    }
+
+
+def reference_flash_attention(module, query, key, value, attention_mask, scaling=None, position_ids=None, **rest):
+    """What flash attention computes: causal, 2-D padding mask, or segments that begin at position 0; 0 on padding."""
+    assert capture.KWARG not in rest  # no kernel sees the capture
+    S = query.shape[2]
+    visible = torch.ones(S, S, dtype=torch.bool).tril()[None]
+    if attention_mask is not None:
+        visible = visible & attention_mask.bool()[:, None]
+    elif query.shape[0] == 1 and position_ids is not None:
+        segments = (position_ids == 0).cumsum(-1)
+        visible = visible & (segments[:, :, None] == segments[:, None])
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).mT * scaling
+    weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)
+    out = weights @ value.repeat_interleave(groups, 1)
+    if attention_mask is not None:
+        out = out * attention_mask[:, None, :, None]
+    return out.transpose(1, 2), None
+
+
+@pytest.fixture
+def flash_model(tiny_model, monkeypatch):
+    """A model that gets flash attention's masks and arguments, on the CPU; the vision tower keeps sdpa."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", reference_flash_attention)
+    find_decoder(tiny_model).config._attn_implementation = "flash_attention_2"
+    return tiny_model
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -27,58 +78,158 @@ def eager_masses(model, inputs, roles):
 def test_equals_the_models_own_attention(load_tiny, encode, role_map, attention, side):
     inputs = encode(3, side)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    assert not inputs["attention_mask"].all()
     model = load_tiny(attention)
     with torch.no_grad():
         expected = eager_masses(load_tiny("eager"), inputs, roles)
         with capture_mass(model, roles) as captured:
             model(**inputs, use_cache=False)
+        with capture_mass(model, roles) as with_cache:
+            model(**inputs)  # a first forward may fill a cache
     assert captured.mass.shape == (3, 4, 4, roles.shape[1], 5)
     torch.testing.assert_close(captured.mass, expected, **CLOSE)
+    torch.testing.assert_close(with_cache.mass, expected, **CLOSE)
 
 
-def test_subsets_of_layers_and_queries(load_tiny, encode, role_map):
+@pytest.mark.parametrize("n, side", [(1, "right"), (3, "left"), (3, "right")])
+def test_flash_attention_equals_eager(flash_model, load_tiny, encode, role_map, n, side):
+    """Its mask is the 2-D one of the padding, or none at all."""
+    inputs = encode(n, side)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    with torch.no_grad():
+        expected = eager_masses(load_tiny("eager"), inputs, roles)
+        with capture_mass(flash_model, roles) as captured:
+            flash_model(**inputs, use_cache=False)
+        with capture_mass(flash_model, roles, query_role=TokenRole.RESPONSE) as responses:
+            flash_model(**inputs, use_cache=False)
+    torch.testing.assert_close(captured.mass, expected, **CLOSE)
+    rows = (roles == TokenRole.RESPONSE)[:, None, None, :, None]
+    torch.testing.assert_close(responses.mass, expected * rows, **CLOSE)
+
+
+def test_bfloat16_model(load_tiny, encode, role_map):
+    """Masses of a bfloat16 model err no more against float32 than twice its own attention weights do."""
+    inputs = encode(2)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    low = {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
+    model = load_tiny("eager", torch.bfloat16)
+    with torch.no_grad():
+        exact = eager_masses(load_tiny("eager"), inputs, roles)
+        attentions = model(**low, use_cache=False, output_attentions=True).attentions
+        with capture_mass(model, roles) as captured:
+            model(**low, use_cache=False)
+    onehot = torch.nn.functional.one_hot(roles, 5).bfloat16()
+    own = torch.stack([weights @ onehot[:, None] for weights in attentions], dim=1).float()
+    own = own * inputs["attention_mask"][:, None, None, :, None]
+    assert captured.mass.dtype == torch.float32
+    assert (captured.mass - exact).abs().max() <= 2 * (own - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    "layers, expected_layers",
+    [([-1, 1], (1, 3)), ([0], (0,)), ((3, 2, 0), (0, 2, 3)), ([-4], (0,)), (None, (0, 1, 2, 3))],
+)
+@pytest.mark.parametrize("query_role", [TokenRole.USER, [TokenRole.USER, TokenRole.RESPONSE], TokenRole.OTHER, None])
+def test_subsets_of_layers_and_queries(tiny_model, encode, role_map, layers, expected_layers, query_role):
     inputs = encode(3)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
-    model = load_tiny("sdpa")
     with torch.no_grad():
-        with capture_mass(model, roles) as everything:
-            model(**inputs, use_cache=False)
-        with capture_mass(model, roles, layers=[-1, 1], query_role=TokenRole.RESPONSE) as part:
-            model(**inputs, use_cache=False)
-    assert part.layers == (1, 3)
-    rows = (roles == TokenRole.RESPONSE)[:, None, None, :, None]
-    torch.testing.assert_close(part.mass, everything.mass[:, [1, 3]] * rows, **CLOSE)
-    assert bool((part.mass.sum(-1) > 0).any())
+        with capture_mass(tiny_model, roles) as everything:
+            tiny_model(**inputs, use_cache=False)
+        with capture_mass(tiny_model, roles, layers=layers, query_role=query_role) as part:
+            tiny_model(**inputs, use_cache=False)
+    assert part.layers == expected_layers
+    rows = torch.isin(roles, torch.tensor(query_role if query_role is not None else list(TokenRole)).reshape(-1))
+    expected = everything.mass[:, list(expected_layers)] * rows[:, None, None, :, None]
+    torch.testing.assert_close(part.mass, expected, **CLOSE)
+    real = (rows & inputs["attention_mask"].bool())[:, None, None].expand_as(part.mass[..., 0])
+    torch.testing.assert_close(part.mass.sum(-1), real.float())  # padding is OTHER, and has no mass either
+
+
+def test_a_role_that_nobody_has(tiny_model, tiny_processor, role_map):
+    """The rows with which verl fills up a batch have no response, and may be alone in a micro-batch."""
+    ids = torch.full((2, 9), tiny_processor.tokenizer.eos_token_id)
+    roles = role_map(ids, torch.ones_like(ids), torch.zeros_like(ids))
+    for reduction, shape in [(None, (2, 4, 0, 5)), (mean_over_queries, (2, 4, 7)), (VisualReduction(1e-6), (2, 4))]:
+        with capture_mass(tiny_model, roles, query_role=TokenRole.RESPONSE, reduction=reduction) as captured:
+            tiny_model(input_ids=ids, use_cache=False)
+        assert captured.per_layer()[0].shape == shape and captured.valid.shape == (2, 0)
+        if reduction is None:
+            assert captured.mass.shape == (2, 4, 4, 9, 5) and not captured.mass.any()
+
+
+def test_ragged_queries_made_rectangular():
+    roles = torch.tensor([[3, 4, 0, 4], [4, 3, 3, 3]])
+    positions, valid = select_queries(roles, TokenRole.RESPONSE)
+    assert valid.tolist() == [[True, True], [True, False]]
+    assert positions[valid].tolist() == [1, 3, 0] and positions[1, 1] != 0
+
+
+def test_a_reduction_sees_masses_and_filling(tiny_model, encode, role_map):
+    inputs = encode(3)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    with torch.no_grad():
+        with capture_mass(tiny_model, roles, query_role=TokenRole.RESPONSE) as plain:
+            tiny_model(**inputs, use_cache=False)
+        reduction = lambda mass, valid: (mass * valid[:, None, :, None]).sum((1, 2))  # noqa: E731
+        with capture_mass(tiny_model, roles, query_role=TokenRole.RESPONSE, reduction=reduction) as reduced:
+            tiny_model(**inputs, use_cache=False)
+    assert not plain.valid.all()
+    torch.testing.assert_close(torch.stack(reduced.per_layer(), 1), plain.mass.sum((2, 3)), **CLOSE)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_row_equals_padded_rows(load_tiny, encode, role_map, attention):
-    """Two samples in one row, told apart by their position ids alone."""
     inputs = encode(2)
     model = load_tiny(attention)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    positions, _ = model.model.get_rope_index(
-        inputs["input_ids"],
-        mm_token_type_ids=inputs["mm_token_type_ids"],
-        image_grid_thw=inputs["image_grid_thw"],
-        attention_mask=inputs["attention_mask"],
-    )
-    text = torch.arange(roles.shape[1]).expand(1, 2, -1)
-    rows_4BS = torch.cat([text, positions])
-    packed = {
-        "input_ids": torch.cat([inputs["input_ids"][i, :n] for i, n in enumerate(lengths)])[None],
-        "position_ids": torch.cat([rows_4BS[:, i, :n] for i, n in enumerate(lengths)], dim=1)[:, None],
-        "pixel_values": inputs["pixel_values"],
-        "image_grid_thw": inputs["image_grid_thw"],
-    }
+    packed = packed_row(model, inputs)
     with torch.no_grad():
         with capture_mass(model, roles) as padded:
             model(**inputs, use_cache=False)
         with capture_mass(model, role_map(packed["input_ids"])) as row:
             model(**packed, use_cache=False)
-    expected = torch.cat([padded.mass[i, :, :, :n] for i, n in enumerate(lengths)], dim=2)
+    expected = padded.mass.movedim(3, 1)[inputs["attention_mask"].bool()].movedim(0, 2)
     torch.testing.assert_close(row.mass[0], expected, **CLOSE)
+
+
+def test_packed_row_under_flash_attention(flash_model, encode, role_map):
+    """No mask reaches the layers: the segments are read off the position ids, as flash attention does."""
+    inputs = encode(2)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    packed = packed_row(flash_model, inputs)
+    with torch.no_grad():
+        with capture_mass(flash_model, roles) as padded:
+            flash_model(**inputs, use_cache=False)
+        with capture_mass(flash_model, role_map(packed["input_ids"])) as row:
+            flash_model(**packed, use_cache=False)
+    expected = padded.mass.movedim(3, 1)[inputs["attention_mask"].bool()].movedim(0, 2)
+    torch.testing.assert_close(row.mass[0], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_packed_row_that_the_model_does_not_separate(load_tiny, encode, role_map, attention, mask):
+    """Beside a cache, or with a mask of ones, transformers lets samples of a row see each other: so does the mass."""
+    inputs = encode(2)
+    model = load_tiny(attention)
+    packed = packed_row(model, inputs)
+    roles = role_map(packed["input_ids"])
+    if mask:
+        packed["attention_mask"] = torch.ones_like(packed["input_ids"])
+    with torch.no_grad(), capture_mass(model, roles) as row:
+        model(**packed, use_cache=not mask)
+    with torch.no_grad():
+        attentions = load_tiny("eager")(**packed, use_cache=not mask, output_attentions=True).attentions
+    onehot = torch.nn.functional.one_hot(roles, 5).float()
+    expected = torch.stack([weights @ onehot[:, None] for weights in attentions], dim=1)
+    torch.testing.assert_close(row.mass, expected, **CLOSE)
+
+
+def test_segments_of_position_ids():
+    assert packed_segments(None) is None and packed_segments(torch.arange(5)[None]) is None
+    assert packed_segments(torch.tensor([[0, 1, 2, 0, 1, 0]])).tolist() == [[0, 0, 0, 1, 1, 2]]
+    assert packed_segments(torch.tensor([[7, 8, 0]])).tolist() == [[0, 0, 1]]
 
 
 def guided_gradients(model, inputs, roles, from_eager=False):
@@ -99,25 +250,57 @@ def guided_gradients(model, inputs, roles, from_eager=False):
 def assert_same_gradients(a, b):
     assert a[0] == pytest.approx(b[0], rel=1e-5)
     assert a[1].keys() == b[1].keys() and any("q_proj" in name for name in a[1])
+    assert max(float(gradient.abs().max()) for gradient in a[1].values()) > 1e-3
     for name, gradient in a[1].items():
         torch.testing.assert_close(b[1][name], gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_gradients_equal_those_of_the_full_matrix(load_tiny, encode, role_map, attention):
-    inputs = encode(2)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_equal_those_of_the_full_matrix(load_tiny, encode, role_map, attention, side):
+    inputs = encode(2, side)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
     expected = guided_gradients(load_tiny("eager"), inputs, roles, from_eager=True)
     assert_same_gradients(guided_gradients(load_tiny(attention), inputs, roles), expected)
 
 
-def test_gradient_checkpointing_changes_nothing(load_tiny, encode, role_map):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}], ids=["default", "non-reentrant"])
+def test_gradient_checkpointing_changes_nothing(load_tiny, encode, role_map, attention, kwargs):
     inputs = encode(2)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
-    plain = guided_gradients(load_tiny("sdpa").train(), inputs, roles)
-    model = load_tiny("sdpa").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    plain = guided_gradients(load_tiny(attention).train(), inputs, roles)
+    model = load_tiny(attention).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    assert find_decoder(model).layers[0].gradient_checkpointing
     assert_same_gradients(guided_gradients(model, inputs, roles), plain)
+
+
+def test_recomputation_leaves_the_captured_tensors_alone(tiny_model, encode, role_map):
+    """The first result is the one in the loss, also when it is read again behind the backward pass."""
+    inputs = encode(1)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    tiny_model.train().gradient_checkpointing_enable()
+    calls = []
+    reduction = lambda mass, valid: calls.append(1) or mass.sum((1, 2))  # noqa: E731
+    with capture_mass(tiny_model, roles, query_role=TokenRole.RESPONSE, reduction=reduction) as captured:
+        tiny_model(**inputs, use_cache=False)
+    before = captured.per_layer()
+    sum(layer[:, TokenRole.IMAGE].sum() for layer in before).backward()
+    assert len(calls) == 8  # four layers, twice
+    assert all(a is b for a, b in zip(captured.per_layer(), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_gradient(tiny_model, encode, role_map):
+    inputs = encode(1)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    tiny_model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="under reentrant gradient checkpointing"), capture_mass(tiny_model, roles):
+        tiny_model(**inputs, use_cache=False)
+    with torch.no_grad(), capture_mass(tiny_model, roles) as captured:
+        tiny_model(**inputs, use_cache=False)
+    assert not captured.mass.requires_grad
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -133,6 +316,24 @@ def test_the_model_computes_the_same_to_the_bit(load_tiny, encode, role_map, att
     assert torch.equal(before, during) and torch.equal(before, after)
 
 
+def test_nothing_stays_behind_on_the_model(tiny_model, encode, role_map):
+    inputs = encode(1)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    decoder = find_decoder(tiny_model)
+    with pytest.raises(RuntimeError, match="on purpose"), capture_mass(tiny_model, roles):
+        raise RuntimeError("on purpose")
+    assert not decoder._forward_pre_hooks
+    with torch.no_grad():
+        with capture_mass(tiny_model, roles) as first:
+            tiny_model(**inputs)
+        tiny_model(**inputs)  # outside: not captured, not counted
+        wrapped = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        with capture_mass(tiny_model, roles) as second:
+            tiny_model(**inputs)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is wrapped  # wrapped once
+    assert torch.equal(first.mass, second.mass) and not decoder._forward_pre_hooks
+
+
 def test_key_groups_show_every_image_token(load_tiny, encode, role_map):
     inputs = encode(1)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
@@ -145,16 +346,16 @@ def test_key_groups_show_every_image_token(load_tiny, encode, role_map):
             model(**inputs, use_cache=False)
     expected = torch.stack(attentions, dim=1)[..., image[0]]
     torch.testing.assert_close(captured.mass[..., 1:], expected, **CLOSE)
+    torch.testing.assert_close(captured.mass.sum(-1), torch.ones(captured.mass.shape[:-1]))
 
 
-def test_a_step_is_freed_without_the_garbage_collector(load_tiny, encode, role_map):
+def test_a_step_is_freed_without_the_garbage_collector(tiny_model, encode, role_map):
     inputs = encode(1)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
-    model = load_tiny("sdpa")
     gc.disable()
     try:
-        with capture_mass(model, roles) as captured:
-            model(**inputs, use_cache=False)
+        with capture_mass(tiny_model, roles) as captured:
+            tiny_model(**inputs, use_cache=False)
         alive = weakref.ref(captured.per_layer()[0])
         assert alive() is not None
         del captured
@@ -163,65 +364,176 @@ def test_a_step_is_freed_without_the_garbage_collector(load_tiny, encode, role_m
         gc.enable()
 
 
-def test_misuse_is_refused(load_tiny, encode, role_map, monkeypatch):
+def llama():
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_models_of_other_files_keep_their_eager_attention(monkeypatch):
+    """A capture registers "eager" for the whole process: every file still runs the function it has defined."""
+    capture._wrap("eager")
+    model, ids = llama(), torch.arange(8)[None]
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.delitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "eager")
+            expected = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        with capture_mass(model, torch.ones_like(ids)) as captured:  # and can be captured: it uses the interface
+            model(input_ids=ids)
+    assert torch.equal(captured.mass[..., TokenRole.SYSTEM] > 0.999, torch.ones(1, 2, 2, 8, dtype=torch.bool))
+
+
+def text_eager_attention_forward():
+    """Stands for a file with one eager function for text and another one for vision."""
+
+
+def vision_eager_attention_forward(): ...
+
+
+class TextAttention(torch.nn.Module):
+    def forward(self):
+        return text_eager_attention_forward
+
+
+class VisionAttention(torch.nn.Module):
+    def forward(self):
+        return vision_eager_attention_forward
+
+
+class VisionAttentionChild(VisionAttention):
+    pass
+
+
+def test_the_eager_function_is_the_one_that_the_class_names():
+    assert capture._eager_of(TextAttention()) is text_eager_attention_forward
+    assert capture._eager_of(VisionAttentionChild()) is vision_eager_attention_forward
+    with pytest.raises(ValueError, match="must be defined beside the attention class; got Linear without one"):
+        capture._eager_of(torch.nn.Linear(2, 2))
+
+
+def test_misuse_is_refused(tiny_model, encode, role_map):
     inputs = encode(1)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
-    model = load_tiny("sdpa")
     with torch.no_grad():
-        with pytest.raises(ValueError, match="holds one forward pass; got a second"), capture_mass(model, roles):
-            model(**inputs, use_cache=False)
-            model(**inputs, use_cache=False)
-        with capture_mass(model, roles) as captured:
+        with pytest.raises(ValueError, match="holds one forward pass; got a second"), capture_mass(tiny_model, roles):
+            tiny_model(**inputs, use_cache=False)
+            tiny_model(**inputs, use_cache=False)
+        with capture_mass(tiny_model, roles) as captured:
             pass
-        with pytest.raises(ValueError, match="has seen no forward pass"):
-            captured.mass  # noqa: B018
-        for layers in ([], [4], [-5], [0, 0]):
+        for name in ("mass", "per_layer"):
+            with pytest.raises(ValueError, match="has seen no forward pass"):
+                captured.per_layer() if name == "per_layer" else captured.mass  # noqa: B018
+        for layers in ([], [4], [-5], [0, 0], [0, -4]):
             with pytest.raises(ValueError, match="layers must be distinct indices among the 4"):
-                with capture_mass(model, roles, layers=layers):
+                with capture_mass(tiny_model, roles, layers=layers):
                     pass
-        with pytest.raises(ValueError, match="roles must cover every position"), capture_mass(model, roles[:, :-1]):
-            model(**inputs, use_cache=False)
-
-        cache = model(**inputs, use_cache=True).past_key_values
-        step = {"input_ids": inputs["input_ids"][:, :1], "past_key_values": cache}
-        with pytest.raises(ValueError, match="Run without a key/value cache"), capture_mass(model, roles[:, :1]):
-            model(**step)
-
-        attention = type(find_decoder(model).layers[2].self_attn)
-        original = attention.forward
-
-        def bypass(self, hidden_states, *args, **kwargs):
-            if self.layer_idx == 2:
-                return hidden_states, None
-            return original(self, hidden_states, *args, **kwargs)
-
-        monkeypatch.setattr(attention, "forward", bypass)
-        with capture_mass(model, roles) as captured:
-            model(**inputs, use_cache=False)
-        with pytest.raises(ValueError, match=r"layers \[2\] did not"):
-            captured.mass  # noqa: B018
 
 
-def test_a_model_without_a_decoder_is_refused():
+@pytest.mark.parametrize("change", [lambda r: r[:, :-1], lambda r: torch.cat([r, r]), lambda r: torch.cat([r, r], 1)])
+def test_roles_of_another_shape_are_refused(tiny_model, encode, role_map, change):
+    inputs = encode(1)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    with pytest.raises(ValueError, match="roles must cover every position"), torch.no_grad():
+        with capture_mass(tiny_model, change(roles)):
+            tiny_model(**inputs, use_cache=False)
+
+
+@pytest.mark.parametrize("query_role", [None, TokenRole.RESPONSE])
+@pytest.mark.parametrize("length", ["step", "whole"])
+def test_a_filled_cache_is_refused(tiny_model, encode, role_map, query_role, length):
+    inputs = encode(1)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    step = roles[:, -1:] if length == "step" else torch.cat([roles, roles[:, -1:]], 1)
+    with torch.no_grad():
+        cache = tiny_model(**inputs, use_cache=True).past_key_values
+        mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], 1)
+        with pytest.raises(ValueError, match="Run without a key/value cache"):
+            with capture_mass(tiny_model, step, query_role=query_role):
+                tiny_model(input_ids=inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
+
+
+def test_attention_that_bypasses_the_interface_is_refused(tiny_model, encode, role_map, monkeypatch):
+    inputs = encode(1)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    attention = type(find_decoder(tiny_model).layers[2].self_attn)
+    original = attention.forward
+
+    def bypass(self, hidden_states, *args, **kwargs):
+        if self.layer_idx == 2:
+            return hidden_states, None
+        return original(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", bypass)
+    with torch.no_grad(), capture_mass(tiny_model, roles) as captured:
+        tiny_model(**inputs, use_cache=False)
+    with pytest.raises(ValueError, match=r"layers \[2\] did not.*use_remove_padding=False"):
+        captured.mass  # noqa: B018
+    with torch.no_grad(), capture_mass(tiny_model, roles, layers=[0, 3]) as captured:  # it is not asked for
+        tiny_model(**inputs, use_cache=False)
+    assert captured.mass.shape[1] == 2
+
+
+def test_models_without_one_decoder_are_refused(tiny_model):
     with pytest.raises(ValueError, match="the one text decoder of the model; got 0 in Linear"):
         find_decoder(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="got 2 in ModuleList"):
+        find_decoder(torch.nn.ModuleList([tiny_model, llama()]))
+
+
+def test_a_wrapped_model_has_the_same_decoder(tiny_model):
+    wrapped = torch.nn.Sequential(torch.nn.Sequential(tiny_model))
+    assert find_decoder(wrapped) is find_decoder(tiny_model) is tiny_model.model.language_model
+
+
+def observe(roles, query, key, mask, arguments):
+    """What one attention layer leaves behind."""
+    forward = capture._Forward(capture._Request(roles, [0], None, None, None, None, "sdpa"))
+    forward.observe(SimpleNamespace(layer_idx=0), query, key, mask, arguments)
+    return forward.by_layer[0]
 
 
 @pytest.mark.parametrize("argument", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
-def test_another_softmax_is_refused(load_tiny, encode, role_map, monkeypatch, argument):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    inputs = encode(1)
-    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
-    model = load_tiny("sdpa")
-    with capture_mass(model, roles):
-        pass  # installs the wrapper
-    wrapped = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(
-        ALL_ATTENTION_FUNCTIONS._global_mapping,
-        "sdpa",
-        lambda *args, **kwargs: wrapped(*args, **{**kwargs, **argument}),
+def test_another_softmax_is_refused(argument):
+    forward = capture._Forward(
+        capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, None, None, None, "sdpa")
     )
-    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "_avar_capture", True, raising=False)
-    with pytest.raises(ValueError, match="need a plain softmax"), torch.no_grad(), capture_mass(model, roles):
-        model(**inputs, use_cache=False)
+    query = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=f"need a plain softmax over the keys; got {next(iter(argument))}="):
+        forward.observe(SimpleNamespace(layer_idx=0), query, query, None, argument)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.zeros(1, 2, 3, 3), r"need one mask for all heads; got a mask of shape \(1, 2, 3, 3\)"),
+        (torch.zeros(1, 3, 3), "read 4-D masks, 2-D padding masks or none; got Tensor"),
+        ("block mask", "got str with attn_implementation='sdpa'"),
+    ],
+)
+def test_masks_of_other_kinds_are_refused(mask, message):
+    forward = capture._Forward(
+        capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, None, None, None, "sdpa")
+    )
+    query = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=message):
+        forward.observe(SimpleNamespace(layer_idx=0), query, query, mask, {})
+
+
+# The least bfloat16 in a float32 mask is not the least float32.
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, float("-inf")])
+def test_additive_and_boolean_masks_say_the_same(hidden):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 2, 5, 4, generator=generator) for _ in range(2))
+    roles = torch.randint(0, 5, (2, 5), generator=generator)
+    visible = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    additive = torch.zeros(1, 1, 5, 5).masked_fill(~visible, hidden)
+    out = [observe(roles, query, key, mask, {"scaling": 0.3}) for mask in (visible, additive, None)]
+    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+    torch.testing.assert_close(out[0], eager_mass(query, key, roles, scale=0.3), **CLOSE)

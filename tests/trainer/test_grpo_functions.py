@@ -2,40 +2,62 @@
 """The trainer's arithmetic, and r_visual through a real TransferQueue."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from avar_verl.config import VarsConfig
-from avar_verl.engine.fsdp import VISUAL_OUTPUT
+from avar_verl.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
 from avar_verl.objectives.reward import VISUAL_FIELDS
-from avar_verl.trainer.grpo import AvarPPOTrainer, correct_answers, reward_part_metrics, visual_metrics
+from avar_verl.trainer.grpo import (
+    AvarPPOTrainer,
+    check_grpo_config,
+    correct_answers,
+    reward_part_metrics,
+    visual_metrics,
+)
+
+# ---- the gate ------------------------------------------------------------------------------------------------------
 
 
 def test_gate():
-    infos = [{"acc": 1.0}, {"acc": 0.5}, {"acc": True}, {"acc": 1}]
-    assert correct_answers(infos, [True, True, True, False], VarsConfig()).tolist() == [True, False, True, False]
+    """Right is above the threshold, not at it; padding never is right."""
+    infos = [{"acc": 1.0}, {"acc": 0.5}, {"acc": True}, {"acc": np.float64(0.51)}, {"acc": math.nan}, {"acc": 1}]
+    correct = correct_answers(infos, [True] * 5 + [False], VarsConfig())
+    assert correct.tolist() == [True, False, True, True, False, False] and correct.dtype == torch.bool
     other = VarsConfig(gate_key="score", gate_threshold=0.2)
-    assert correct_answers([{"score": 0.3, "acc": 0}], [True], other).tolist() == [True]
-
-
-def test_placeholders_are_forbidden_and_other_biases_stay():
-    from avar_verl.rollout.agent_loop import forbid
-
-    given = {"temperature": 1.0, "logit_bias": {7: 2.0}}
-    assert forbid(given, [3, 4])["logit_bias"] == {7: 2.0, 3: -100.0, 4: -100.0}
-    assert given == {"temperature": 1.0, "logit_bias": {7: 2.0}} and forbid({}, [3])["logit_bias"] == {3: -100.0}
+    assert correct_answers([{"score": 0.3, "acc": 0}, {"score": 0.2}], [True, True], other).tolist() == [True, False]
 
 
 def test_a_reward_function_without_the_gate_is_an_error():
     with pytest.raises(ValueError, match=r"'acc' tells; it returned \['score'\].*gate_key"):
-        correct_answers([{"score": 1.0}], [True], VarsConfig())
+        correct_answers([{"acc": 1.0}, {"score": 1.0}], [True, True], VarsConfig())
+
+
+def test_a_flag_for_every_rollout():
+    for function in (
+        lambda: correct_answers([{"acc": 1}], [True] * 2, VarsConfig()),
+        lambda: reward_part_metrics([], [True]),
+    ):
+        with pytest.raises(ValueError, match="zip"):
+            function()
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
 
 
 def test_parts_are_means_over_real_rollouts_and_words_are_left_out():
-    infos = [{"acc": 1.0, "why": "x"}, {"acc": 0.0, "why": "y"}, {"acc": 9.0, "why": "z"}]
-    assert reward_part_metrics(infos, [True, True, False]) == {"avar/reward/acc": 0.5}
-    assert reward_part_metrics(infos, [False] * 3) == {}
+    infos = [
+        {"acc": 1.0, "ok": True, "why": "x"},
+        {"acc": 0.0, "ok": np.bool_(0), "why": "y"},
+        {"acc": 9.0, "why": "z"},
+    ]
+    assert reward_part_metrics(infos, [True, True, False]) == {"avar/reward/acc": 0.5, "avar/reward/ok": 0.5}
+    assert reward_part_metrics(infos, [False] * 3) == reward_part_metrics([], []) == {}
 
 
 def rows(*ratios: float) -> torch.Tensor:
@@ -46,6 +68,7 @@ def rows(*ratios: float) -> torch.Tensor:
 
 
 def test_metrics_leave_out_padding_and_what_is_not_defined():
+    """Rollouts: 2, 4, not defined, padding. Measured 2 and 4; paid 2, 0, 0 over the three real ones."""
     visual = rows(2.0, 4.0, math.nan, 100.0)
     correct = torch.tensor([True, False, False, False])
     shaped = torch.tensor([2.0, 0, 0, 0])
@@ -56,12 +79,142 @@ def test_metrics_leave_out_padding_and_what_is_not_defined():
     assert out["avar/r_visual/weighted"] == pytest.approx(0.2)
 
 
+def test_every_metric_is_its_own_field():
+    visual = torch.tensor([[7.0, 0.9, 0.4, 0.05, 10, 16, 8], [5.0, 0.7, 0.2, 0.15, 20, 16, 8]])
+    out = visual_metrics(visual, torch.tensor([True, True]), [True, True])
+    expected = {"vas": 6.0, "image_share": 0.8, "image_mass": 0.3, "system_mass": 0.1}
+    assert {key: out[f"avar/{key}"] for key in expected} == pytest.approx(expected)
+    assert not any(key.startswith("avar/r_visual") for key in out)  # nothing is paid, nothing is logged as paid
+
+
+@pytest.mark.parametrize("field", ["ratio", "image_share"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_field_that_is_not_finite_leaves_the_rollout_out(field, value):
+    visual = rows(2.0, 4.0)
+    visual[1, VISUAL_FIELDS.index(field)] = value
+    out = visual_metrics(visual, torch.tensor([False, False]), [True, True])
+    assert out["avar/measured_rollouts"] == 1 and out["avar/vas"] == 2
+
+
+def test_nothing_measured():
+    out = visual_metrics(rows(math.nan), torch.tensor([False]), [True], torch.tensor([math.nan]))
+    assert out == {"avar/measured_rollouts": 0, "avar/correct": 0.0}
+
+
+# ---- configs that cannot be right ----------------------------------------------------------------------------------
+
+
+def grpo_config(**algorithm):
+    fsdp_config = {"vars": {"lambda_v": 0.3}}
+    return OmegaConf.create(
+        {"actor_rollout_ref": {"actor": {"fsdp_config": fsdp_config}}, "algorithm": dict(algorithm)}
+    )
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {},
+        {"rollout_correction": None, "filter_groups": None},
+        {"rollout_correction": {"bypass_mode": False}},
+        {"filter_groups": {"enable": False, "metric": "reward"}},
+        {"filter_groups": {"enable": True, "metric": "acc"}},
+    ],
+)
+def test_configs_that_can_be_right(algorithm):
+    check_grpo_config(grpo_config(**algorithm), VarsConfig())
+
+
+def without_engine_config(**changes):
+    config = grpo_config()
+    config.actor_rollout_ref.actor.fsdp_config = changes
+    return config
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (without_engine_config(), r"fsdp_config.vars=null. Start from avar_grpo.yaml"),
+        (without_engine_config(vars=None), r"fsdp_config.vars=null. Start from avar_grpo.yaml"),
+        (
+            grpo_config(rollout_correction={"bypass_mode": True}),
+            r"bypass_mode=True, which skips that pass. Set it to False",
+        ),
+        (
+            grpo_config(filter_groups={"enable": True, "metric": "reward"}),
+            r"lambda_v=0.3. Filter on the gate: .*metric=acc",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_right_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_grpo_config(config, VarsConfig())
+    check_grpo_config(config, VarsConfig(lambda_v=0))  # nothing is measured
+
+
+def test_filtering_on_the_reward_is_right_where_nothing_is_added_to_it():
+    config = grpo_config(filter_groups={"enable": True, "metric": "reward"})
+    check_grpo_config(config, VarsConfig(lambda_v=0, measure=True))
+    for config in (without_engine_config(), grpo_config(rollout_correction={"bypass_mode": True})):
+        with pytest.raises(ValueError, match="VARS is measured"):
+            check_grpo_config(config, VarsConfig(lambda_v=0, measure=True))
+
+
+# ---- the trainer's own methods -------------------------------------------------------------------------------------
+
+
+def trainer_with(vars_config: VarsConfig) -> AvarPPOTrainer:
+    trainer = object.__new__(AvarPPOTrainer)
+    trainer.vars = vars_config
+    return trainer
+
+
+def test_the_trainer_is_synchronous_whatever_its_name():
+    trainer = trainer_with(VarsConfig())
+    trainer.trainer_mode = "avar_sync"  # verl's base class assigns the configured name
+    assert trainer.trainer_mode == "sync" and isinstance(trainer, PPOTrainerSync)
+
+
+@pytest.mark.parametrize("vars_config", [VarsConfig(), VarsConfig(lambda_v=0), VarsConfig(lambda_v=0, measure=True)])
+def test_masses_are_asked_for_in_the_old_log_prob_pass_alone(monkeypatch, vars_config):
+    seen = []
+
+    def old_log_prob(self, batch, metrics):
+        seen.append(batch.extra_info[MEASURE_FLAG])
+        return batch
+
+    monkeypatch.setattr(PPOTrainerSync, "_compute_old_log_prob", old_log_prob)
+    batch = trainer_with(vars_config)._compute_old_log_prob(SimpleNamespace(extra_info={}), {})
+    assert seen == [vars_config.measures] and batch.extra_info[MEASURE_FLAG] is False
+
+
+def test_the_reward_comes_before_the_advantage(monkeypatch):
+    order = []
+    monkeypatch.setattr(AvarPPOTrainer, "_add_visual_reward", lambda self, batch, metrics: order.append("reward"))
+    monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: order.append("advantage"))
+    trainer_with(VarsConfig())._compute_advantage(None, {})
+    assert order == ["reward", "advantage"]
+
+
+# ---- agent loop ----------------------------------------------------------------------------------------------------
+
+
+def test_placeholders_are_forbidden_and_other_biases_stay():
+    from avar_verl.rollout.agent_loop import forbid
+
+    given = {"temperature": 1.0, "logit_bias": {7: 2.0}}
+    assert forbid(given, [3, 4])["logit_bias"] == {7: 2.0, 3: -100.0, 4: -100.0}
+    assert given == {"temperature": 1.0, "logit_bias": {7: 2.0}} and forbid({}, [3])["logit_bias"] == {3: -100.0}
+
+
+# ---- r_visual through a TransferQueue ------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def queue():
     """A TransferQueue of one storage unit on a local Ray."""
     import ray
     import transfer_queue as tq
-    from omegaconf import OmegaConf
 
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     from hydra import compose, initialize_config_module
