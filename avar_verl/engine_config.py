@@ -16,7 +16,16 @@ class AvarFSDPEngineConfig(FSDPEngineConfig):
     Args:
         agto: guidance of the training loss; None trains with verl's loss.
         vars: masses to return from the log-prob pass; None returns none.
+        freeze_vision_tower: the vision tower gets no gradients; False trains it. Paper: False.
+        freeze_projector: the projector between tower and language model gets none; False trains it. Paper: False.
     """
 
     agto: Optional[AgtoConfig] = None
     vars: Optional[VarsConfig] = None
+    freeze_vision_tower: bool = False
+    freeze_projector: bool = False
+
+    @property
+    def freezes(self) -> bool:
+        """Whether any part is frozen."""
+        return self.freeze_vision_tower or self.freeze_projector

@@ -53,15 +53,10 @@ class RoleMap:
         Raises:
             ValueError: an unknown family, or a tokenizer without the family's delimiters.
         """
-        from avar_verl.families import FAMILIES
+        from avar_verl.families import get_family  # The families build RoleMaps.
 
-        family = FAMILIES.get(config.model_type)
-        if family is None:
-            raise ValueError(
-                f"RoleMap needs a known model family; got model_type={config.model_type!r}. "
-                f"Known families: {', '.join(sorted(FAMILIES))}. Add a file to avar_verl/families for another one."
-            )
-        return family(getattr(processor, "tokenizer", processor), config)
+        family = get_family(config.model_type)
+        return family.role_map(getattr(processor, "tokenizer", processor), config)
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
 from avar_verl.config import QUERY_ROLES
 from avar_verl.engine_config import AvarFSDPEngineConfig
+from avar_verl.freeze import freeze_vision
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.reward import VISUAL_FIELDS, VisualReduction, visual_fields
 from avar_verl.roles import RoleMap, TokenRole
@@ -71,7 +72,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     Changes w.r.t. verl's engine, none without an `AvarFSDPEngineConfig`:
     - training with `agto`: the loss gets alpha * L_enhance + beta * L_suppress, normalised over the global batch like
       verl's own loss, and `avar/*` metrics; with alpha = beta = 0 nothing is added to it;
-    - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers a sample.
+    - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers a sample;
+    - with `freeze_vision_tower` or `freeze_projector`: these parameters have no gradient and no optimizer state.
     """
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
@@ -101,6 +103,13 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 "FSDP1 needs an accelerator (sync_module_states wants its parameters on one); got strategy='fsdp' on "
                 "the CPU. Set strategy=fsdp2."
             )
+        freezes = isinstance(engine_config, AvarFSDPEngineConfig) and engine_config.freezes
+        if freezes and engine_config.strategy == "fsdp" and not engine_config.use_orig_params:
+            raise ValueError(
+                "FSDP1 flattens frozen and trained parameters together unless it keeps the originals; got "
+                "freeze_vision_tower or freeze_projector with use_orig_params=False. Set use_orig_params=True, or "
+                "strategy=fsdp2."
+            )
         if not cls._captures(engine_config):
             return
         if model_config.processor is None:
@@ -120,6 +129,13 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 resolve_indices("layers", part.layers, text_config.num_hidden_layers)
         if engine_config.agto is not None:
             resolve_indices("heads", engine_config.agto.heads, text_config.num_attention_heads)
+
+    def _build_module(self):
+        module = super()._build_module()
+        if isinstance(self.engine_config, AvarFSDPEngineConfig):
+            tower, projector = self.engine_config.freeze_vision_tower, self.engine_config.freeze_projector
+            freeze_vision(module, self.model_config.hf_config.model_type, tower, projector)
+        return module
 
     # ---- roles -------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,9 @@ default system turn when the messages have none.
 from avar_verl.families.chatml import ChatMLTurns
 from avar_verl.roles import RoleMap
 
+VISION_TOWER = "model.visual"
+PROJECTOR = "model.visual.merger"
+
 
 def role_map(tokenizer, config) -> RoleMap:
     """`RoleMap` of `config.model_type == "qwen2_5_vl"`."""

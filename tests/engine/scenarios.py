@@ -50,7 +50,7 @@ def build_worker(scenario: dict, model_path: str) -> TrainingWorker:
     else:
         vars_ = VarsConfig(**scenario["vars"]) if "vars" in scenario else None
         agto = AgtoConfig(**scenario["agto"]) if "agto" in scenario else None
-        engine = AvarFSDPEngineConfig(**common, agto=agto, vars=vars_)
+        engine = AvarFSDPEngineConfig(**common, **scenario.get("engine", {}), agto=agto, vars=vars_)
     optimizer = FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, lr_scheduler_type="constant")
     worker = TrainingWorker(
         TrainingWorkerConfig(

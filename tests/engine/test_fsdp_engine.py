@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from avar_verl.demo import photo_grid
 from avar_verl.objectives.reward import VISUAL_FIELDS
@@ -63,6 +64,8 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "stock_inference": {"vars": {"lambda_v": 0.0}},
         "packed": {"agto": GUIDED, "use_remove_padding": True},
         "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
+        "frozen": {"agto": GUIDED, "engine": {"freeze_vision_tower": True, "freeze_projector": True}},
+        "frozen_tower": {"engine": {"freeze_vision_tower": True}},
         "bad_layer": {"agto": {**GUIDED, "layers": [4]}},
     }
     return run(tmp_path_factory.mktemp("one"), tiny_model_path, data_file, scenarios)
@@ -124,6 +127,20 @@ def test_targets_that_are_met_stop_the_guidance(one):
 
 def test_a_subset_of_layers_and_heads_is_another_loss(one):
     assert one["layers"]["metrics"][1]["avar/enhance"] != one["guided"]["metrics"][1]["avar/enhance"]
+
+
+def test_freezing_really_freezes(one, tiny_model_path):
+    start = load_file(tiny_model_path / "model.safetensors")
+    for scenario, projector_moves in (("frozen", False), ("frozen_tower", True)):
+        moved = {
+            name: not torch.equal(parameter, start[name]) for name, parameter in one[scenario]["parameters"].items()
+        }
+        for name, has_moved in moved.items():
+            if name.startswith("model.visual.merger."):
+                assert has_moved is projector_moves, name
+            elif name.startswith("model.visual."):
+                assert not has_moved, name
+        assert all(has_moved for name, has_moved in moved.items() if name.startswith("model.language_model."))
 
 
 @pytest.mark.parametrize("scenario", ["micro", "checkpointing", "eager"])
