@@ -30,6 +30,26 @@ def _check_indices(name: str, values: Sequence[int] | None) -> tuple[int, ...] |
     return tuple(values)
 
 
+def _check_weights(weights: Sequence[float] | None, layers: Sequence[int] | None) -> tuple[float, ...] | None:
+    if weights is None:
+        return None
+    fix = "Set avar.agto.layer_weights or avar.vars.layer_weights to one positive weight for every layer, or to null."
+    ok = not isinstance(weights, str) and len(weights) > 0 and all(weight > 0 for weight in weights)
+    _check(ok, "layer_weights must be null or positive numbers", weights, fix)
+    ok = layers is None or len(weights) == len(layers)
+    _check(ok, "layer_weights must be as many as layers", (weights, layers), fix)
+    return tuple(float(weight) for weight in weights)
+
+
+def _check_alarm(floor: float) -> None:
+    _check(
+        0 <= floor < 1,
+        "alarm_system_mass must be in [0, 1)",
+        floor,
+        "Set avar.agto.alarm_system_mass or avar.vars.alarm_system_mass to 0 to disable it.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class AgtoConfig:
     """Attention-guided losses of the cold start (`objectives.agto`)."""
@@ -49,6 +69,10 @@ class AgtoConfig:
     layers: Sequence[int] | None = None
     """Decoder layers that are guided, negative from the end; null is all. Paper: all."""
 
+    layer_weights: Sequence[float] | None = None
+    """Weights of the guided layers in the mean over layers, > 0, in ascending order of layers; null weighs all alike.
+    Paper: null."""
+
     heads: Sequence[int] | None = None
     """Query heads that are guided in each of these layers; null is all. Paper: all."""
 
@@ -67,6 +91,9 @@ class AgtoConfig:
     measure: bool = False
     """Log masses and VAS also when both weights are 0. The loss is then verl's own, to the bit."""
 
+    alarm_system_mass: float = 0.01
+    """Mean system mass under which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
+
     def __post_init__(self):
         fix = "Set avar.agto."
         _check(self.alpha >= 0, "alpha must be >= 0", self.alpha, fix + "alpha=0 to disable L_enhance.")
@@ -79,7 +106,9 @@ class AgtoConfig:
         )
         _check(floor is None or 0 <= floor < 1, "system_floor must be null or in [0, 1)", floor, fix + "system_floor.")
         _check(self.warmup_steps >= 0, "warmup_steps must be >= 0", self.warmup_steps, fix + "warmup_steps=0 for none.")
+        _check_alarm(self.alarm_system_mass)
         object.__setattr__(self, "layers", _check_indices("layers", self.layers))
+        object.__setattr__(self, "layer_weights", _check_weights(self.layer_weights, self.layers))
         object.__setattr__(self, "heads", _check_indices("heads", self.heads))
         anneal = _check_indices("anneal", self.anneal)
         ok = anneal is None or (len(anneal) == 2 and self.warmup_steps <= anneal[0] < anneal[1])
@@ -107,6 +136,9 @@ class VarsConfig:
     layers: Sequence[int] | None = None
     """Decoder layers L that are averaged, negative from the end; null is all. Paper: all."""
 
+    layer_weights: Sequence[float] | None = None
+    """Weights of these layers in the average, > 0, in ascending order of layers; null weighs all alike. Paper: null."""
+
     statistic: str = "ratio"
     """What is paid for: ratio (image over system mass, the paper's, without bound) or image_share (in [0, 1])."""
 
@@ -125,6 +157,12 @@ class VarsConfig:
     measure: bool = False
     """Log the masses of rollouts also when lambda_v is 0. The rewards are then verl's own, to the bit."""
 
+    alarm_system_mass: float = 0.01
+    """Mean system mass under which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
+
+    alarm_window: int = 20
+    """Steps over which avar/alarm/rise_without_accuracy compares statistic and accuracy, >= 2; 0 disables it."""
+
     def __post_init__(self):
         fix = "Set avar.vars."
         _check(self.lambda_v >= 0, "lambda_v must be >= 0", self.lambda_v, fix + "lambda_v=0 to disable the reward.")
@@ -139,7 +177,11 @@ class VarsConfig:
         else:
             got = (self.shaping, self.clip_max)
             _check(self.clip_max is None, "clip_max has an effect under shaping=clip alone", got, fix + "shaping=clip.")
+        _check_alarm(self.alarm_system_mass)
+        window = self.alarm_window
+        _check(window == 0 or window >= 2, "alarm_window must be 0 or >= 2", window, fix + "alarm_window=0 for none.")
         object.__setattr__(self, "layers", _check_indices("layers", self.layers))
+        object.__setattr__(self, "layer_weights", _check_weights(self.layer_weights, self.layers))
 
     @property
     def measures(self) -> bool:

@@ -50,6 +50,12 @@ def _register_trainer(_module) -> None:
     register_trainer(TRAINER_NAME)(AvarPPOTrainer)
 
 
+def _wrap_packed_attention(qwen2_vl) -> None:
+    from avar_verl.compat import packed_attention  # Imports transformers, as that module has.
+
+    packed_attention.apply(qwen2_vl)
+
+
 def _register_agent_loop(_module) -> None:
     from verl.experimental.agent_loop.agent_loop import register
 
@@ -66,13 +72,15 @@ def _register() -> None:
             "avar_verl from loading with VERL_USE_EXTERNAL_PLUGINS=none."
         )
     import avar_verl.compat.cpu_platform  # noqa: F401  registers the platform
-    from avar_verl.compat import detect, metrics, position_ids, process_group, text_only, vllm_cpu
+    from avar_verl.compat import cpu_flash, detect, metrics, position_ids, process_group, text_only, vllm_cpu
 
     if detect.is_active():
         process_group.apply()
         vllm_cpu.alias_distribution()
+        wrapt.register_post_import_hook(cpu_flash.apply, "verl.models.transformers.qwen2_vl")
     wrapt.register_post_import_hook(position_ids.apply, "verl.utils.tensordict_utils")
     wrapt.register_post_import_hook(text_only.apply, "verl.models.transformers.qwen2_vl")
+    wrapt.register_post_import_hook(_wrap_packed_attention, "verl.models.transformers.qwen2_vl")
     wrapt.register_post_import_hook(metrics.apply, "verl.workers.engine_workers")
     wrapt.register_post_import_hook(_register_engines, "verl.workers.engine")
     wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")

@@ -111,6 +111,17 @@ NAN = float("nan")
         (VarsConfig, {"shaping": "clip"}, "shaping=clip needs clip_max > 0; got None"),
         (VarsConfig, {"shaping": "clip", "clip_max": 0.0}, "shaping=clip needs clip_max > 0; got 0.0"),
         (VarsConfig, {"clip_max": 3.0}, "clip_max has an effect under shaping=clip alone; got"),
+        (
+            AgtoConfig,
+            {"layer_weights": [1.0, 0.0]},
+            r"layer_weights must be null or positive numbers; got \[1.0, 0.0\]",
+        ),
+        (AgtoConfig, {"layer_weights": []}, r"layer_weights must be null or positive numbers; got \[\]"),
+        (AgtoConfig, {"layer_weights": [1.0], "layers": [0, 1]}, "layer_weights must be as many as layers; got"),
+        (AgtoConfig, {"alarm_system_mass": 1.0}, r"alarm_system_mass must be in \[0, 1\); got 1.0"),
+        (VarsConfig, {"layer_weights": "12"}, "layer_weights must be null or positive numbers; got '12'"),
+        (VarsConfig, {"alarm_system_mass": -0.1}, r"alarm_system_mass must be in \[0, 1\); got -0.1"),
+        (VarsConfig, {"alarm_window": 1}, "alarm_window must be 0 or >= 2; got 1"),
         (VarsConfig, {"layers": [True]}, r"layers must be null or a non-empty list of integers; got \[True\]"),
     ],
 )
@@ -126,6 +137,8 @@ def test_every_rule_is_enforced(config, values, message):
         *((AgtoConfig, {"query_role": role}) for role in QUERY_ROLES),
         (AgtoConfig, {"alpha": 0, "beta": 0, "epsilon": 0, "image_target": 1, "system_floor": 0}),
         (AgtoConfig, {"warmup_steps": 2, "anneal": [2, 3], "layers": [-1], "heads": [0, 3]}),
+        (AgtoConfig, {"layers": [0, 2], "layer_weights": [1.0, 0.5], "alarm_system_mass": 0}),
+        (VarsConfig, {"alarm_window": 0, "layer_weights": (2.0,)}),
         *((VarsConfig, {"statistic": statistic}) for statistic in STATISTICS),
         *((VarsConfig, {"shaping": shaping}) for shaping in SHAPINGS if shaping != "clip"),
         (VarsConfig, {"shaping": "clip", "clip_max": 20, "layers": (0, -1)}),
@@ -183,7 +196,7 @@ def test_cold_start_recipe(machine):
     assert engine.agto == AgtoConfig(layers=[0, 2], anneal=[3, 5])
     avar = omega_conf_to_dataclass(config.avar)
     assert avar == AvarConfig(agto=engine.agto, vars=VarsConfig(lambda_v=0))
-    assert config.model.use_remove_padding is False and config.data.train_batch_size == 512
+    assert config.model.use_remove_padding is (machine == "gpu_sft") and config.data.train_batch_size == 512
     assert config.optim.lr == 5e-6 and "hf_model" in config.checkpoint.save_contents
     assert config.trainer.device == ("cpu" if machine == "cpu_sft" else "cuda")
     omega_conf_to_dataclass(config.optim)
@@ -218,7 +231,7 @@ def test_grpo_recipe(machine, overrides, tiny_model_path):
     assert config.trainer.v1.trainer_mode == "avar_sync"
     assert config.reward.custom_reward_function.path == "pkg://reward_fns.avar"
     assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "avar_single_turn"
-    assert config.actor_rollout_ref.model.use_remove_padding is False
+    assert config.actor_rollout_ref.model.use_remove_padding is (machine == "gpu_grpo")
     assert config.actor_rollout_ref.actor.optim.lr == 1e-6 and config.actor_rollout_ref.rollout.n == 8
     check_grpo_config(config, omega_conf_to_dataclass(config.avar.vars))
     omega_conf_to_dataclass(config.actor_rollout_ref.rollout)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from avar_verl.attention.mass import NUM_ROLES, Visibility, selected_mass
@@ -66,13 +67,14 @@ class _Request:
     (A cycle between them would keep a step's graph alive until the garbage collector comes by.)
     """
 
-    def __init__(self, roles, layers, query_role, reduction, key_groups, num_groups, implementation):
+    def __init__(self, roles, layers, query_role, reduction, key_groups, num_groups, implementation, offsets=None):
         self.roles = roles
         self.layers = tuple(layers)
         self.reduction = reduction
         self.key_groups = roles if key_groups is None else key_groups
         self.num_groups = NUM_ROLES if key_groups is None else num_groups
         self.implementation = implementation
+        self.offsets = offsets
         self.all_queries = query_role is None
         if query_role is None:
             self.positions = torch.arange(roles.shape[1], device=roles.device).expand(roles.shape[0], -1)
@@ -99,10 +101,85 @@ class _Forward:
         self.has_gradients = torch.is_grad_enabled()
 
     def observe(self, module, query_BHSD, key_BKSD, attention_mask, arguments: dict) -> None:
+        """One layer through transformers' attention interface."""
         request = self.request
         layer = module.layer_idx
-        if layer not in request.layers:
+        if not self._wants(layer, arguments):
             return
+        if request.offsets is not None:
+            self._observe_packed_row(module, query_BHSD, key_BKSD, arguments)
+            return
+        roles_BS = request.roles
+        if tuple(roles_BS.shape) != (key_BKSD.shape[0], key_BKSD.shape[2]) or query_BHSD.shape[2] != key_BKSD.shape[2]:
+            raise ValueError(
+                f"roles must cover every position of the forward pass; got roles {tuple(roles_BS.shape)} for queries "
+                f"{tuple(query_BHSD.shape)} and keys {tuple(key_BKSD.shape)}. Run without a key/value cache."
+            )
+        query_BHQD = query_BHSD
+        if not request.all_queries:
+            index = request.positions[:, None, :, None].expand(-1, query_BHSD.shape[1], -1, query_BHSD.shape[3])
+            query_BHQD = query_BHSD.gather(2, index)
+        visibility = self._visibility(attention_mask, request.positions, arguments, layer)
+        self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"))
+
+    def observe_packed(
+        self, module, query_THD, key_TKD, cu_seqlens: torch.Tensor | list[int] | None, arguments: dict
+    ) -> None:
+        """One layer of packed attention: `cu_seqlens` are its segments, None is one segment.
+
+        Samples are taken out of the packed row, so everything behind is what it is for padded ones.
+        """
+        request = self.request
+        layer = module.layer_idx
+        if not self._wants(layer, arguments):
+            return
+        T = query_THD.shape[0]
+        if request.offsets is None:
+            raise ValueError(
+                f"packed attention needs to know where samples start; got a packed row of {T} positions without "
+                "`packed_offsets`. Pass them to capture_mass."
+            )
+        offsets = request.offsets
+        if not self.by_layer:  # Once a forward pass, since reading the offsets waits for the device.
+            # Behind the samples the row may be padded, up to a multiple of the sequence-parallel size.
+            bounds = [0, T] if cu_seqlens is None else torch.as_tensor(cu_seqlens).tolist()
+            samples = offsets.tolist()
+            num_samples = len(samples) - 1
+            is_padded_sample = cu_seqlens is None and num_samples == 1 and samples[-1] <= T
+            if not is_padded_sample and bounds[: num_samples + 1] != samples:
+                raise ValueError(
+                    f"every segment of packed attention must be one sample; got segments {bounds} for samples "
+                    f"{samples}. Check the position ids: each sample starts at 0."
+                )
+        start_B1 = offsets[:-1, None].to(query_THD.device)
+        location_BQ = (start_B1 + request.positions).clamp(max=T - 1)
+        location_BS = (start_B1 + torch.arange(request.roles.shape[1], device=query_THD.device)).clamp(max=T - 1)
+        query_BHQD, key_BKSD = query_THD[location_BQ].transpose(1, 2), key_TKD[location_BS].transpose(1, 2)
+        # What is filled in lies behind its sample, where no causal query looks.
+        visibility = Visibility(request.positions, window=arguments.get("sliding_window"))
+        self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"))
+
+    def _observe_packed_row(self, module, query_BHSD, key_BKSD, arguments) -> None:
+        position_ids_BS = arguments.get("position_ids")
+        if query_BHSD.shape[0] != 1 or position_ids_BS is None:
+            raise ValueError(
+                f"packed samples are one row with position ids that start at 0 in each; got {query_BHSD.shape[0]} rows"
+                f"{'' if position_ids_BS is not None else ' without position ids'}. Pass no `packed_offsets` for "
+                "padded samples."
+            )
+        starts = (position_ids_BS[0] == 0).nonzero()[:, 0].tolist()
+        self.observe_packed(
+            module,
+            query_BHSD[0].transpose(0, 1),
+            key_BKSD[0].transpose(0, 1),
+            [*starts, query_BHSD.shape[2]],
+            arguments,
+        )
+
+    def _wants(self, layer: int, arguments: dict) -> bool:
+        """Whether to capture this layer, refusing what would be wrong."""
+        if layer not in self.request.layers:
+            return False
         if self.has_gradients and not torch.is_grad_enabled():
             raise ValueError(
                 f"attention masses under reentrant gradient checkpointing have no gradient; got layer {layer} without. "
@@ -114,26 +191,13 @@ class _Forward:
                     f"attention masses need a plain softmax over the keys; got {name}={arguments[name]} in layer "
                     f"{layer}. Leave this layer out of `layers`."
                 )
-        roles_BS = request.roles
-        if tuple(roles_BS.shape) != (key_BKSD.shape[0], key_BKSD.shape[2]) or query_BHSD.shape[2] != key_BKSD.shape[2]:
-            raise ValueError(
-                f"roles must cover every position of the forward pass; got roles {tuple(roles_BS.shape)} for queries "
-                f"{tuple(query_BHSD.shape)} and keys {tuple(key_BKSD.shape)}. Run without a key/value cache."
-            )
-        positions_BQ, valid_BQ = request.positions, request.valid
-        query_BHQD = query_BHSD
-        if not request.all_queries:
-            index = positions_BQ[:, None, :, None].expand(-1, query_BHSD.shape[1], -1, query_BHSD.shape[3])
-            query_BHQD = query_BHSD.gather(2, index)
-        visibility = self._visibility(attention_mask, positions_BQ, arguments, layer)
+        return True
+
+    def _reduce(self, layer, query_BHQD, key_BKSD, visibility: Visibility, scale: float | None) -> None:
+        request = self.request
+        valid_BQ = request.valid
         mass_BHQR = selected_mass(
-            query_BHQD,
-            key_BKSD,
-            request.key_groups,
-            visibility,
-            valid_BQ,
-            arguments.get("scaling"),
-            request.num_groups,
+            query_BHQD, key_BKSD, request.key_groups, visibility, valid_BQ, scale, request.num_groups
         )
         result = mass_BHQR if request.reduction is None else request.reduction(mass_BHQR, valid_BQ)
         # A checkpointed layer comes here again in the backward pass: its first result is the one in the loss.
@@ -151,13 +215,22 @@ class _Forward:
             # An additive mask hides with the least number of its type, a boolean one with False.
             visible = rows_BQS if rows_BQS.dtype == torch.bool else rows_BQS > torch.finfo(rows_BQS.dtype).min / 2
             return Visibility(positions_BQ, rows_BQS=visible)
+        if isinstance(attention_mask, BlockMask):
+            # FlexAttention's mask is a function of indices: ask it for the rows of the selected queries.
+            B, S = self.request.roles.shape
+            device = positions_BQ.device
+            sample_B11, key_11S = torch.arange(B, device=device)[:, None, None], torch.arange(S, device=device)
+            head_B11 = torch.zeros_like(sample_B11)
+            rows_BQS = attention_mask.mask_mod(sample_B11, head_B11, positions_BQ[:, :, None], key_11S)
+            return Visibility(positions_BQ, rows_BQS=rows_BQS.expand(B, positions_BQ.shape[1], S))
         key_mask_BS = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             key_mask_BS = attention_mask.bool()
         elif attention_mask is not None:
             raise ValueError(
-                f"attention masses read 4-D masks, 2-D padding masks or none; got {type(attention_mask).__name__} with "
-                f"attn_implementation={self.request.implementation!r}. Use sdpa, eager or flash_attention_2."
+                f"attention masses read 4-D, 2-D and block masks or none; got {type(attention_mask).__name__} with "
+                f"attn_implementation={self.request.implementation!r}. Use sdpa, eager, flex_attention or "
+                "flash_attention_2."
             )
         # Without a mask sdpa and eager see the whole row: a packed one gets a mask, except beside a cache. Flash
         # attention reads the position ids of a single row (modeling_flash_attention_utils.py `_is_packed_sequence`).
@@ -197,8 +270,8 @@ class CapturedMass:
         if missing:
             raise ValueError(
                 f"every captured layer must call transformers' attention interface; layers {missing} did not "
-                f"(attn_implementation={self._request.implementation!r}). verl's patched attention for "
-                "use_remove_padding=True or sequence parallelism bypasses it: set model.use_remove_padding=False."
+                f"(attn_implementation={self._request.implementation!r}). An attention that is patched to bypass it, "
+                "as verl does for packed rows in some families, cannot be captured: set model.use_remove_padding=False."
             )
         return [self._forward.by_layer[layer] for layer in self.layers]
 
@@ -293,6 +366,19 @@ def resolve_indices(name: str, indices: Sequence[int] | None, count: int) -> tup
     return tuple(resolved)
 
 
+def _check_groups(key_groups: torch.Tensor, num_groups: int | None, roles: torch.Tensor) -> None:
+    if key_groups.shape != roles.shape or num_groups is None or num_groups < 1:
+        raise ValueError(
+            f"key_groups must be (B, S) like roles, with num_groups >= 1; got {tuple(key_groups.shape)} for roles "
+            f"{tuple(roles.shape)} and num_groups={num_groups}. Give every position a group."
+        )
+    if key_groups.numel() and not 0 <= int(key_groups.min()) <= int(key_groups.max()) < num_groups:
+        raise ValueError(
+            f"key_groups must be integers in [0, {num_groups}); got {int(key_groups.min())} to "
+            f"{int(key_groups.max())}. Count the groups from 0."
+        )
+
+
 @contextmanager
 def capture_mass(
     model: torch.nn.Module,
@@ -302,6 +388,7 @@ def capture_mass(
     reduction: Reduction | None = None,
     key_groups: torch.Tensor | None = None,
     num_groups: int | None = None,
+    packed_offsets: torch.Tensor | None = None,
 ):
     """Capture the attention masses of one forward pass.
 
@@ -315,6 +402,9 @@ def capture_mass(
             `valid_BQ` (None without a query_role) is False on filling.
         key_groups: (B, S) integers in [0, num_groups) to sum the attention by instead of by role, for example one group
             for every image token; R is then num_groups.
+        packed_offsets: (B + 1,) where each sample starts and the last one ends, when the model runs on one packed row
+            instead of padded samples. `roles` and `key_groups` stay (B, S), the samples padded on the right, and so do
+            the masses.
 
     Yields:
         `CapturedMass`; its `mass` is (B, L, H, S, R) after the forward pass, with gradients where the pass has them.
@@ -327,10 +417,12 @@ def capture_mass(
     ...     model(**inputs)
     >>> share = captured.mass[..., TokenRole.IMAGE]  # doctest: +SKIP
     """
+    if key_groups is not None:
+        _check_groups(key_groups, num_groups, roles)
     decoder = find_decoder(model)
     implementation = decoder.config._attn_implementation
     layers = resolve_indices("layers", layers, len(decoder.layers))
-    request = _Request(roles, layers, query_role, reduction, key_groups, num_groups, implementation)
+    request = _Request(roles, layers, query_role, reduction, key_groups, num_groups, implementation, packed_offsets)
     captured = CapturedMass(request)
     _wrap(implementation)
 

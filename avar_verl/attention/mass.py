@@ -10,6 +10,7 @@ Shape suffixes:
     R = token roles (len(TokenRole)), or any other key groups
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,11 @@ import torch
 from avar_verl.roles import TokenRole
 
 NUM_ROLES = len(TokenRole)
-# Elements of one chunk's weights, B * H * C * S: 2**24 floats are 64 MiB.
-CHUNK_ELEMENTS = 2**24
+# Elements of one chunk's weights, B * H * C * S: 4 MiB of float32 stay in a CPU's cache, 64 MiB fill a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**24}
+IMPLEMENTATIONS = ("auto", "chunked", "triton")
+MAX_TRITON_GROUPS = 16
+HIDDEN = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -35,32 +39,56 @@ class Visibility:
     window: int | None = None
     rows_BQS: torch.Tensor | None = None
 
-    def chunk(self, start: int, stop: int, num_keys: int) -> torch.Tensor:
-        """(B, C, S) bool of the queries start..stop."""
+    @property
+    def is_causal_only(self) -> bool:
+        return all(x is None for x in (self.key_mask_BS, self.segment_ids_BS, self.window, self.rows_BQS))
+
+    def chunk(self, start: int, stop: int, first_key: int, last_key: int) -> torch.Tensor:
+        """(B, C, keys) bool: which of the keys first_key..last_key the queries start..stop see."""
         if self.rows_BQS is not None:
-            return self.rows_BQS[:, start:stop]
+            return self.rows_BQS[:, start:stop, first_key:last_key]
         positions_BC1 = self.positions_BQ[:, start:stop, None]
-        keys_S = torch.arange(num_keys, device=positions_BC1.device)
+        keys_S = torch.arange(first_key, last_key, device=positions_BC1.device)
         visible_BCS = keys_S <= positions_BC1
         if self.window is not None:
             visible_BCS = visible_BCS & (keys_S > positions_BC1 - self.window)
         if self.key_mask_BS is not None:
-            visible_BCS = visible_BCS & self.key_mask_BS[:, None, :]
+            visible_BCS = visible_BCS & self.key_mask_BS[:, None, first_key:last_key]
         if self.segment_ids_BS is not None:
-            segment_BC = self.segment_ids_BS.gather(1, self.positions_BQ[:, start:stop])
-            visible_BCS = visible_BCS & (segment_BC[:, :, None] == self.segment_ids_BS[:, None, :])
+            segment_BC1 = self.segment_ids_BS.gather(1, self.positions_BQ[:, start:stop])[:, :, None]
+            visible_BCS = visible_BCS & (segment_BC1 == self.segment_ids_BS[:, None, first_key:last_key])
         return visible_BCS
 
+    def chunks(self, size: int, num_keys: int) -> Iterator[tuple[int, int, int, int]]:
+        """(start, stop, first, last) of chunks of `size` queries: keys before `first` are visible to all queries of the
+        chunk, keys from `last` on to none.
 
-def _chunk_weights(query_BKGCD, key_BKSD, visible_BCS, scale) -> torch.Tensor:
-    """softmax over the visible keys, (B, K, G, C, S) float32; a row that sees nothing is 0."""
-    scores = torch.einsum("bkgcd,bksd->bkgcs", query_BKGCD, key_BKSD).mul_(scale)
-    hidden = ~visible_BCS[:, None, None]
-    weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
-    return weights.masked_fill_(hidden, 0.0)  # Also turns the nan of a row that sees nothing into 0.
+        On the CPU alone: elsewhere reading the positions would wait for the device.
+        """
+        num_queries = self.positions_BQ.shape[1]
+        for start in range(0, num_queries, size):
+            stop = min(start + size, num_queries)
+            first, last = 0, num_keys
+            if self.positions_BQ.device.type == "cpu" and self.rows_BQS is None:
+                least, greatest = self.positions_BQ[:, start:stop].aminmax()
+                last = min(num_keys, int(greatest) + 1)
+                first = int(least) + 1 if self.is_causal_only else 0
+            yield start, stop, first, last
 
 
-class _RoleMass(torch.autograd.Function):
+def _weights(query_BKGCD, key_BKSD, visibility, start, stop, first, last) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax over the visible keys, (B, K, G, C, keys up to `last`) float32, of queries that are already scaled.
+
+    A row that sees nothing comes out uniform; alive_BC is False there.
+    """
+    weights = torch.einsum("bkgcd,bksd->bkgcs", query_BKGCD[:, :, :, start:stop], key_BKSD[:, :, :last])
+    visible_BCS = visibility.chunk(start, stop, first, last)
+    weights[..., first:].masked_fill_(~visible_BCS[:, None, None], HIDDEN)
+    alive_BC = visible_BCS.any(-1) if first == 0 else visible_BCS.new_ones(()).expand(visible_BCS.shape[:2])
+    return torch.softmax(weights, dim=-1), alive_BC
+
+
+class _ChunkedMass(torch.autograd.Function):
     """mass_r = sum_k p_k [role_k = r] with p = softmax(scale * q . k).
 
     Backward: d loss / d score_k = p_k (g_{role_k} - sum_r g_r mass_r), with g = d loss / d mass. Only q, k and mass are
@@ -71,15 +99,16 @@ class _RoleMass(torch.autograd.Function):
     def forward(ctx, query_BHQD, key_BKSD, onehot_BSR, visibility, scale):
         B, H, Q, D = query_BHQD.shape
         K, S = key_BKSD.shape[1:3]
-        ctx.chunk = max(1, CHUNK_ELEMENTS // max(1, B * H * S))
+        elements = CHUNK_ELEMENTS["cpu" if query_BHQD.device.type == "cpu" else "gpu"]
+        ctx.chunk = max(1, elements // max(1, B * H * S))
         ctx.visibility, ctx.scale = visibility, scale
-        query = query_BHQD.float().reshape(B, K, H // K, Q, D)
+        query = (query_BHQD.float() * scale).reshape(B, K, H // K, Q, D)
         key = key_BKSD.float()
         mass = query.new_zeros(B, K, H // K, Q, onehot_BSR.shape[-1])
-        for start in range(0, Q, ctx.chunk):
-            stop = min(start + ctx.chunk, Q)
-            weights = _chunk_weights(query[:, :, :, start:stop], key, visibility.chunk(start, stop, S), scale)
-            torch.matmul(weights, onehot_BSR[:, None, None], out=mass[:, :, :, start:stop])
+        for start, stop, first, last in visibility.chunks(ctx.chunk, S):
+            weights, alive_BC = _weights(query, key, visibility, start, stop, first, last)
+            chunk = torch.matmul(weights, onehot_BSR[:, None, None, :last])
+            mass[:, :, :, start:stop] = chunk * alive_BC[:, None, None, :, None]
         ctx.save_for_backward(query_BHQD, key_BKSD, onehot_BSR, mass)
         return mass.reshape(B, H, Q, mass.shape[-1])  # Q may be 0, which forbids -1.
 
@@ -89,20 +118,39 @@ class _RoleMass(torch.autograd.Function):
         query_BHQD, key_BKSD, onehot_BSR, mass = ctx.saved_tensors
         B, H, Q, D = query_BHQD.shape
         K, S = key_BKSD.shape[1:3]
-        query = query_BHQD.float().reshape(B, K, H // K, Q, D)
+        query = (query_BHQD.float() * ctx.scale).reshape(B, K, H // K, Q, D)
         key = key_BKSD.float()
         grad = grad_BHQR.float().reshape(mass.shape)
         # g_r - sum_r' g_r' mass_r', the bracket of the formula above for every role.
         grad = grad - (grad * mass).sum(-1, keepdim=True)
         grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
-        for start in range(0, Q, ctx.chunk):
-            stop = min(start + ctx.chunk, Q)
-            chunk = query[:, :, :, start:stop]
-            grad_scores = _chunk_weights(chunk, key, ctx.visibility.chunk(start, stop, S), ctx.scale)
-            grad_scores.mul_(torch.matmul(grad[:, :, :, start:stop], onehot_BSR[:, None, None].mT)).mul_(ctx.scale)
-            grad_query[:, :, :, start:stop] = torch.einsum("bkgcs,bksd->bkgcd", grad_scores, key)
-            grad_key += torch.einsum("bkgcs,bkgcd->bksd", grad_scores, chunk)
+        for start, stop, first, last in ctx.visibility.chunks(ctx.chunk, S):
+            grad_scores, alive_BC = _weights(query, key, ctx.visibility, start, stop, first, last)
+            grad_chunk = grad[:, :, :, start:stop] * alive_BC[:, None, None, :, None]
+            grad_scores.mul_(torch.matmul(grad_chunk, onehot_BSR[:, None, None, :last].mT))
+            grad_query[:, :, :, start:stop] = torch.einsum("bkgcs,bksd->bkgcd", grad_scores, key[:, :, :last])
+            grad_key[:, :, :last] += torch.einsum("bkgcs,bkgcd->bksd", grad_scores, query[:, :, :, start:stop])
+        grad_query.mul_(ctx.scale)
         return grad_query.reshape(B, H, Q, D).to(query_BHQD.dtype), grad_key.to(key_BKSD.dtype), None, None, None
+
+
+def choose_implementation(implementation: str, device_type: str, num_groups: int) -> str:
+    """`auto` is Triton on a CUDA or ROCm device for at most MAX_TRITON_GROUPS groups, and PyTorch chunks elsewhere.
+
+    Raises:
+        ValueError: an unknown name, or `triton` where it cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}. Leave it at 'auto'."
+        )
+    can_triton = device_type == "cuda" and num_groups <= MAX_TRITON_GROUPS
+    if implementation == "triton" and not can_triton:
+        raise ValueError(
+            f"the Triton kernel needs a CUDA device and at most {MAX_TRITON_GROUPS} groups; got a {device_type} device "
+            f"and {num_groups} groups. Use implementation='auto'."
+        )
+    return "triton" if can_triton and implementation != "chunked" else "chunked"
 
 
 def selected_mass(
@@ -113,16 +161,24 @@ def selected_mass(
     valid_BQ: torch.Tensor | None = None,
     scale: float | None = None,
     num_groups: int = NUM_ROLES,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """Role masses of already selected queries, (B, H, Q, R) float32; 0 where `valid_BQ` is False.
 
     `attention_mass` is the documented front end; this one takes per-sample query positions, explicit mask rows and any
-    grouping of the keys into `num_groups` groups, for example one group for every image token.
+    grouping of the keys into `num_groups` groups, for example one group for every image token. `implementation` is one
+    of IMPLEMENTATIONS (`choose_implementation`).
     """
-    onehot_BSR = torch.nn.functional.one_hot(key_roles_BS.long(), num_groups).float()
     scale = query_BHQD.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose_implementation(implementation, query_BHQD.device.type, num_groups)
     with torch.autocast(query_BHQD.device.type, enabled=False):
-        mass_BHQR = _RoleMass.apply(query_BHQD, key_BKSD, onehot_BSR, visibility, scale)
+        if chosen == "triton":
+            from avar_verl.attention.triton_mass import triton_mass  # Needs triton, which a CPU may not have.
+
+            mass_BHQR = triton_mass(query_BHQD, key_BKSD, key_roles_BS, visibility, scale, num_groups)
+        else:
+            onehot_BSR = torch.nn.functional.one_hot(key_roles_BS.long(), num_groups).float()
+            mass_BHQR = _ChunkedMass.apply(query_BHQD, key_BKSD, onehot_BSR, visibility, scale)
     return mass_BHQR if valid_BQ is None else mass_BHQR * valid_BQ[:, None, :, None]
 
 

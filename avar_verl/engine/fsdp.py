@@ -7,11 +7,13 @@ Shape suffixes:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.ulysses import get_ulysses_sequence_parallel_group
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
@@ -19,6 +21,7 @@ from avar_verl.config import QUERY_ROLES
 from avar_verl.engine_config import AvarFSDPEngineConfig
 from avar_verl.freeze import freeze_vision
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
+from avar_verl.objectives.alarms import system_mass_alarm
 from avar_verl.objectives.reward import VISUAL_FIELDS, VisualReduction, visual_fields
 from avar_verl.roles import RoleMap, TokenRole
 
@@ -26,6 +29,19 @@ from avar_verl.roles import RoleMap, TokenRole
 # not a mode, because with LoRA the same engine also runs the reference pass, whose masses nobody wants.
 MEASURE_FLAG = "avar_measure"
 VISUAL_OUTPUT = "avar_visual"
+# Families whose packed attention, in verl, is the one that `compat.packed_attention` wraps.
+PACKED_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+
+def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:
+    """Mean over the heads of all sequence-parallel ranks, with the gradient of the rank's own mean."""
+    group = get_ulysses_sequence_parallel_group()
+    if group is None:
+        return mean_over_own_heads
+    total = mean_over_own_heads.detach().clone()
+    torch.distributed.all_reduce(total, group=group)
+    mean = total / torch.distributed.get_world_size(group)
+    return mean_over_own_heads + (mean - mean_over_own_heads.detach())
 
 
 class _Guidance:
@@ -38,8 +54,7 @@ class _Guidance:
         self.num_enhance, self.num_suppress, self.num_samples = num_enhance, num_suppress, num_samples
         self.sums = dict.fromkeys(self.SUMS, 0.0)
 
-    def add(self, terms: AgtoTerms, mean_mass_BLHR: torch.Tensor, lm_loss: torch.Tensor) -> None:
-        by_role_BR = mean_mass_BLHR.detach().double().mean((1, 2))
+    def add(self, terms: AgtoTerms, by_role_BR: torch.Tensor, lm_loss: torch.Tensor) -> None:
         with_image, with_both = terms.has_enhance_B, terms.has_suppress_B
         self.sums["enhance"] += float(terms.enhance_B.detach().sum())
         self.sums["suppress"] += float(terms.suppress_B.detach().sum())
@@ -49,7 +64,7 @@ class _Guidance:
         self.sums["image_share"] += float(by_role_BR[with_both, SHARE].sum())
         self.sums["lm_loss"] += float(lm_loss.detach()) / self.dp_size
 
-    def metrics(self, group) -> dict[str, float]:
+    def metrics(self, group, alarm_system_mass: float) -> dict[str, float]:
         """Means over the global batch, the same on every rank."""
         total = torch.tensor([self.sums[name] for name in self.SUMS], dtype=torch.float64, device=get_device_id())
         torch.distributed.all_reduce(total, group=group)
@@ -63,6 +78,7 @@ class _Guidance:
         if self.num_suppress:
             for name in ("suppress", "system_mass", "vas", "image_share"):
                 out[f"avar/{name}"] = sums[name] / self.num_suppress
+            out["avar/alarm/system_mass"] = float(system_mass_alarm(out["avar/system_mass"], alarm_system_mass))
         return out
 
 
@@ -117,18 +133,35 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 f"attention masses need the model's processor; verl loaded none from {model_config.tokenizer_path!r}. "
                 "Check that the folder holds a processor of a family that verl knows."
             )
-        if model_config.use_remove_padding or engine_config.ulysses_sequence_parallel_size > 1:
+        sp_size = engine_config.ulysses_sequence_parallel_size
+        if sp_size > 1 and not model_config.use_remove_padding:
             raise ValueError(
-                "attention masses need padded micro-batches, because verl replaces the attention for packed ones; got "
-                f"use_remove_padding={model_config.use_remove_padding}, ulysses_sequence_parallel_size="
-                f"{engine_config.ulysses_sequence_parallel_size}. Set model.use_remove_padding=False and a size of 1."
+                "sequence parallelism needs packed micro-batches; got use_remove_padding=False with "
+                f"ulysses_sequence_parallel_size={sp_size}. Set model.use_remove_padding=True."
+            )
+        model_type = model_config.hf_config.model_type
+        if model_config.use_remove_padding and model_type not in PACKED_FAMILIES:
+            raise ValueError(
+                "attention masses of packed micro-batches need an attention of verl's that this plugin wraps; got "
+                f"model_type={model_type!r}, known {PACKED_FAMILIES}. Set model.use_remove_padding=False."
             )
         text_config = model_config.hf_config.get_text_config()
         for part in (engine_config.agto, engine_config.vars):
             if part is not None:
-                resolve_indices("layers", part.layers, text_config.num_hidden_layers)
+                layers = resolve_indices("layers", part.layers, text_config.num_hidden_layers)
+                if part.layer_weights is not None and len(part.layer_weights) != len(layers):
+                    raise ValueError(
+                        f"layer_weights must be as many as layers; got {len(part.layer_weights)} for {len(layers)} "
+                        "layers. Give one weight for every layer, or null."
+                    )
         if engine_config.agto is not None:
             resolve_indices("heads", engine_config.agto.heads, text_config.num_attention_heads)
+            if engine_config.agto.heads is not None and sp_size > 1:
+                raise ValueError(
+                    "a subset of heads cannot be guided under sequence parallelism, which gives a rank some heads of "
+                    f"its own; got avar.agto.heads={list(engine_config.agto.heads)} with a size of {sp_size}. Set "
+                    "heads=null, or ulysses_sequence_parallel_size=1."
+                )
 
     def _build_module(self):
         module = super()._build_module()
@@ -174,9 +207,20 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             mean_mass_BLHR = torch.stack(captured.per_layer(), dim=1)
             mean_mass_BLHR = mean_mass_BLHR[:, :, list(resolve_indices("heads", agto.heads, mean_mass_BLHR.shape[2]))]
             terms = agto_terms(
-                mean_mass_BLHR, captured.roles, captured.valid, agto.epsilon, agto.image_target, agto.system_floor
+                mean_mass_BLHR,
+                captured.roles,
+                captured.valid,
+                agto.epsilon,
+                agto.image_target,
+                agto.system_floor,
+                agto.layer_weights,
             )
-            guidance.add(terms, mean_mass_BLHR, loss)
+            # Under Ulysses a rank holds some of the heads. Values become the mean over all of them; the gradient stays
+            # the one of the rank's own mean, which FSDP's average over the ranks makes the mean over all heads.
+            terms = replace(
+                terms, enhance_B=_mean_over_heads(terms.enhance_B), suppress_B=_mean_over_heads(terms.suppress_B)
+            )
+            guidance.add(terms, _mean_over_heads(mean_mass_BLHR.detach().double().mean((1, 2))), loss)
             # Per-sample terms averaged over the global batch; FSDP then averages gradients over the ranks, which the
             # factor dp_size undoes, as in verl's sft_loss (verl/workers/utils/losses.py).
             if agto.alpha > 0 and guidance.num_enhance:
@@ -197,7 +241,9 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         self._guidance = self._begin_guidance(data)
         try:
             outputs = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
-            outputs["metrics"].update(self._guidance.metrics(self.get_data_parallel_group()))
+            outputs["metrics"].update(
+                self._guidance.metrics(self.get_data_parallel_group(), self._agto.alarm_system_mass)
+            )
         finally:
             self._guidance = None
         return outputs
@@ -217,11 +263,13 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             capture = dict(
                 layers=self._vars.layers,
                 query_role=TokenRole.RESPONSE,
-                reduction=VisualReduction(self._vars.epsilon),
+                reduction=VisualReduction(self._vars.epsilon, lambda mass: _mean_over_heads(mass.mean(1))),
             )
         else:
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
+        if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
+            capture["packed_offsets"] = micro_batch["input_ids"].offsets()
         with capture_mass(self.module, self._roles(micro_batch), **capture) as captured:
             self._captured = captured
             try:
@@ -235,7 +283,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         if self._captured is not None and self._guidance is None:
             captured = self._captured
-            fields_BF = visual_fields(captured.per_layer(), captured.roles, captured.valid)
+            fields_BF = visual_fields(captured.per_layer(), captured.roles, captured.valid, self._vars.layer_weights)
             assert fields_BF.shape[1] == len(VISUAL_FIELDS)
             model_output[VISUAL_OUTPUT] = fields_BF
         return model_output

@@ -10,6 +10,7 @@ per sample, then averaged over the samples of the global batch (arXiv 2603.03825
 Shape suffixes: B = samples, L = layers, H = query heads, Q = queries, R = token roles
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,12 @@ def eligible(roles_BS: torch.Tensor, valid_BQ: torch.Tensor) -> tuple[torch.Tens
     return has_enhance_B, has_enhance_B & (roles_BS == TokenRole.SYSTEM).any(1)
 
 
+def normalized_weights(layer_weights: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """(L,) weights that sum to 1, on the device and in the type of `like`."""
+    weights_L = torch.tensor(layer_weights, device=like.device, dtype=like.dtype)
+    return weights_L / weights_L.sum()
+
+
 def agto_terms(
     mean_mass_BLHR: torch.Tensor,
     roles_BS: torch.Tensor,
@@ -60,6 +67,7 @@ def agto_terms(
     epsilon: float = 1e-6,
     image_target: float | None = None,
     system_floor: float | None = None,
+    layer_weights: Sequence[float] | None = None,
 ) -> AgtoTerms:
     """L_enhance and L_suppress of every sample, in nats.
 
@@ -70,6 +78,7 @@ def agto_terms(
         epsilon: the paper's, inside the logarithm of L_suppress. >= 0.
         image_target: mass in (0, 1] from which a head is no longer pushed towards the image; None never stops.
         system_floor: mass in [0, 1) below which a head is no longer pushed off the system turn; None never stops.
+        layer_weights: L positive weights of mean_l, normalised by their sum; None is the plain mean.
 
     Gradients flow through the masses. A mass of exactly 0 counts as the smallest positive float and has no gradient.
     """
@@ -83,10 +92,15 @@ def agto_terms(
         system_BLH = system_BLH.clamp(min=system_floor)
     argument_BLH = (system_BLH / num_system_B + epsilon).clamp(min=torch.finfo(torch.float32).tiny)
 
+    def mean(x_BLH: torch.Tensor) -> torch.Tensor:
+        if layer_weights is None:
+            return x_BLH.mean((1, 2))
+        return x_BLH.mean(2) @ normalized_weights(layer_weights, x_BLH)
+
     zero = mean_mass_BLHR.new_zeros(())
     return AgtoTerms(
-        enhance_B=torch.where(has_enhance_B, -torch.log(image_BLH / num_image_B).mean((1, 2)), zero),
-        suppress_B=torch.where(has_suppress_B, torch.log(argument_BLH).mean((1, 2)), zero),
+        enhance_B=torch.where(has_enhance_B, mean(-torch.log(image_BLH / num_image_B)), zero),
+        suppress_B=torch.where(has_suppress_B, mean(torch.log(argument_BLH)), zero),
         has_enhance_B=has_enhance_B,
         has_suppress_B=has_suppress_B,
     )

@@ -9,8 +9,11 @@ policy can raise it by starving its denominator, so a bounded statistic and seve
 Shape suffixes: B = samples, H = query heads, Q = queries, R = token roles, F = fields of VISUAL_FIELDS
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 
+from avar_verl.objectives.agto import normalized_weights
 from avar_verl.roles import TokenRole
 
 # What the log-prob pass returns for every sample, a vector of F numbers.
@@ -25,19 +28,28 @@ class VisualReduction:
     (B, H, Q, R) -> (B, 4); nan where a sample has no query.
     """
 
-    def __init__(self, epsilon: float):
+    def __init__(self, epsilon: float, head_mean: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        """`head_mean(mass_BHQR) -> mass_BQR` where the heads are spread over several processes."""
         self.epsilon = epsilon
+        self.head_mean = head_mean or (lambda mass_BHQR: mass_BHQR.mean(1))
 
     def __call__(self, mass_BHQR: torch.Tensor, valid_BQ: torch.Tensor) -> torch.Tensor:
-        mass_BQR = mass_BHQR.mean(1)
+        mass_BQR = self.head_mean(mass_BHQR)
         image, system = mass_BQR[..., TokenRole.IMAGE], mass_BQR[..., TokenRole.SYSTEM]
         fields_BQF = torch.stack([image / (system + self.epsilon), image / (image + system), image, system], dim=-1)
         fields_BQF = fields_BQF.where(valid_BQ[..., None], 0.0)
         return fields_BQF.sum(1) / valid_BQ.sum(1)[:, None]
 
 
-def visual_fields(per_layer: list[torch.Tensor], roles_BS: torch.Tensor, valid_BQ: torch.Tensor) -> torch.Tensor:
+def visual_fields(
+    per_layer: list[torch.Tensor],
+    roles_BS: torch.Tensor,
+    valid_BQ: torch.Tensor,
+    layer_weights: Sequence[float] | None = None,
+) -> torch.Tensor:
     """(B, F) float32 in the order of VISUAL_FIELDS, from the `VisualReduction` of every captured layer.
+
+    Layers are averaged, by `layer_weights` if given.
 
     `ratio` and `image_share` of a sample without a system turn are nan, not defined: epsilon must not make up a number.
     """
@@ -46,7 +58,11 @@ def visual_fields(per_layer: list[torch.Tensor], roles_BS: torch.Tensor, valid_B
         (roles_BS == TokenRole.IMAGE).sum(1),
         (roles_BS == TokenRole.SYSTEM).sum(1),
     ]
-    means_B4 = torch.stack(per_layer).mean(0)
+    fields_LB4 = torch.stack(per_layer)
+    if layer_weights is None:
+        means_B4 = fields_LB4.mean(0)
+    else:
+        means_B4 = torch.einsum("l,lbf->bf", normalized_weights(layer_weights, fields_LB4), fields_LB4)
     undefined_B = counts[2] == 0
     means_B4[:, :2] = means_B4[:, :2].masked_fill(undefined_B[:, None], float("nan"))
     return torch.cat([means_B4, torch.stack(counts, dim=1).float()], dim=1)

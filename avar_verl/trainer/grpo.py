@@ -16,6 +16,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.config import VarsConfig
 from avar_verl.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
+from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
 from avar_verl.objectives.reward import VISUAL_FIELDS, shape_visual_reward
 
 
@@ -56,6 +57,7 @@ class AvarPPOTrainer(PPOTrainerSync):
 
     def __init__(self, config: DictConfig):
         self.vars: VarsConfig = omega_conf_to_dataclass(config.avar.vars)
+        self._rise_alarm = RiseAlarm(self.vars.alarm_window)
         check_grpo_config(config, self.vars)
         super().__init__(config)
 
@@ -95,10 +97,12 @@ class AvarPPOTrainer(PPOTrainerSync):
         raw_B = visual_BF[:, VISUAL_FIELDS.index(self.vars.statistic)]
         if self.vars.lambda_v == 0:
             metrics.update(visual_metrics(visual_BF, correct_B, real))
+            metrics.update(self._alarms(metrics))
             return
         shaped_B = shape_visual_reward(raw_B, correct_B, list(data["uid"]), self.vars.shaping, self.vars.clip_max)
         weighted_B = self.vars.lambda_v * shaped_B
         metrics.update(visual_metrics(visual_BF, correct_B, real, raw_B, shaped_B, weighted_B))
+        metrics.update(self._alarms(metrics))
 
         scores = list(data["rm_scores"].unbind())
         for score, reward in zip(scores, weighted_B, strict=True):
@@ -110,6 +114,15 @@ class AvarPPOTrainer(PPOTrainerSync):
             partition_id=batch.partition_id,
             fields=TensorDict({"rm_scores": rm_scores}, batch_size=len(batch)),
         )
+
+    def _alarms(self, metrics: dict) -> dict[str, float]:
+        """`avar/alarm/*`, 1 while an alarm rings; none without a measured rollout."""
+        if "avar/vas" not in metrics:
+            return {}
+        statistic = metrics["avar/vas" if self.vars.statistic == "ratio" else "avar/image_share"]
+        rises = self._rise_alarm.update(statistic, metrics["avar/correct"])
+        starved = system_mass_alarm(metrics["avar/system_mass"], self.vars.alarm_system_mass)
+        return {"avar/alarm/system_mass": float(starved), "avar/alarm/rise_without_accuracy": float(rises)}
 
 
 def correct_answers(infos: list[dict], real: list[bool], vars_config: VarsConfig) -> torch.Tensor:

@@ -207,6 +207,75 @@ def test_packed_row_under_flash_attention(flash_model, encode, role_map):
     torch.testing.assert_close(row.mass[0], expected, **CLOSE)
 
 
+@pytest.mark.parametrize("query_role", [None, TokenRole.RESPONSE])
+def test_samples_are_taken_out_of_a_packed_row(tiny_model, encode, role_map, query_role):
+    """With the offsets of the samples a packed row has the masses and gradients of padded samples, in their layout."""
+    inputs = encode(3, "right")
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    offsets = torch.nn.functional.pad(inputs["attention_mask"].sum(1).cumsum(0), (1, 0))
+    gradients, masses = [], []
+    for kwargs, model_inputs in (({}, inputs), ({"packed_offsets": offsets}, packed_row(tiny_model, inputs))):
+        with capture_mass(tiny_model, roles, query_role=query_role, **kwargs) as captured:
+            tiny_model(**model_inputs, use_cache=False)
+        real = captured.mass * inputs["attention_mask"][:, None, None, :, None]
+        tiny_model.zero_grad()
+        real[..., TokenRole.IMAGE].sum().backward()
+        masses.append(real.detach())
+        gradients.append(find_decoder(tiny_model).layers[0].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(masses[1], masses[0], **CLOSE)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_rows_that_do_not_match_the_offsets_are_refused(tiny_model, encode, role_map):
+    inputs = encode(3, "right")
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    offsets = torch.nn.functional.pad(inputs["attention_mask"].sum(1).cumsum(0), (1, 0))
+    row = packed_row(tiny_model, inputs)
+    wrong = offsets.clone()
+    wrong[1] += 1
+    with pytest.raises(ValueError, match="every segment of packed attention must be one sample; got segments"):
+        with capture_mass(tiny_model, roles, packed_offsets=wrong):
+            tiny_model(**row, use_cache=False)
+    with pytest.raises(ValueError, match="packed samples are one row with position ids .*; got 3 rows"):
+        with capture_mass(tiny_model, roles, packed_offsets=offsets):
+            tiny_model(**inputs, use_cache=False)
+    forward = capture._Forward(
+        capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, None, None, None, "sdpa")
+    )
+    with pytest.raises(ValueError, match="needs to know where samples start; got a packed row of 3 positions"):
+        forward.observe_packed(SimpleNamespace(layer_idx=0), torch.zeros(3, 2, 4), torch.zeros(3, 2, 4), None, {})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_flex_attention_equals_eager(load_tiny, encode, role_map, side):
+    """The block mask is asked for the rows of the selected queries, padding and packing included."""
+    inputs = encode(3, side)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    model = load_tiny("sdpa")
+    find_decoder(model).config._attn_implementation = "flex_attention"
+    with torch.no_grad():
+        expected = eager_masses(load_tiny("eager"), inputs, roles)
+        with capture_mass(model, roles) as captured:
+            model(**inputs, use_cache=False)
+    torch.testing.assert_close(captured.mass, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "groups, num_groups, message",
+    [
+        (torch.zeros(1, 2, dtype=torch.long), 2, "key_groups must be"),
+        (None, None, "num_groups=None"),
+        (None, 2, "key_groups must be integers in"),
+    ],
+)
+def test_key_groups_that_do_not_fit_are_refused(tiny_model, encode, role_map, groups, num_groups, message):
+    inputs = encode(1, "right")
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    with pytest.raises(ValueError, match=message):
+        with capture_mass(tiny_model, roles, key_groups=roles if groups is None else groups, num_groups=num_groups):
+            pass
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_packed_row_that_the_model_does_not_separate(load_tiny, encode, role_map, attention, mask):
@@ -513,7 +582,7 @@ def test_another_softmax_is_refused(argument):
     "mask, message",
     [
         (torch.zeros(1, 2, 3, 3), r"need one mask for all heads; got a mask of shape \(1, 2, 3, 3\)"),
-        (torch.zeros(1, 3, 3), "read 4-D masks, 2-D padding masks or none; got Tensor"),
+        (torch.zeros(1, 3, 3), "read 4-D, 2-D and block masks or none; got Tensor"),
         ("block mask", "got str with attn_implementation='sdpa'"),
     ],
 )

@@ -17,7 +17,17 @@ import torch
 from tensordict import TensorDict
 
 from avar_verl import vllm_plugin
-from avar_verl.compat import cpu_platform, detect, metrics, position_ids, process_group, text_only, vllm_cpu
+from avar_verl.compat import (
+    cpu_flash,
+    cpu_platform,
+    detect,
+    metrics,
+    packed_attention,
+    position_ids,
+    process_group,
+    text_only,
+    vllm_cpu,
+)
 
 SITE = Path(importlib.metadata.distribution("verl").locate_file("verl"))
 needs_cpu_build = pytest.mark.skipif(detect.cpu_vllm_version() is None, reason="vLLM's CPU build is not installed")
@@ -68,6 +78,38 @@ def maybe_fix_3d_position_ids(data: TensorDict):
         ("workers/engine_workers.py", None, "maybe_fix_3d_position_ids(", 2),
         # compat.process_group
         ("utils/distributed.py", None, 'f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"', 2),
+        ("utils/ulysses.py", None, "comm = dist.all_to_all(output_list, input_list, group=group", 1),
+        # compat.packed_attention: who calls whom, with which names
+        (
+            "models/transformers/qwen2_vl.py",
+            "qwen2_vl_attn_forward",
+            "attn_output = _custom_flash_attention_forward(",
+            1,
+        ),
+        ("models/transformers/qwen2_vl.py", "qwen2_vl_attn_forward", "key_states = repeat_kv(key_states,", 1),
+        (
+            "models/transformers/qwen2_vl.py",
+            "_custom_flash_attention_forward",
+            "attn_output = flash_attn_varlen_func(\n            q=q,\n            k=k,\n            v=v,\n"
+            "            cu_seqlens_q=cu_seqlens_q,",
+            1,
+        ),
+        (
+            "models/transformers/qwen2_vl.py",
+            "_custom_flash_attention_forward",
+            "attn_output = _flash_attention_forward(\n            query_states,\n            key_states,",
+            1,
+        ),
+        (
+            "models/transformers/monkey_patch.py",
+            "apply_monkey_patch",
+            "            from verl.models.transformers.qwen2_vl import qwen2_vl_attn_forward\n\n"
+            "            Qwen2_5_VLAttention.forward = qwen2_vl_attn_forward",
+            1,
+        ),
+        # compat.cpu_flash
+        ("models/transformers/qwen2_vl.py", "_custom_flash_attention_forward", "= fa_peft_integration_check(", 1),
+        ("models/transformers/qwen2_vl.py", None, "    _flash_use_top_left_mask = not is_flash_attn", 1),
         # compat.metrics
         (
             "workers/engine_workers.py",
@@ -220,6 +262,7 @@ def test_gloo_alone(monkeypatch):
         return "result"
 
     monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(torch.distributed, "all_to_all", torch.distributed.all_to_all)
     process_group.apply()
     wrapped = torch.distributed.init_process_group
     process_group.apply()
@@ -237,6 +280,71 @@ def test_torch_refuses_the_string_that_verl_builds_on_the_cpu():
     """What the wrapper is for; when torch accepts it, the wrapper can go."""
     with pytest.raises(ValueError, match="[Dd]uplicate"):
         torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(process_group.DUPLICATE))
+
+
+@pytest.mark.parametrize("shapes, asynchronous", [([(2,), (3,)], False), ([(2,), (2,)], True)])
+def test_all_to_all_of_what_gloo_cannot_exchange_is_refused(shapes, asynchronous):
+    tensors = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match="all_to_all on gloo takes tensors of one shape and waits for them"):
+        process_group.all_to_all(tensors, tensors, async_op=asynchronous)
+
+
+# ---- compat.cpu_flash and compat.packed_attention --------------------------------------------------------------------
+
+
+def test_packed_attention_on_the_cpu_is_attention_of_every_segment():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 9, 2, 4).unbind()
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out = cpu_flash.flash_attn_varlen_func(q, k, v, bounds, bounds, 5, 5, softmax_scale=0.3, causal=True)
+    for start, stop in ((0, 4), (4, 9)):
+        scores = torch.einsum("shd,thd->hst", q[start:stop], k[start:stop]) * 0.3
+        weights = scores.masked_fill(torch.ones(stop - start, stop - start).triu(1).bool(), -torch.inf).softmax(-1)
+        torch.testing.assert_close(out[start:stop], torch.einsum("hst,thd->shd", weights, v[start:stop]))
+    whole = cpu_flash.flash_attention_forward(q[None], k[None], v[None], None, 9, True, softmax_scale=0.3)
+    one = torch.tensor([0, 9], dtype=torch.int32)
+    expected = cpu_flash.flash_attn_varlen_func(q, k, v, one, one, 9, 9, softmax_scale=0.3, causal=True)
+    torch.testing.assert_close(whole[0], expected)
+
+
+def test_packed_attention_on_the_cpu_refuses_what_it_would_ignore():
+    q = torch.zeros(4, 2, 4)
+    with pytest.raises(ValueError, match=r"needs the same segments for queries and keys; got \[0, 4\] and \[0, 2, 4\]"):
+        cpu_flash.flash_attn_varlen_func(q, q, q, torch.tensor([0, 4]), torch.tensor([0, 2, 4]), 4, 4)
+    with pytest.raises(ValueError, match="takes no padding mask and no sliding window; got attention_mask=None"):
+        cpu_flash.flash_attention_forward(q[None], q[None], q[None], None, 4, True, sliding_window=2)
+    with pytest.raises(ValueError, match=r"takes no padding mask and no sliding window; got attention_mask=\(1, 4\)"):
+        cpu_flash.flash_attention_forward(q[None], q[None], q[None], torch.ones(1, 4), 4, True)
+
+
+def test_flash_attention_shows_its_window_and_segments_to_the_capture():
+    """The kernels that flash-attn brings are called as verl calls them; what they compute is none of the wrapper's."""
+    seen = []
+    capture = SimpleNamespace(
+        observe_packed=lambda module, q, k, bounds, arguments: seen.append((k, bounds, arguments))
+    )
+    kernel = packed_attention.wrap_varlen(lambda **kwargs: "packed")
+    flash = packed_attention.wrap_flash(lambda *args, **kwargs: "whole")
+    q, k = torch.zeros(6, 4, 8), torch.arange(6.0 * 4 * 8).reshape(6, 4, 8)
+
+    def stock_forward(self, **kwargs):
+        assert not kwargs  # verl's function never sees the capture
+        bounds = torch.tensor([0, 2, 6])
+        assert kernel(q=q, k=k, cu_seqlens_q=bounds, softmax_scale=0.5, window_size=(3, 3)) == "packed"
+        return flash(q[None], k[None], None, 6, sliding_window=None)
+
+    forward = packed_attention.wrap_attention(stock_forward)
+    module = SimpleNamespace(num_key_value_groups=2)
+    assert forward(module, avar_capture=capture) == "whole"
+    (packed_k, bounds, arguments), (_, none, whole) = seen
+    assert torch.equal(packed_k, k[:, ::2]) and bounds.tolist() == [0, 2, 6] and none is None
+    assert arguments == {"sliding_window": 4, "scaling": 0.5}  # (3, 3) is three keys to the left and the query's own
+    assert whole == {"sliding_window": None, "scaling": None}
+    assert forward(module) == "whole" and len(seen) == 2  # no capture, nothing is shown
+    with pytest.raises(ValueError, match="packed attention has one row; got 2"):
+        packed_attention.wrap_attention(lambda self: flash(q[None].expand(2, -1, -1, -1), k[None]))(
+            module, avar_capture=capture
+        )
 
 
 # ---- compat.metrics ------------------------------------------------------------------------------------------------

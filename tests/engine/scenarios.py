@@ -46,12 +46,14 @@ def build_worker(scenario: dict, model_path: str) -> TrainingWorker:
     stock = scenario.get("stock", False)
     EngineRegistry._engines["language_model"]["fsdp2"]["cpu"] = FSDPEngineWithLMHead if stock else AvarFSDPEngine
     if stock:
-        engine = FSDPEngineConfig(**common)
+        engine = FSDPEngineConfig(**common, **scenario.get("engine", {}))
     else:
         vars_ = VarsConfig(**scenario["vars"]) if "vars" in scenario else None
         agto = AgtoConfig(**scenario["agto"]) if "agto" in scenario else None
         engine = AvarFSDPEngineConfig(**common, **scenario.get("engine", {}), agto=agto, vars=vars_)
-    optimizer = FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, lr_scheduler_type="constant")
+    optimizer = FSDPOptimizerConfig(
+        lr=1e-3, total_training_steps=10, lr_scheduler_type="constant", override_optimizer_config={"eps": 1e-6}
+    )
     worker = TrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",
@@ -70,10 +72,12 @@ def build_worker(scenario: dict, model_path: str) -> TrainingWorker:
 def batches(dataset, scenario: dict, pad_token_id: int):
     """The same global batches of 8 samples for every number of processes."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    if scenario.get("engine", {}).get("ulysses_sequence_parallel_size", 1) == world:
+        rank, world = 0, 1  # Every process has a share of every sample.
     meta = {
         "use_remove_padding": scenario.get("use_remove_padding", False),
-        "use_dynamic_bsz": False,
-        "max_token_len_per_gpu": 4096,
+        "use_dynamic_bsz": "dynamic" in scenario,
+        "max_token_len_per_gpu": scenario.get("dynamic", 4096),
         "micro_batch_size_per_gpu": scenario.get("micro", 8 // world),
         "temperature": 1.0,
         "global_batch_size": 8,

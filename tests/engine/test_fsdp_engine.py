@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from avar_verl.demo import photo_grid
 from avar_verl.objectives.reward import VISUAL_FIELDS
@@ -18,7 +17,8 @@ pytestmark = pytest.mark.e2e
 
 SCRIPT = Path(__file__).parent / "scenarios.py"
 GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
-# Adam divides a gradient by its own size, so the rounding of one near zero shows: 2e-5 is 2 % of a step of 1e-3.
+# 2e-5 is 2 % of a step of 1e-3. (Adam divides a gradient by its own size, which would make rounding of one near zero as
+# large as a step: its epsilon in scenarios.py is above that.)
 TOLERANCE = dict(rtol=2e-4, atol=2e-5)
 
 
@@ -62,13 +62,28 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "visual": {"vars": {}},
         "visual_micro": {"vars": {}, "micro": 1},
         "stock_inference": {"vars": {"lambda_v": 0.0}},
-        "packed": {"agto": GUIDED, "use_remove_padding": True},
+        "unpacked_ulysses": {"agto": GUIDED, "engine": {"ulysses_sequence_parallel_size": 2}},
         "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
         "frozen": {"agto": GUIDED, "engine": {"freeze_vision_tower": True, "freeze_projector": True}},
         "frozen_tower": {"engine": {"freeze_vision_tower": True}},
+        "bad_weights": {"agto": {**GUIDED, "layer_weights": [1.0, 2.0]}},
         "bad_layer": {"agto": {**GUIDED, "layers": [4]}},
     }
     return run(tmp_path_factory.mktemp("one"), tiny_model_path, data_file, scenarios)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, tiny_model_path, data_file) -> dict:
+    """Packed micro-batches in one process: verl replaces the attention of the whole process for them."""
+    scenarios = {
+        "packed": {"agto": GUIDED, "use_remove_padding": True},
+        "packed_micro": {"agto": GUIDED, "use_remove_padding": True, "micro": 2, "checkpointing": True},
+        "packed_dynamic": {"agto": GUIDED, "use_remove_padding": True, "dynamic": 600},
+        "packed_stock": {"stock": True, "use_remove_padding": True},
+        "packed_zero": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}, "use_remove_padding": True},
+        "packed_visual": {"vars": {}, "use_remove_padding": True},
+    }
+    return run(tmp_path_factory.mktemp("packed"), tiny_model_path, data_file, scenarios)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +91,19 @@ def two(tmp_path_factory, tiny_model_path, data_file) -> dict:
     """Two processes on gloo, four samples each."""
     scenarios = {"guided": {"agto": GUIDED}, "guided_micro": {"agto": GUIDED, "micro": 2}}
     return run(tmp_path_factory.mktemp("two"), tiny_model_path, data_file, scenarios, processes=2)
+
+
+@pytest.fixture(scope="module")
+def ulysses(tmp_path_factory, tiny_model_path, data_file) -> dict:
+    """Two processes on gloo, each with half of every sequence and, in the attention, half of the heads."""
+    packed = {"use_remove_padding": True, "engine": {"ulysses_sequence_parallel_size": 2}}
+    scenarios = {
+        "guided": {"agto": GUIDED, **packed},
+        "micro": {"agto": GUIDED, "micro": 2, "checkpointing": True, **packed},
+        "visual": {"vars": {}, **packed},
+        "heads": {"agto": {**GUIDED, "heads": [0]}, **packed},
+    }
+    return run(tmp_path_factory.mktemp("ulysses"), tiny_model_path, data_file, scenarios, processes=2)
 
 
 def assert_same_training(one: dict, other: dict, **tolerance) -> None:
@@ -129,8 +157,8 @@ def test_a_subset_of_layers_and_heads_is_another_loss(one):
     assert one["layers"]["metrics"][1]["avar/enhance"] != one["guided"]["metrics"][1]["avar/enhance"]
 
 
-def test_freezing_really_freezes(one, tiny_model_path):
-    start = load_file(tiny_model_path / "model.safetensors")
+def test_freezing_really_freezes(one, load_tiny):
+    start = dict(load_tiny().named_parameters())
     for scenario, projector_moves in (("frozen", False), ("frozen_tower", True)):
         moved = {
             name: not torch.equal(parameter, start[name]) for name, parameter in one[scenario]["parameters"].items()
@@ -146,6 +174,24 @@ def test_freezing_really_freezes(one, tiny_model_path):
 @pytest.mark.parametrize("scenario", ["micro", "checkpointing", "eager"])
 def test_one_process_invariance(one, scenario):
     assert_same_training(one["guided"], one[scenario], **TOLERANCE)
+
+
+@pytest.mark.parametrize("scenario", ["packed", "packed_micro", "packed_dynamic"])
+def test_packing_changes_nothing(one, packed, scenario):
+    assert_same_training(one["guided"], packed[scenario], **TOLERANCE)
+
+
+def test_packed_zero_coefficients_are_stock_verl_to_the_bit(packed):
+    assert_same_training(packed["packed_stock"], packed["packed_zero"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scenario", ["guided", "micro"])
+def test_sequence_parallel_size_changes_nothing(one, ulysses, scenario):
+    assert_same_training(one["guided"], ulysses[scenario], **TOLERANCE)
+
+
+def test_a_subset_of_heads_is_refused_under_sequence_parallelism(ulysses):
+    assert "a subset of heads cannot be guided under sequence parallelism" in ulysses["heads"]["error"]
 
 
 @pytest.mark.parametrize("scenario", ["guided", "guided_micro"])
@@ -164,6 +210,12 @@ def test_log_prob_pass_returns_a_few_numbers_a_sample(one):
     torch.testing.assert_close(one["visual_micro"]["visual"], visual, rtol=1e-5, atol=1e-6)
 
 
+def test_masses_of_rollouts_do_not_depend_on_packing_or_sequence_parallelism(one, packed, ulysses):
+    padded = one["visual"]["visual"]
+    torch.testing.assert_close(packed["packed_visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ulysses["visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
+
+
 def test_measuring_leaves_log_probs_alone(one):
     assert "visual" not in one["stock_inference"]
     torch.testing.assert_close(one["visual"]["log_probs"], one["stock_inference"]["log_probs"], rtol=0, atol=0)
@@ -172,8 +224,9 @@ def test_measuring_leaves_log_probs_alone(one):
 @pytest.mark.parametrize(
     "scenario, message",
     [
-        ("packed", "need padded micro-batches"),
+        ("unpacked_ulysses", "sequence parallelism needs packed micro-batches"),
         ("fsdp1", "FSDP1 needs an accelerator"),
+        ("bad_weights", "layer_weights must be as many as layers; got 2 for 4 layers"),
         ("bad_layer", "layers must be distinct indices among the 4"),
     ],
 )

@@ -203,3 +203,16 @@ def test_schedule():
     assert [schedule(step, anneal=(0, 2)) for step in range(4)] == [1, 0.5, 0, 0]
     assert [schedule(step, 1) for step in range(2)] == [0, 1]
     assert schedule(0) == schedule(10**6) == 1
+
+
+def test_layer_weights_are_normalised():
+    """Two layers with image masses 0.5 and 0.25 over one image token, weighted 3 to 1: ln 2 * (3 * 1 + 1 * 2) / 4."""
+    mean = torch.zeros(1, 2, 1, 7)
+    mean[0, :, 0, I] = torch.tensor([0.5, 0.25])
+    mean[0, :, 0, S] = 0.125
+    roles, valid = torch.tensor([[S, I, R]]), torch.tensor([[True]])
+    weighted = agto_terms(mean, roles, valid, epsilon=0.0, layer_weights=(3.0, 1.0))
+    assert weighted.enhance_B.item() == pytest.approx(math.log(2) * 1.25)
+    assert weighted.suppress_B.item() == pytest.approx(-3 * math.log(2))
+    alike = agto_terms(mean, roles, valid, epsilon=0.0, layer_weights=(2.0, 2.0))
+    assert alike.enhance_B.item() == pytest.approx(agto_terms(mean, roles, valid, epsilon=0.0).enhance_B.item())

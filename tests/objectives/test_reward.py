@@ -151,3 +151,12 @@ def test_unknown_shaping():
 
 def test_statistics_are_fields():
     assert set(STATISTICS) < set(VISUAL_FIELDS)
+
+
+def test_layer_weights_of_visual_fields():
+    per_layer = [torch.tensor([[4.0, 0.8, 0.4, 0.1]]), torch.tensor([[2.0, 0.4, 0.2, 0.1]])]
+    roles, valid = torch.tensor([[1, 2, 4]]), torch.tensor([[True]])
+    out = visual_fields(per_layer, roles, valid, layer_weights=(1.0, 3.0))
+    torch.testing.assert_close(out[0, :4], torch.tensor([2.5, 0.5, 0.25, 0.1]))
+    plain = visual_fields(per_layer, roles, valid)
+    torch.testing.assert_close(visual_fields(per_layer, roles, valid, layer_weights=(5.0, 5.0)), plain)

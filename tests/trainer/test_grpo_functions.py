@@ -12,6 +12,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from avar_verl.config import VarsConfig
 from avar_verl.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
+from avar_verl.objectives.alarms import RiseAlarm
 from avar_verl.objectives.reward import VISUAL_FIELDS
 from avar_verl.trainer.grpo import (
     AvarPPOTrainer,
@@ -166,7 +167,22 @@ def test_filtering_on_the_reward_is_right_where_nothing_is_added_to_it():
 def trainer_with(vars_config: VarsConfig) -> AvarPPOTrainer:
     trainer = object.__new__(AvarPPOTrainer)
     trainer.vars = vars_config
+    trainer._rise_alarm = RiseAlarm(vars_config.alarm_window)
     return trainer
+
+
+def test_alarms_watch_the_statistic_that_is_paid_for():
+    """The share rises and the accuracy falls, while the ratio stands still; the system mass is under its floor."""
+    steps = [
+        {"avar/vas": 9.0, "avar/image_share": share, "avar/system_mass": 0.002, "avar/correct": correct}
+        for share, correct in ((0.4, 0.5), (0.6, 0.4))
+    ]
+    for statistic, rings in (("image_share", 1.0), ("ratio", 0.0)):
+        trainer = trainer_with(VarsConfig(statistic=statistic, alarm_window=2))
+        first, second = (trainer._alarms(step) for step in steps)
+        assert first == {"avar/alarm/system_mass": 1.0, "avar/alarm/rise_without_accuracy": 0.0}
+        assert second["avar/alarm/rise_without_accuracy"] == rings
+    assert trainer._alarms({}) == {}  # no rollout was measured
 
 
 def test_the_trainer_is_synchronous_whatever_its_name():
