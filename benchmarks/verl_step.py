@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of a whole verl training step and log-prob pass, with and without attention masses, side by side in one run.
+
+    torchrun --standalone --nproc_per_node=1 benchmarks/verl_step.py [--repeats 10]
+
+The tiny Qwen2.5-VL of the demo in verl's own TrainingWorker on the CPU, one sample of more than 2048 positions: half of
+them image tokens, a question of about 64 tokens, a response of a quarter. The two workers take turns; the ratio is the
+median over the turns. Guidance is on for all layers and the question's queries, the reward for all response queries.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+import verl.workers.engine  # noqa: F401  registers the engines
+from omegaconf import OmegaConf
+from tensordict.tensorclass import NonTensorData
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+from verl.utils.distributed import initialize_global_process_group
+from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
+from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+from verl.workers.utils.losses import sft_loss
+
+from avar_verl.config import AgtoConfig, VarsConfig
+from avar_verl.demo import photo_grid
+from avar_verl.demo.tiny_model import build_tiny_model
+from avar_verl.engine.fsdp import MEASURE_FLAG
+from avar_verl.engine_config import AvarFSDPEngineConfig
+
+NUM_IMAGES = 64  # of 16 tokens
+FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
+
+
+def write_sample(path: Path) -> None:
+    """A parquet file with one sample: many grids, a question, and a response as long as a quarter of the whole."""
+    rng = random.Random(0)
+    samples = photo_grid.make_samples(NUM_IMAGES, 0, "train")
+    photo_grid.make_sft_parquet(path, NUM_IMAGES, 0, "train")
+    rows = pd.read_parquet(path)
+    images = [image for row in rows["images"] for image in row]
+    question = " ".join(rng.choice(photo_grid.NAMES) for _ in range(64))
+    response = " ".join(sample.response for sample in samples[:16])
+    filler = " ".join(rng.choice(photo_grid.NAMES) for _ in range(400))
+    messages = [
+        {"role": "system", "content": filler},
+        {"role": "user", "content": "<image>" * NUM_IMAGES + question},
+        {"role": "assistant", "content": response},
+    ]
+    pd.DataFrame({"messages": [messages], "images": [images]}).to_parquet(path)
+
+
+def build_worker(model: HFModelConfig, **fields) -> TrainingWorker:
+    worker = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=model,
+            engine_config=AvarFSDPEngineConfig(
+                strategy="fsdp2", use_torch_compile=False, mixed_precision=FP32, **fields
+            ),
+            optimizer_config=FSDPOptimizerConfig(lr=1e-4, total_training_steps=1000, lr_scheduler_type="constant"),
+            checkpoint_config=CheckpointConfig(),
+            profiler_config=None,
+        )
+    )
+    worker.set_loss_fn(partial(sft_loss, config=None))
+    worker.reset()
+    return worker
+
+
+def batch(dataset, pad_token_id: int, **flags):
+    meta = {
+        "use_remove_padding": False,
+        "use_dynamic_bsz": False,
+        "max_token_len_per_gpu": 8192,
+        "micro_batch_size_per_gpu": 1,
+        "temperature": 1.0,
+        "global_batch_size": 1,
+        "pad_mode": "no_padding",
+        "pad_token_id": pad_token_id,
+    }
+    data = tu.get_tensordict(tensor_dict=SFTTensorCollator("no_padding")([dataset[0]]), non_tensor_dict=meta)
+    tokens = data["input_ids"].offsets().diff().tolist()
+    tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(tokens), **flags)
+    return data, tokens[0]
+
+
+def compare(name: str, off, on, repeats: int) -> None:
+    """Print the median of the turns; the first turn warms up."""
+    seconds = {"off": [], "on": []}
+    for turn in range(repeats + 1):
+        for label, step in (("off", off), ("on", on)):
+            start = time.perf_counter()
+            step()
+            if turn:
+                seconds[label].append(time.perf_counter() - start)
+    ratio = statistics.median(on / off for on, off in zip(seconds["on"], seconds["off"], strict=True))
+    off_median, on_median = (statistics.median(seconds[label]) for label in ("off", "on"))
+    print(f"| {name} | {off_median:.3f} | {on_median:.3f} | {ratio:.2f} x |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    initialize_global_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        path = build_tiny_model(Path(folder) / "model", max_position_embeddings=8192)
+        write_sample(Path(folder) / "data.parquet")
+        model = HFModelConfig(
+            path=str(path),
+            use_remove_padding=False,
+            enable_gradient_checkpointing=False,
+            override_config={"attn_implementation": "sdpa"},
+        )
+        dataset = MultiTurnSFTDataset(
+            str(Path(folder) / "data.parquet"),
+            model.tokenizer,
+            OmegaConf.create({"max_length": 8192, "truncation": "error", "pad_mode": "no_padding"}),
+            processor=model.processor,
+        )
+        plain, guided = build_worker(model), build_worker(model, agto=AgtoConfig())
+        rewarded = build_worker(model, vars=VarsConfig())
+
+        def train(worker):
+            data, _ = batch(dataset, model.tokenizer.pad_token_id)
+            return worker.train_batch(data)
+
+        def infer(worker, measure):
+            data, _ = batch(dataset, model.tokenizer.pad_token_id, compute_loss=False, **{MEASURE_FLAG: measure})
+            return worker.infer_batch(data)
+
+        _, length = batch(dataset, model.tokenizer.pad_token_id)
+        print(f"{length} positions, {arguments.threads} threads")
+        print("| pass | seconds off | seconds on | on beside off |\n| --- | --- | --- | --- |")
+        compare("training step, AGTO", lambda: train(plain), lambda: train(guided), arguments.repeats)
+        compare("log-prob pass, VARS", lambda: infer(plain, False), lambda: infer(rewarded, True), arguments.repeats)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
