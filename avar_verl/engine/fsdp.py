@@ -23,6 +23,7 @@ from avar_verl.freeze import freeze_vision
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.alarms import system_mass_alarm
 from avar_verl.objectives.reward import VISUAL_FIELDS, VisualReduction, visual_fields
+from avar_verl.regions import REGION_KEY
 from avar_verl.roles import RoleMap, TokenRole
 
 # Set on a batch to have its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS for every sample. A flag and
@@ -184,7 +185,11 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         index_BS = positions_S - (lengths_B - mask.offsets().diff())[:, None]
         inside_BS = (index_BS >= 0) & real_BS
         response_BS = mask_BM.gather(1, index_BS.clamp(0, mask_BM.shape[1] - 1)).bool() & inside_BS
-        return self._role_map(ids_BS, real_BS, response_BS)
+        roles_BS = self._role_map(ids_BS, real_BS, response_BS)
+        if REGION_KEY in data.keys():  # From data.region_dataset: image tokens outside the boxes have no role.
+            region_BS = torch.nested.to_padded_tensor(data[REGION_KEY], padding=0).bool()
+            roles_BS = roles_BS.masked_fill((roles_BS == TokenRole.IMAGE) & ~region_BS, TokenRole.OTHER)
+        return roles_BS
 
     # ---- training: guidance ------------------------------------------------------------------------------------
 

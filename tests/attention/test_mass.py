@@ -187,10 +187,19 @@ def test_huge_scores_stay_finite():
     assert all(torch.isfinite(tensor).all() for tensor in (out, *gradients))
 
 
-def test_bfloat16_is_no_worse_than_twice_bfloat16_eager():
-    query, key, roles = random_inputs(S=65, D=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1)])
+@pytest.mark.parametrize("layout", ["none", "left", "right", "packed and padded"])
+@pytest.mark.parametrize("S", [63, 130])
+def test_bfloat16_is_no_worse_than_twice_bfloat16_eager(heads, layout, S):
+    """Values and gradients of the image mass against float32 on the same rounded inputs."""
+    query, key, roles = random_inputs(H=heads[0], K=heads[1], S=S, D=64, dtype=torch.bfloat16)
+    attention_mask, segments = masks(layout, *roles.shape)
     exact_query, exact_key = query.detach().float().requires_grad_(), key.detach().float().requires_grad_()
-    outs = [attention_mass(query, key, roles), eager_mass(query, key, roles), eager_mass(exact_query, exact_key, roles)]
+    outs = [
+        attention_mass(query, key, roles, attention_mask, segments),
+        eager_mass(query, key, roles, attention_mask, segments),
+        eager_mass(exact_query, exact_key, roles, attention_mask, segments),
+    ]
     fast_error, eager_error = ((out.float() - outs[2]).abs().max() for out in outs[:2])
     assert outs[0].dtype == torch.float32 and fast_error <= 2 * eager_error
     fast, eager = (torch.autograd.grad(out[..., TokenRole.IMAGE].sum(), (query, key)) for out in outs[:2])
