@@ -54,7 +54,7 @@ class DemoSettings:
     batch_size: int = 28
     """Samples of one cold-start step."""
 
-    sft_steps: int = 260
+    sft_steps: int = 320
     """Optimizer steps of both cold starts."""
 
     sft_lr: float = 4e-3

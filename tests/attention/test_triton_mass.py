@@ -392,6 +392,23 @@ def test_query_blocks_that_cannot_see_a_key_block_are_not_read(kernels):
     assert torch.isnan(grad[:, :, 64:]).all() and torch.isfinite(grad[:, :, :64]).all()
 
 
+def test_query_ranges_leave_nobody_out(kernels):
+    """Blocks of 2 queries and 4 keys, bounds in any order: what a query of the block may see lies in the range."""
+    generator = torch.Generator().manual_seed(3)
+    first = torch.randint(0, 21, (200, 7), generator=generator, dtype=torch.int32)
+    last = (first + torch.randint(-2, 9, first.shape, generator=generator, dtype=torch.int32)).clamp(max=20)
+    begin, end = kernels._query_ranges(first, last, S=21, block_q=2, block_s=4)
+    keys = torch.arange(24).view(6, 4)
+    seen = ((keys[:, :, None] >= first[:, None, None]) & (keys[:, :, None] <= last[:, None, None])).any(2)  # (B, M, Q)
+    block = torch.arange(7) // 2
+    inside = (block >= begin[:, :, None]) & (block < end[:, :, None])
+    assert seen.any() and inside[seen].all()
+    # Ascending bounds, 0 to 3, 4 to 7 and so on for each block: the ranges are exact.
+    ascending = torch.arange(0, 20, 4, dtype=torch.int32).repeat_interleave(2)[None]
+    begin, end = kernels._query_ranges(ascending, ascending + 3, S=20, block_q=2, block_s=4)
+    assert begin.tolist() == [[0, 1, 2, 3, 4]] and end.tolist() == [[1, 2, 3, 4, 5]]
+
+
 def test_no_tensor_of_all_queries_and_all_keys(kernels, monkeypatch):
     """What PyTorch allocates around the kernels; the kernels themselves allocate nothing."""
     monkeypatch.setattr(kernels, "_block_sizes", lambda head_size, dtype: (128, 128, 4))
