@@ -21,7 +21,8 @@ NUM_ROLES = len(TokenRole)
 # Elements of one chunk's weights, B * H * C * S: 4 MiB of float32 stay in a CPU's cache, 64 MiB fill a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**24}
 IMPLEMENTATIONS = ("auto", "chunked", "triton")
-MAX_TRITON_GROUPS = 16
+# Limits of the Triton kernels.
+MAX_GROUPS, MAX_HEAD_SIZE = 16, 256
 HIDDEN = torch.finfo(torch.float32).min
 
 
@@ -134,8 +135,9 @@ class _ChunkedMass(torch.autograd.Function):
         return grad_query.reshape(B, H, Q, D).to(query_BHQD.dtype), grad_key.to(key_BKSD.dtype), None, None, None
 
 
-def choose_implementation(implementation: str, device_type: str, num_groups: int) -> str:
-    """`auto` is Triton on a CUDA or ROCm device for at most MAX_TRITON_GROUPS groups, and PyTorch chunks elsewhere.
+def choose_implementation(implementation: str, device_type: str, num_groups: int, head_size: int) -> str:
+    """`auto` is Triton on a CUDA or ROCm device for at most MAX_GROUPS groups and heads of at most MAX_HEAD_SIZE, and
+    PyTorch chunks elsewhere.
 
     Raises:
         ValueError: an unknown name, or `triton` where it cannot run.
@@ -144,11 +146,11 @@ def choose_implementation(implementation: str, device_type: str, num_groups: int
         raise ValueError(
             f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}. Leave it at 'auto'."
         )
-    can_triton = device_type == "cuda" and num_groups <= MAX_TRITON_GROUPS
+    can_triton = device_type == "cuda" and 1 <= num_groups <= MAX_GROUPS and head_size <= MAX_HEAD_SIZE
     if implementation == "triton" and not can_triton:
         raise ValueError(
-            f"the Triton kernel needs a CUDA device and at most {MAX_TRITON_GROUPS} groups; got a {device_type} device "
-            f"and {num_groups} groups. Use implementation='auto'."
+            f"the Triton kernel needs a CUDA device, at most {MAX_GROUPS} groups and heads of at most {MAX_HEAD_SIZE}; "
+            f"got a {device_type} device, {num_groups} groups and heads of {head_size}. Use implementation='auto'."
         )
     return "triton" if can_triton and implementation != "chunked" else "chunked"
 
@@ -170,7 +172,7 @@ def selected_mass(
     of IMPLEMENTATIONS (`choose_implementation`).
     """
     scale = query_BHQD.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose_implementation(implementation, query_BHQD.device.type, num_groups)
+    chosen = choose_implementation(implementation, query_BHQD.device.type, num_groups, query_BHQD.shape[-1])
     with torch.autocast(query_BHQD.device.type, enabled=False):
         if chosen == "triton":
             from avar_verl.attention.triton_mass import triton_mass  # Needs triton, which a CPU may not have.

@@ -298,3 +298,28 @@ def test_what_does_not_fit_is_refused(change, message):
     query, key, roles = random_inputs()
     with pytest.raises(ValueError, match=message):
         attention_mass(**{"query": query, "key": key, "key_roles": roles, **change})
+
+
+@pytest.mark.parametrize(
+    "implementation, device, groups, head_size, chosen",
+    [
+        ("auto", "cpu", 5, 128, "chunked"),
+        ("auto", "cuda", 5, 128, "triton"),
+        ("auto", "cuda", 17, 128, "chunked"),
+        ("auto", "cuda", 5, 257, "chunked"),
+        ("chunked", "cuda", 5, 128, "chunked"),
+        ("triton", "cuda", 16, 256, "triton"),
+    ],
+)
+def test_the_implementation_is_chosen_by_a_rule(implementation, device, groups, head_size, chosen):
+    assert mass.choose_implementation(implementation, device, groups, head_size) == chosen
+
+
+@pytest.mark.parametrize("device, groups, head_size", [("cpu", 5, 64), ("cuda", 17, 64), ("cuda", 5, 512)])
+def test_triton_where_it_cannot_run_is_refused(device, groups, head_size):
+    with pytest.raises(
+        ValueError, match=f"the Triton kernel needs .* got a {device} device, {groups} groups and heads"
+    ):
+        mass.choose_implementation("triton", device, groups, head_size)
+    with pytest.raises(ValueError, match="implementation must be one of .*; got 'eager'"):
+        mass.choose_implementation("eager", device, groups, head_size)
