@@ -41,6 +41,7 @@ def build_worker(scenario: dict, model_path: str) -> TrainingWorker:
         use_remove_padding=scenario.get("use_remove_padding", False),
         enable_gradient_checkpointing=scenario.get("checkpointing", False),
         override_config={"attn_implementation": scenario.get("attention", "sdpa")},
+        **scenario.get("model", {}),
     )
     common = dict(strategy=scenario.get("strategy", "fsdp2"), use_torch_compile=False, mixed_precision=FP32)
     stock = scenario.get("stock", False)
@@ -94,6 +95,7 @@ def batches(dataset, scenario: dict, pad_token_id: int):
 
 def run(scenario: dict, model_path: str, dataset, pad_token_id: int) -> dict:
     """One scenario: metrics of every step, parameters at the end, measured masses where `vars` asks for them."""
+    torch.manual_seed(0)  # the adapters' weights
     try:
         worker = build_worker(scenario, model_path)
     except ValueError as error:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.e2e
 
 SCRIPT = Path(__file__).parent / "scenarios.py"
 GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
+LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
 # 2e-5 is 2 % of a step of 1e-3. (Adam divides a gradient by its own size, which would make rounding of one near zero as
 # large as a step: its epsilon in scenarios.py is above that.)
 TOLERANCE = dict(rtol=2e-4, atol=2e-5)
@@ -57,6 +58,9 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "micro": {"agto": GUIDED, "micro": 2},
         "checkpointing": {"agto": GUIDED, "checkpointing": True},
         "eager": {"agto": GUIDED, "attention": "eager"},
+        "flex": {"agto": GUIDED, "attention": {"text_config": "flex_attention", "vision_config": "sdpa"}},
+        "lora": {"agto": GUIDED, "model": LORA},
+        "lora_micro": {"agto": GUIDED, "model": LORA, "micro": 2},
         "layers": {"agto": {**GUIDED, "layers": [-1], "heads": [0, 2]}},
         "target": {"agto": {**GUIDED, "warmup_steps": 0, "image_target": 1e-9, "system_floor": 0.999}},
         "visual": {"vars": {}},
@@ -171,7 +175,7 @@ def test_freezing_really_freezes(one, load_tiny):
         assert all(has_moved for name, has_moved in moved.items() if name.startswith("model.language_model."))
 
 
-@pytest.mark.parametrize("scenario", ["micro", "checkpointing", "eager"])
+@pytest.mark.parametrize("scenario", ["micro", "checkpointing", "eager", "flex"])
 def test_one_process_invariance(one, scenario):
     assert_same_training(one["guided"], one[scenario], **TOLERANCE)
 
@@ -179,6 +183,20 @@ def test_one_process_invariance(one, scenario):
 @pytest.mark.parametrize("scenario", ["packed", "packed_micro", "packed_dynamic"])
 def test_packing_changes_nothing(one, packed, scenario):
     assert_same_training(one["guided"], packed[scenario], **TOLERANCE)
+
+
+def test_adapters_are_guided_and_nothing_else_moves(one, load_tiny):
+    """With LoRA the masses reach the adapters of q and k; micro-batches change nothing."""
+    start = dict(load_tiny().named_parameters())
+    names = one["lora"]["parameters"].keys()
+    assert any("lora_A" in name for name in names)
+    assert one["lora"]["metrics"][2]["avar/enhance"] != one["lora"]["metrics"][0]["avar/enhance"]
+    assert_same_training(one["lora"], one["lora_micro"], **TOLERANCE)
+    for name, parameter in one["lora"]["parameters"].items():
+        base = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if "lora_" not in name:
+            torch.testing.assert_close(parameter, start[base], rtol=0, atol=0, msg=name)
+    assert any(bool(p.abs().max() > 0) for name, p in one["lora"]["parameters"].items() if "lora_B" in name)
 
 
 def test_packed_zero_coefficients_are_stock_verl_to_the_bit(packed):
