@@ -79,7 +79,7 @@ class DemoSettings:
 
     grpo_lr: float = 2e-4
     """Learning rate of GRPO, which leaves the vision tower and the projector as the cold start made them: a hundred
-    rollouts a step are a noisy gradient, and with both trained no setting tried raised the reward at so small a cost."""
+    rollouts a step are a noisy gradient, and with both trained no setting tried raised the reward so cheaply."""
 
     max_response_length: int = 80
     """Tokens; a reference response has fewer."""
