@@ -61,7 +61,7 @@ def test_every_field_is_explained_above_it(path):
             for number, line in enumerate(lines)
             if ":" in line and not line.strip().startswith(("#", "_target_"))
         ]
-        assert len(fields) == 22
+        assert len(fields) == 27
         for number in fields:
             assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
     trailing = [line for line in lines if line.split("#")[0].strip() and "#" in line]
@@ -196,7 +196,7 @@ def test_cold_start_recipe(machine):
     assert engine.agto == AgtoConfig(layers=[0, 2], anneal=[3, 5])
     avar = omega_conf_to_dataclass(config.avar)
     assert avar == AvarConfig(agto=engine.agto, vars=VarsConfig(lambda_v=0))
-    assert config.model.use_remove_padding is (machine == "gpu_sft") and config.data.train_batch_size == 512
+    assert config.model.use_remove_padding is True and config.data.train_batch_size == 512
     assert config.optim.lr == 5e-6 and "hf_model" in config.checkpoint.save_contents
     assert config.trainer.device == ("cpu" if machine == "cpu_sft" else "cuda")
     omega_conf_to_dataclass(config.optim)
@@ -231,7 +231,7 @@ def test_grpo_recipe(machine, overrides, tiny_model_path):
     assert config.trainer.v1.trainer_mode == "avar_sync"
     assert config.reward.custom_reward_function.path == "pkg://reward_fns.avar"
     assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "avar_single_turn"
-    assert config.actor_rollout_ref.model.use_remove_padding is (machine == "gpu_grpo")
+    assert config.actor_rollout_ref.model.use_remove_padding is True
     assert config.actor_rollout_ref.actor.optim.lr == 1e-6 and config.actor_rollout_ref.rollout.n == 8
     check_grpo_config(config, omega_conf_to_dataclass(config.avar.vars))
     omega_conf_to_dataclass(config.actor_rollout_ref.rollout)

@@ -105,12 +105,16 @@ def run(scenario: dict, model_path: str, dataset, pad_token_id: int) -> dict:
         data = next(batches(dataset, scenario, pad_token_id))
         tu.assign_non_tensor(data, compute_loss=False, **{MEASURE_FLAG: True})
         output = worker.infer_batch(data)
+        if output is None:
+            return out
         if VISUAL_OUTPUT in output.keys():
             out["visual"] = torch.stack(list(output[VISUAL_OUTPUT].unbind()))
         out["log_probs"] = output["log_probs"].values()
         return out
     for data in batches(dataset, scenario, pad_token_id):
-        out["metrics"].append(dict(tu.get(worker.train_batch(data), "metrics")))
+        output = worker.train_batch(data)
+        if output is not None:  # Under sequence parallelism one rank of a group answers.
+            out["metrics"].append(dict(tu.get(output, "metrics")))
     out["parameters"] = {name: p.full_tensor().clone() for name, p in worker.engine.module.named_parameters()}
     return out
 

@@ -275,8 +275,7 @@ def test_r_visual_lands_on_the_last_token_of_right_answers(queue, vars_config, e
     tags = [{"is_padding": i == 3} for i in range(4)]
     batch = queue.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=tags)
     batch.tags = tags
-    trainer = object.__new__(AvarPPOTrainer)
-    trainer.vars = vars_config
+    trainer = trainer_with(vars_config)
     metrics: dict = {}
     trainer._add_visual_reward(batch, metrics)
     got = queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["rm_scores"])["rm_scores"].unbind()
