@@ -3,9 +3,10 @@
 
     torchrun --standalone --nproc_per_node=1 benchmarks/verl_step.py [--repeats 10]
 
-The tiny Qwen2.5-VL of the demo in verl's own TrainingWorker on the CPU, one sample of more than 2048 positions: half of
-them image tokens, a question of about 64 tokens, a response of a quarter. The two workers take turns; the ratio is the
-median over the turns. Guidance is on for all layers and the question's queries, the reward for all response queries.
+The tiny Qwen2.5-VL of the demo in verl's own TrainingWorker on the CPU, one padded sample of more than 2048 positions,
+whose roles are counted in the first line. The two workers take turns, and preparing the sample is outside the clock.
+The ratio is the median over the turns. Guidance is on for all layers and the user's queries, the reward for all
+response queries.
 """
 
 import argparse
@@ -35,13 +36,14 @@ from avar_verl.demo import photo_grid
 from avar_verl.demo.tiny_model import build_tiny_model
 from avar_verl.engine.fsdp import MEASURE_FLAG
 from avar_verl.engine_config import AvarFSDPEngineConfig
+from avar_verl.roles import RoleMap, TokenRole
 
 NUM_IMAGES = 64  # of 16 tokens
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
 
 
 def write_sample(path: Path) -> None:
-    """A parquet file with one sample: many grids, a question, and a response as long as a quarter of the whole."""
+    """A parquet file with one sample: many grids, a question of 64 words, a long response."""
     rng = random.Random(0)
     samples = photo_grid.make_samples(NUM_IMAGES, 0, "train")
     photo_grid.make_sft_parquet(path, NUM_IMAGES, 0, "train")
@@ -76,7 +78,7 @@ def build_worker(model: HFModelConfig, **fields) -> TrainingWorker:
     return worker
 
 
-def batch(dataset, pad_token_id: int, **flags):
+def batch(sample: dict, pad_token_id: int, **flags):
     meta = {
         "use_remove_padding": False,
         "use_dynamic_bsz": False,
@@ -87,19 +89,23 @@ def batch(dataset, pad_token_id: int, **flags):
         "pad_mode": "no_padding",
         "pad_token_id": pad_token_id,
     }
-    data = tu.get_tensordict(tensor_dict=SFTTensorCollator("no_padding")([dataset[0]]), non_tensor_dict=meta)
+    data = tu.get_tensordict(tensor_dict=SFTTensorCollator("no_padding")([sample]), non_tensor_dict=meta)
     tokens = data["input_ids"].offsets().diff().tolist()
     tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(tokens), **flags)
-    return data, tokens[0]
+    return data
 
 
-def compare(name: str, off, on, repeats: int) -> None:
-    """Print the median of the turns; the first turn warms up."""
+def compare(name: str, make_off, make_on, off, on, repeats: int) -> None:
+    """Print the medians over the turns of `off(make_off())` and `on(make_on())`; the first turn warms up.
+
+    What the two `make` prepare is not timed.
+    """
     seconds = {"off": [], "on": []}
     for turn in range(repeats + 1):
-        for label, step in (("off", off), ("on", on)):
+        for label, make, step in (("off", make_off, off), ("on", make_on, on)):
+            data = make()
             start = time.perf_counter()
-            step()
+            step(data)
             if turn:
                 seconds[label].append(time.perf_counter() - start)
     ratio = statistics.median(on / off for on, off in zip(seconds["on"], seconds["off"], strict=True))
@@ -132,19 +138,20 @@ def main() -> None:
         plain, guided = build_worker(model), build_worker(model, agto=AgtoConfig())
         rewarded = build_worker(model, vars=VarsConfig())
 
-        def train(worker):
-            data, _ = batch(dataset, model.tokenizer.pad_token_id)
-            return worker.train_batch(data)
-
-        def infer(worker, measure):
-            data, _ = batch(dataset, model.tokenizer.pad_token_id, compute_loss=False, **{MEASURE_FLAG: measure})
-            return worker.infer_batch(data)
-
-        _, length = batch(dataset, model.tokenizer.pad_token_id)
-        print(f"{length} positions, {arguments.threads} threads")
+        sample, pad = dataset[0], model.tokenizer.pad_token_id
+        role_map = RoleMap.from_pretrained(model.processor, model.hf_config)
+        roles = role_map(sample["input_ids"][None], response_mask=sample["loss_mask"][None])
+        counts = ", ".join(f"{int((roles == role).sum())} {role.name.lower()}" for role in TokenRole)
+        print(f"{roles.shape[1]} positions ({counts}), {arguments.threads} threads")
         print("| pass | seconds off | seconds on | on beside off |\n| --- | --- | --- | --- |")
-        compare("training step, AGTO", lambda: train(plain), lambda: train(guided), arguments.repeats)
-        compare("log-prob pass, VARS", lambda: infer(plain, False), lambda: infer(rewarded, True), arguments.repeats)
+
+        def inference(measure: bool):
+            return partial(batch, sample, pad, compute_loss=False, **{MEASURE_FLAG: measure})
+
+        training = partial(batch, sample, pad)
+        compare("training step, AGTO", training, training, plain.train_batch, guided.train_batch, arguments.repeats)
+        off, on = inference(False), inference(True)
+        compare("log-prob pass, VARS", off, on, plain.infer_batch, rewarded.infer_batch, arguments.repeats)
     torch.distributed.destroy_process_group()
 
 

@@ -2,7 +2,7 @@
 """Attention mass: how much of each query's attention goes to the keys of each token role.
 
 The full attention matrix is never formed. A chunk of queries meets all keys, the weights are summed by role, and the
-chunk is dropped; the backward pass forms the chunk's weights again from q, k and two numbers a row.
+chunk is dropped; the backward pass forms the chunk's weights again from q and k.
 
 Shape suffixes:
     B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads,
