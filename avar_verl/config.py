@@ -7,6 +7,7 @@ The string under a field gives meaning, unit and range, what disables it, and th
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from avar_verl.attention.mass import IMPLEMENTATIONS
 from avar_verl.objectives.reward import SHAPINGS, STATISTICS
 from avar_verl.roles import TokenRole
 
@@ -48,6 +49,11 @@ def _check_alarm(floor: float) -> None:
         floor,
         "Set avar.agto.alarm_system_mass or avar.vars.alarm_system_mass to 0 to disable it.",
     )
+
+
+def _check_implementation(implementation: str) -> None:
+    fix = "Set avar.agto.implementation or avar.vars.implementation to auto."
+    _check(implementation in IMPLEMENTATIONS, f"implementation must be one of {IMPLEMENTATIONS}", implementation, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,10 @@ class AgtoConfig:
     alarm_system_mass: float = 0.01
     """Mean system mass under which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
 
+    implementation: str = "auto"
+    """How masses are computed, the same numbers by each: auto, chunked, lse or triton
+    (`attention.mass.choose_implementation`)."""
+
     def __post_init__(self):
         fix = "Set avar.agto."
         _check(self.alpha >= 0, "alpha must be >= 0", self.alpha, fix + "alpha=0 to disable L_enhance.")
@@ -107,6 +117,7 @@ class AgtoConfig:
         _check(floor is None or 0 <= floor < 1, "system_floor must be null or in [0, 1)", floor, fix + "system_floor.")
         _check(self.warmup_steps >= 0, "warmup_steps must be >= 0", self.warmup_steps, fix + "warmup_steps=0 for none.")
         _check_alarm(self.alarm_system_mass)
+        _check_implementation(self.implementation)
         object.__setattr__(self, "layers", _check_indices("layers", self.layers))
         object.__setattr__(self, "layer_weights", _check_weights(self.layer_weights, self.layers))
         object.__setattr__(self, "heads", _check_indices("heads", self.heads))
@@ -160,6 +171,10 @@ class VarsConfig:
     alarm_system_mass: float = 0.01
     """Mean system mass under which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
 
+    implementation: str = "auto"
+    """How masses are computed, the same numbers by each: auto, chunked, lse or triton
+    (`attention.mass.choose_implementation`)."""
+
     alarm_window: int = 20
     """Steps over which avar/alarm/rise_without_accuracy compares statistic and accuracy, >= 2; 0 disables it."""
 
@@ -178,6 +193,7 @@ class VarsConfig:
             got = (self.shaping, self.clip_max)
             _check(self.clip_max is None, "clip_max has an effect under shaping=clip alone", got, fix + "shaping=clip.")
         _check_alarm(self.alarm_system_mass)
+        _check_implementation(self.implementation)
         window = self.alarm_window
         _check(window == 0 or window >= 2, "alarm_window must be 0 or >= 2", window, fix + "alarm_window=0 for none.")
         object.__setattr__(self, "layers", _check_indices("layers", self.layers))

@@ -15,6 +15,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from avar_verl.attention.mass import IMPLEMENTATIONS
 from avar_verl.config import QUERY_ROLES, AgtoConfig, AvarConfig, VarsConfig
 from avar_verl.objectives.reward import SHAPINGS, STATISTICS
 from avar_verl.roles import TokenRole
@@ -61,7 +62,7 @@ def test_every_field_is_explained_above_it(path):
             for number, line in enumerate(lines)
             if ":" in line and not line.strip().startswith(("#", "_target_"))
         ]
-        assert len(fields) == 27
+        assert len(fields) == 29
         for number in fields:
             assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
     trailing = [line for line in lines if line.split("#")[0].strip() and "#" in line]
@@ -122,6 +123,8 @@ NAN = float("nan")
         (VarsConfig, {"layer_weights": "12"}, "layer_weights must be null or positive numbers; got '12'"),
         (VarsConfig, {"alarm_system_mass": -0.1}, r"alarm_system_mass must be in \[0, 1\); got -0.1"),
         (VarsConfig, {"alarm_window": 1}, "alarm_window must be 0 or >= 2; got 1"),
+        (AgtoConfig, {"implementation": "eager"}, "implementation must be one of .*; got 'eager'"),
+        (VarsConfig, {"implementation": "flash"}, "implementation must be one of .*; got 'flash'"),
         (VarsConfig, {"layers": [True]}, r"layers must be null or a non-empty list of integers; got \[True\]"),
     ],
 )
@@ -142,6 +145,7 @@ def test_every_rule_is_enforced(config, values, message):
         *((VarsConfig, {"statistic": statistic}) for statistic in STATISTICS),
         *((VarsConfig, {"shaping": shaping}) for shaping in SHAPINGS if shaping != "clip"),
         (VarsConfig, {"shaping": "clip", "clip_max": 20, "layers": (0, -1)}),
+        *((config, {"implementation": name}) for config in (AgtoConfig, VarsConfig) for name in IMPLEMENTATIONS),
     ],
 )
 def test_the_edges_of_the_rules_are_allowed(config, values):

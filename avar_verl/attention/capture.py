@@ -20,12 +20,15 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from avar_verl.attention.mass import NUM_ROLES, Visibility, selected_mass
+from avar_verl.attention.lse_mass import KeysByRole, LseTap
+from avar_verl.attention.mass import IMPLEMENTATIONS, NUM_ROLES, selected_mass
+from avar_verl.attention.visibility import Visibility
 from avar_verl.roles import TokenRole
 
 KWARG = "avar_capture"
@@ -67,20 +70,38 @@ class _Request:
     (A cycle between them would keep a step's graph alive until the garbage collector comes by.)
     """
 
-    def __init__(self, roles, layers, query_role, reduction, key_groups, num_groups, implementation, offsets=None):
+    def __init__(
+        self,
+        roles,
+        layers,
+        query_role,
+        attention,
+        reduction=None,
+        key_groups=None,
+        num_groups=None,
+        offsets=None,
+        columns=None,
+        implementation="auto",
+    ):
         self.roles = roles
         self.layers = tuple(layers)
         self.reduction = reduction
         self.key_groups = roles if key_groups is None else key_groups
         self.num_groups = NUM_ROLES if key_groups is None else num_groups
-        self.implementation = implementation
+        self.attention = attention
         self.offsets = offsets
+        self.columns = columns
+        self.implementation = implementation
         self.all_queries = query_role is None
         if query_role is None:
             self.positions = torch.arange(roles.shape[1], device=roles.device).expand(roles.shape[0], -1)
             self.valid = None
         else:
             self.positions, self.valid = select_queries(roles, query_role)
+
+    @cached_property
+    def keys(self) -> KeysByRole:
+        return KeysByRole(self.key_groups, self.columns)
 
     def hide_padding(self, mask_BS: torch.Tensor) -> None:
         """Padding queries have no mass, whichever side they are on and whatever role they were given."""
@@ -100,14 +121,25 @@ class _Forward:
         self.by_layer: dict[int, torch.Tensor] = {}
         self.has_gradients = torch.is_grad_enabled()
 
-    def observe(self, module, query_BHSD, key_BKSD, attention_mask, arguments: dict) -> None:
+    def wants_lse(self, layer: int, query: torch.Tensor) -> bool:
+        """Whether the log-sum-exp of this layer's attention would be used (`choose_implementation`)."""
+        request = self.request
+        return (
+            layer in request.layers
+            and request.columns is not None
+            and request.implementation in ("auto", "lse")
+            and query.device.type == "cpu"
+            and not torch.is_grad_enabled()
+        )
+
+    def observe(self, module, query_BHSD, key_BKSD, attention_mask, arguments: dict, tap: LseTap | None = None) -> None:
         """One layer through transformers' attention interface."""
         request = self.request
         layer = module.layer_idx
         if not self._wants(layer, arguments):
             return
         if request.offsets is not None:
-            self._observe_packed_row(module, query_BHSD, key_BKSD, arguments)
+            self._observe_packed_row(module, query_BHSD, key_BKSD, arguments, tap)
             return
         roles_BS = request.roles
         if tuple(roles_BS.shape) != (key_BKSD.shape[0], key_BKSD.shape[2]) or query_BHSD.shape[2] != key_BKSD.shape[2]:
@@ -115,15 +147,34 @@ class _Forward:
                 f"roles must cover every position of the forward pass; got roles {tuple(roles_BS.shape)} for queries "
                 f"{tuple(query_BHSD.shape)} and keys {tuple(key_BKSD.shape)}. Run without a key/value cache."
             )
-        query_BHQD = query_BHSD
+        query_BHQD, lse_BHQ = query_BHSD, self._lse(tap, layer, query_BHSD)
         if not request.all_queries:
             index = request.positions[:, None, :, None].expand(-1, query_BHSD.shape[1], -1, query_BHSD.shape[3])
             query_BHQD = query_BHSD.gather(2, index)
+            lse_BHQ = None if lse_BHQ is None else lse_BHQ.gather(2, index[..., 0])
         visibility = self._visibility(attention_mask, request.positions, arguments, layer)
-        self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"))
+        self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"), lse_BHQ)
+
+    def _lse(self, tap: LseTap | None, layer: int, query_BHSD: torch.Tensor) -> torch.Tensor | None:
+        """(B, H, S) that the layer's attention has left in the tap."""
+        if tap is None:
+            return None
+        lse_BHS = tap.lse(*query_BHSD.shape[:3])
+        if lse_BHS is None and self.request.implementation == "lse":
+            raise ValueError(
+                "implementation='lse' needs an attention that computes a log-sum-exp, sdpa on the CPU; got none in "
+                f"layer {layer} (attn_implementation={self.request.attention!r}). Use implementation='auto'."
+            )
+        return lse_BHS
 
     def observe_packed(
-        self, module, query_THD, key_TKD, cu_seqlens: torch.Tensor | list[int] | None, arguments: dict
+        self,
+        module,
+        query_THD,
+        key_TKD,
+        cu_seqlens: torch.Tensor | list[int] | None,
+        arguments: dict,
+        tap: LseTap | None = None,
     ) -> None:
         """One layer of packed attention: `cu_seqlens` are its segments, None is one segment.
 
@@ -155,11 +206,13 @@ class _Forward:
         location_BQ = (start_B1 + request.positions).clamp(max=T - 1)
         location_BS = (start_B1 + torch.arange(request.roles.shape[1], device=query_THD.device)).clamp(max=T - 1)
         query_BHQD, key_BKSD = query_THD[location_BQ].transpose(1, 2), key_TKD[location_BS].transpose(1, 2)
+        lse_1HT = self._lse(tap, layer, query_THD.transpose(0, 1)[None])
+        lse_BHQ = None if lse_1HT is None else lse_1HT[0][:, location_BQ].transpose(0, 1)
         # What is filled in lies behind its sample, where no causal query looks.
         visibility = Visibility(request.positions, window=arguments.get("sliding_window"))
-        self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"))
+        self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"), lse_BHQ)
 
-    def _observe_packed_row(self, module, query_BHSD, key_BKSD, arguments) -> None:
+    def _observe_packed_row(self, module, query_BHSD, key_BKSD, arguments, tap) -> None:
         position_ids_BS = arguments.get("position_ids")
         if query_BHSD.shape[0] != 1 or position_ids_BS is None:
             raise ValueError(
@@ -174,6 +227,7 @@ class _Forward:
             key_BKSD[0].transpose(0, 1),
             [*starts, query_BHSD.shape[2]],
             arguments,
+            tap,
         )
 
     def _wants(self, layer: int, arguments: dict) -> bool:
@@ -193,11 +247,20 @@ class _Forward:
                 )
         return True
 
-    def _reduce(self, layer, query_BHQD, key_BKSD, visibility: Visibility, scale: float | None) -> None:
+    def _reduce(self, layer, query_BHQD, key_BKSD, visibility: Visibility, scale: float | None, lse_BHQ) -> None:
         request = self.request
         valid_BQ = request.valid
         mass_BHQR = selected_mass(
-            query_BHQD, key_BKSD, request.key_groups, visibility, valid_BQ, scale, request.num_groups
+            query_BHQD,
+            key_BKSD,
+            request.key_groups,
+            visibility,
+            valid_BQ,
+            scale,
+            request.num_groups,
+            request.implementation,
+            lse_BHQ,
+            None if lse_BHQ is None else request.keys,
         )
         result = mass_BHQR if request.reduction is None else request.reduction(mass_BHQR, valid_BQ)
         # A checkpointed layer comes here again in the backward pass: its first result is the one in the loss.
@@ -229,13 +292,13 @@ class _Forward:
         elif attention_mask is not None:
             raise ValueError(
                 f"attention masses read 4-D, 2-D and block masks or none; got {type(attention_mask).__name__} with "
-                f"attn_implementation={self.request.implementation!r}. Use sdpa, eager, flex_attention or "
+                f"attn_implementation={self.request.attention!r}. Use sdpa, eager, flex_attention or "
                 "flash_attention_2."
             )
         # Without a mask sdpa and eager see the whole row: a packed one gets a mask, except beside a cache. Flash
         # attention reads the position ids of a single row (modeling_flash_attention_utils.py `_is_packed_sequence`).
         segments_BS = None
-        if key_mask_BS is None and "flash" in self.request.implementation and positions_BQ.shape[0] == 1:
+        if key_mask_BS is None and "flash" in self.request.attention and positions_BQ.shape[0] == 1:
             segments_BS = packed_segments(arguments.get("position_ids"))
         return Visibility(positions_BQ, key_mask_BS, segments_BS, arguments.get("sliding_window"))
 
@@ -270,7 +333,7 @@ class CapturedMass:
         if missing:
             raise ValueError(
                 f"every captured layer must call transformers' attention interface; layers {missing} did not "
-                f"(attn_implementation={self._request.implementation!r}). An attention that is patched to bypass it, "
+                f"(attn_implementation={self._request.attention!r}). An attention that is patched to bypass it, "
                 "as verl does for packed rows in some families, cannot be captured: set model.use_remove_padding=False."
             )
         return [self._forward.by_layer[layer] for layer in self.layers]
@@ -318,9 +381,14 @@ def _wrap(name: str) -> None:
 
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
         forward = kwargs.pop(KWARG, None)
-        if forward is not None:
-            forward.observe(module, query, key, attention_mask, kwargs)
         function = original if original is not None else _eager_of(module)
+        if forward is not None and forward.wants_lse(module.layer_idx, query):
+            with LseTap() as tap:
+                out = function(module, query, key, value, attention_mask, *args, **kwargs)
+            forward.observe(module, query, key, attention_mask, kwargs, tap)
+            return out
+        if forward is not None:  # First, so that in the backward pass its gradients are added to those of attention.
+            forward.observe(module, query, key, attention_mask, kwargs)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention._avar_capture = True
@@ -389,6 +457,8 @@ def capture_mass(
     key_groups: torch.Tensor | None = None,
     num_groups: int | None = None,
     packed_offsets: torch.Tensor | None = None,
+    columns: Sequence[int] | None = None,
+    implementation: str = "auto",
 ):
     """Capture the attention masses of one forward pass.
 
@@ -405,6 +475,9 @@ def capture_mass(
         packed_offsets: (B + 1,) where each sample starts and the last one ends, when the model runs on one packed row
             instead of padded samples. `roles` and `key_groups` stay (B, S), the samples padded on the right, and so do
             the masses.
+        columns: roles (or groups) whose masses will be read, default all. The others are then not defined (they may be
+            nan), and where no gradient is wanted they may cost nothing.
+        implementation: how masses are computed (`attention.mass.choose_implementation`).
 
     Yields:
         `CapturedMass`; its `mass` is (B, L, H, S, R) after the forward pass, with gradients where the pass has them.
@@ -419,12 +492,26 @@ def capture_mass(
     """
     if key_groups is not None:
         _check_groups(key_groups, num_groups, roles)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}. Leave it at 'auto'."
+        )
     decoder = find_decoder(model)
-    implementation = decoder.config._attn_implementation
-    layers = resolve_indices("layers", layers, len(decoder.layers))
-    request = _Request(roles, layers, query_role, reduction, key_groups, num_groups, implementation, packed_offsets)
+    attention = decoder.config._attn_implementation
+    request = _Request(
+        roles,
+        resolve_indices("layers", layers, len(decoder.layers)),
+        query_role,
+        attention,
+        reduction=reduction,
+        key_groups=key_groups,
+        num_groups=num_groups,
+        offsets=packed_offsets,
+        columns=None if columns is None else tuple(int(column) for column in columns),
+        implementation=implementation,
+    )
     captured = CapturedMass(request)
-    _wrap(implementation)
+    _wrap(attention)
 
     def attach(_module, args, kwargs):
         forward = captured.begin()

@@ -10,71 +10,18 @@ Shape suffixes:
     R = token roles (len(TokenRole)), or any other key groups
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 
+from avar_verl.attention.lse_mass import KeysByRole, lse_mass
+from avar_verl.attention.visibility import HIDDEN, Visibility
 from avar_verl.roles import TokenRole
 
 NUM_ROLES = len(TokenRole)
 # Elements of one chunk's weights, B * H * C * S: 4 MiB of float32 stay in a CPU's cache, 64 MiB fill a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**24}
-IMPLEMENTATIONS = ("auto", "chunked", "triton")
+IMPLEMENTATIONS = ("auto", "chunked", "lse", "triton")
 # Limits of the Triton kernels.
 MAX_GROUPS, MAX_HEAD_SIZE = 16, 256
-HIDDEN = torch.finfo(torch.float32).min
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """Which keys each selected query sees, without the (S, S) mask.
-
-    Either `rows_BQS` says it outright (rows taken from a mask that the model itself built), or a query sees the keys at
-    or before its position that are no padding, lie in its segment and, with a window, at most `window - 1` before it.
-    """
-
-    positions_BQ: torch.Tensor
-    key_mask_BS: torch.Tensor | None = None
-    segment_ids_BS: torch.Tensor | None = None
-    window: int | None = None
-    rows_BQS: torch.Tensor | None = None
-
-    @property
-    def is_causal_only(self) -> bool:
-        return all(x is None for x in (self.key_mask_BS, self.segment_ids_BS, self.window, self.rows_BQS))
-
-    def chunk(self, start: int, stop: int, first_key: int, last_key: int) -> torch.Tensor:
-        """(B, C, keys) bool: which of the keys first_key..last_key the queries start..stop see."""
-        if self.rows_BQS is not None:
-            return self.rows_BQS[:, start:stop, first_key:last_key]
-        positions_BC1 = self.positions_BQ[:, start:stop, None]
-        keys_S = torch.arange(first_key, last_key, device=positions_BC1.device)
-        visible_BCS = keys_S <= positions_BC1
-        if self.window is not None:
-            visible_BCS = visible_BCS & (keys_S > positions_BC1 - self.window)
-        if self.key_mask_BS is not None:
-            visible_BCS = visible_BCS & self.key_mask_BS[:, None, first_key:last_key]
-        if self.segment_ids_BS is not None:
-            segment_BC1 = self.segment_ids_BS.gather(1, self.positions_BQ[:, start:stop])[:, :, None]
-            visible_BCS = visible_BCS & (segment_BC1 == self.segment_ids_BS[:, None, first_key:last_key])
-        return visible_BCS
-
-    def chunks(self, size: int, num_keys: int) -> Iterator[tuple[int, int, int, int]]:
-        """(start, stop, first, last) of chunks of `size` queries: keys before `first` are visible to all queries of the
-        chunk, keys from `last` on to none.
-
-        On the CPU alone: elsewhere reading the positions would wait for the device.
-        """
-        num_queries = self.positions_BQ.shape[1]
-        for start in range(0, num_queries, size):
-            stop = min(start + size, num_queries)
-            first, last = 0, num_keys
-            if self.positions_BQ.device.type == "cpu" and self.rows_BQS is None:
-                least, greatest = self.positions_BQ[:, start:stop].aminmax()
-                last = min(num_keys, int(greatest) + 1)
-                first = int(least) + 1 if self.is_causal_only else 0
-            yield start, stop, first, last
 
 
 def _weights(query_BKGCD, key_BKSD, visibility, start, stop, first, last) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +34,14 @@ def _weights(query_BKGCD, key_BKSD, visibility, start, stop, first, last) -> tup
     weights[..., first:].masked_fill_(~visible_BCS[:, None, None], HIDDEN)
     alive_BC = visible_BCS.any(-1) if first == 0 else visible_BCS.new_ones(()).expand(visible_BCS.shape[:2])
     return torch.softmax(weights, dim=-1), alive_BC
+
+
+def _sum_by_role(weights: torch.Tensor, onehot_BNR: torch.Tensor) -> torch.Tensor:
+    """(B, K, G, C, N) weights over N keys to (B, K, G, C, R) sums."""
+    B, K, G, C, N = weights.shape
+    # With the few roles as rows of the product and not as its columns, which takes a third of the time on a CPU.
+    sums_BRM = torch.bmm(onehot_BNR.mT, weights.reshape(B, K * G * C, N).mT)
+    return sums_BRM.mT.reshape(B, K, G, C, onehot_BNR.shape[-1])
 
 
 class _ChunkedMass(torch.autograd.Function):
@@ -108,8 +63,7 @@ class _ChunkedMass(torch.autograd.Function):
         mass = query.new_zeros(B, K, H // K, Q, onehot_BSR.shape[-1])
         for start, stop, first, last in visibility.chunks(ctx.chunk, S):
             weights, alive_BC = _weights(query, key, visibility, start, stop, first, last)
-            chunk = torch.matmul(weights, onehot_BSR[:, None, None, :last])
-            mass[:, :, :, start:stop] = chunk * alive_BC[:, None, None, :, None]
+            mass[:, :, :, start:stop] = _sum_by_role(weights, onehot_BSR[:, :last]) * alive_BC[:, None, None, :, None]
         ctx.save_for_backward(query_BHQD, key_BKSD, onehot_BSR, mass)
         return mass.reshape(B, H, Q, mass.shape[-1])  # Q may be 0, which forbids -1.
 
@@ -135,9 +89,21 @@ class _ChunkedMass(torch.autograd.Function):
         return grad_query.reshape(B, H, Q, D).to(query_BHQD.dtype), grad_key.to(key_BKSD.dtype), None, None, None
 
 
-def choose_implementation(implementation: str, device_type: str, num_groups: int, head_size: int) -> str:
-    """`auto` is Triton on a CUDA or ROCm device for at most MAX_GROUPS groups and heads of at most MAX_HEAD_SIZE, and
-    PyTorch chunks elsewhere.
+def choose_implementation(
+    implementation: str, device_type: str, num_groups: int, head_size: int, has_lse: bool = False
+) -> str:
+    """Which implementation runs. `auto` is, the first that can:
+
+    - `lse` (attention.lse_mass) on the CPU, where the log-sum-exp of the model's attention is at hand and no gradient
+      is wanted;
+    - `triton` (attention.triton_mass) on a CUDA or ROCm device, for at most MAX_GROUPS groups and heads of at most
+      MAX_HEAD_SIZE;
+    - `chunked`, PyTorch, everywhere.
+
+    All give the same numbers. `lse` asked for by name is `chunked` in passes with a gradient.
+
+    Args:
+        has_lse: the log-sum-exp is there and no gradient is wanted.
 
     Raises:
         ValueError: an unknown name, or `triton` where it cannot run.
@@ -152,6 +118,8 @@ def choose_implementation(implementation: str, device_type: str, num_groups: int
             f"the Triton kernel needs a CUDA device, at most {MAX_GROUPS} groups and heads of at most {MAX_HEAD_SIZE}; "
             f"got a {device_type} device, {num_groups} groups and heads of {head_size}. Use implementation='auto'."
         )
+    if has_lse and implementation in ("auto", "lse"):
+        return "lse"
     return "triton" if can_triton and implementation != "chunked" else "chunked"
 
 
@@ -164,24 +132,31 @@ def selected_mass(
     scale: float | None = None,
     num_groups: int = NUM_ROLES,
     implementation: str = "auto",
+    lse_BHQ: torch.Tensor | None = None,
+    keys: KeysByRole | None = None,
 ) -> torch.Tensor:
     """Role masses of already selected queries, (B, H, Q, R) float32; 0 where `valid_BQ` is False.
 
     `attention_mass` is the documented front end; this one takes per-sample query positions, explicit mask rows and any
     grouping of the keys into `num_groups` groups, for example one group for every image token. `implementation` is one
-    of IMPLEMENTATIONS (`choose_implementation`).
+    of IMPLEMENTATIONS (`choose_implementation`). `lse_BHQ`, the log-sum-exp of the same queries, and `keys`, those of
+    the roles that will be read, are for a pass without gradient; other columns are then nan.
     """
     scale = query_BHQD.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose_implementation(implementation, query_BHQD.device.type, num_groups, query_BHQD.shape[-1])
+    chosen = choose_implementation(
+        implementation, query_BHQD.device.type, num_groups, query_BHQD.shape[-1], lse_BHQ is not None
+    )
     with torch.autocast(query_BHQD.device.type, enabled=False):
         if chosen == "triton":
             from avar_verl.attention.triton_mass import triton_mass  # Needs triton, which a CPU may not have.
 
             mass_BHQR = triton_mass(query_BHQD, key_BKSD, key_roles_BS, visibility, scale, num_groups)
+        elif chosen == "lse":
+            mass_BHQR = lse_mass(query_BHQD, key_BKSD, lse_BHQ, keys, visibility, scale, num_groups)
         else:
             onehot_BSR = torch.nn.functional.one_hot(key_roles_BS.long(), num_groups).float()
             mass_BHQR = _ChunkedMass.apply(query_BHQD, key_BKSD, onehot_BSR, visibility, scale)
-    return mass_BHQR if valid_BQ is None else mass_BHQR * valid_BQ[:, None, :, None]
+    return mass_BHQR if valid_BQ is None else mass_BHQR.where(valid_BQ[:, None, :, None], 0.0)
 
 
 def attention_mass(

@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from avar_verl.attention.mass import MAX_GROUPS, MAX_HEAD_SIZE, Visibility
+from avar_verl.attention.mass import MAX_GROUPS, MAX_HEAD_SIZE
+from avar_verl.attention.visibility import Visibility
 
 LOG2_E = math.log2(math.e)
 # Programs that keep the device busy, about 4 for each of the 132 multiprocessors of an H100.

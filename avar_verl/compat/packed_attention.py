@@ -14,6 +14,7 @@ import functools
 from contextvars import ContextVar
 
 from avar_verl.attention.capture import KWARG
+from avar_verl.attention.lse_mass import LseTap
 
 _CURRENT = ContextVar("avar_capture", default=None)
 
@@ -35,16 +36,28 @@ def wrap_attention(original):
     return attention_forward
 
 
-def _observe(query_THD, key_THD, cu_seqlens, window, scale) -> None:
+def _observed(run, query_THD, key_THD, cu_seqlens, window, scale):
+    """`run()`, the kernel; q and k go to the capture, behind it with its log-sum-exp if that is wanted, else before."""
     current = _CURRENT.get()
     if current is None:
-        return
+        return run()
     forward, module = current
+    if forward.wants_lse(module.layer_idx, query_THD):
+        with LseTap() as tap:
+            out = run()
+        _observe(forward, module, query_THD, key_THD, cu_seqlens, window, scale, tap)
+        return out
+    _observe(forward, module, query_THD, key_THD, cu_seqlens, window, scale, None)
+    return run()
+
+
+def _observe(forward, module, query_THD, key_THD, cu_seqlens, window, scale, tap) -> None:
     # verl repeats the key heads (repeat_kv). A rank holds whole groups of them, or a part of one group each.
     groups = module.num_key_value_groups
     if query_THD.shape[1] % groups == 0:
         key_THD = key_THD[:, ::groups]
-    forward.observe_packed(module, query_THD, key_THD, cu_seqlens, {"sliding_window": window, "scaling": scale})
+    arguments = {"sliding_window": window, "scaling": scale}
+    forward.observe_packed(module, query_THD, key_THD, cu_seqlens, arguments, tap)
 
 
 def wrap_varlen(original):
@@ -54,8 +67,10 @@ def wrap_varlen(original):
     def varlen(*args, **kwargs):
         left, _ = kwargs.get("window_size", (-1, -1))
         window = left + 1 if left >= 0 else None
-        _observe(kwargs["q"], kwargs["k"], kwargs["cu_seqlens_q"], window, kwargs.get("softmax_scale"))
-        return original(*args, **kwargs)
+        scale = kwargs.get("softmax_scale")
+        return _observed(
+            lambda: original(*args, **kwargs), kwargs["q"], kwargs["k"], kwargs["cu_seqlens_q"], window, scale
+        )
 
     return varlen
 
@@ -65,14 +80,19 @@ def wrap_flash(original):
 
     @functools.wraps(original)
     def flash(query_states, key_states, *args, **kwargs):
-        if _CURRENT.get() is not None:
-            if query_states.shape[0] != 1:
-                raise ValueError(
-                    f"packed attention has one row; got {query_states.shape[0]}. Set model.use_remove_padding=True, "
-                    "or load the model without verl's patch."
-                )
-            _observe(query_states[0], key_states[0], None, kwargs.get("sliding_window"), kwargs.get("softmax_scale"))
-        return original(query_states, key_states, *args, **kwargs)
+        if _CURRENT.get() is not None and query_states.shape[0] != 1:
+            raise ValueError(
+                f"packed attention has one row; got {query_states.shape[0]}. Set model.use_remove_padding=True, "
+                "or load the model without verl's patch."
+            )
+        return _observed(
+            lambda: original(query_states, key_states, *args, **kwargs),
+            query_states[0],
+            key_states[0],
+            None,
+            kwargs.get("sliding_window"),
+            kwargs.get("softmax_scale"),
+        )
 
     return flash
 

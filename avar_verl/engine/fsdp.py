@@ -17,12 +17,13 @@ from verl.utils.ulysses import get_ulysses_sequence_parallel_group
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
+from avar_verl.attention.mass import choose_implementation
 from avar_verl.config import QUERY_ROLES
 from avar_verl.engine_config import AvarFSDPEngineConfig
 from avar_verl.freeze import freeze_vision
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.alarms import system_mass_alarm
-from avar_verl.objectives.reward import VISUAL_FIELDS, VisualReduction, visual_fields
+from avar_verl.objectives.reward import VISUAL_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
 from avar_verl.regions import REGION_KEY
 from avar_verl.roles import RoleMap, TokenRole
 
@@ -149,6 +150,10 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         text_config = model_config.hf_config.get_text_config()
         for part in (engine_config.agto, engine_config.vars):
             if part is not None:
+                head_size = getattr(text_config, "head_dim", None) or (
+                    text_config.hidden_size // text_config.num_attention_heads
+                )
+                choose_implementation(part.implementation, get_device_name(), len(TokenRole), head_size)
                 layers = resolve_indices("layers", part.layers, text_config.num_hidden_layers)
                 if part.layer_weights is not None and len(part.layer_weights) != len(layers):
                     raise ValueError(
@@ -259,6 +264,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 layers=self._agto.layers,
                 query_role=QUERY_ROLES[self._agto.query_role],
                 reduction=mean_over_queries,
+                implementation=self._agto.implementation,
             )
         elif (
             self._vars is not None
@@ -269,6 +275,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 layers=self._vars.layers,
                 query_role=TokenRole.RESPONSE,
                 reduction=VisualReduction(self._vars.epsilon, lambda mass: _mean_over_heads(mass.mean(1))),
+                columns=VISUAL_ROLES,
+                implementation=self._vars.implementation,
             )
         else:
             return super().forward_step(micro_batch, loss_function, forward_only)

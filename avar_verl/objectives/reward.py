@@ -18,6 +18,8 @@ from avar_verl.roles import TokenRole
 
 # What the log-prob pass returns for every sample, a vector of F numbers.
 VISUAL_FIELDS = ("ratio", "image_share", "image_mass", "system_mass", "num_queries", "num_image", "num_system")
+# The masses that it reads.
+VISUAL_ROLES = (TokenRole.SYSTEM, TokenRole.IMAGE)
 STATISTICS = ("ratio", "image_share")
 SHAPINGS = ("none", "clip", "log", "rank")
 

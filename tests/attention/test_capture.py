@@ -92,6 +92,36 @@ def test_equals_the_models_own_attention(load_tiny, encode, role_map, attention,
 
 
 @pytest.mark.parametrize("n, side", [(1, "right"), (3, "left"), (3, "right")])
+@pytest.mark.parametrize("query_role", [None, TokenRole.RESPONSE])
+def test_log_sum_exp_of_sdpa_is_used_and_equals_eager(load_tiny, encode, role_map, n, side, query_role):
+    """implementation='lse' refuses a layer that leaves none, so it was used."""
+    inputs = encode(n, side)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    columns = [TokenRole.SYSTEM, TokenRole.IMAGE]
+    with torch.no_grad():
+        expected = eager_masses(load_tiny("eager"), inputs, roles)
+        model = load_tiny("sdpa")
+        with capture_mass(model, roles, query_role=query_role, columns=columns, implementation="lse") as captured:
+            logits = model(**inputs, use_cache=False).logits
+        torch.testing.assert_close(logits, model(**inputs, use_cache=False).logits, rtol=0, atol=0)
+    if query_role is not None:
+        expected = expected * (roles == query_role)[:, None, None, :, None]
+    torch.testing.assert_close(captured.mass[..., columns], expected[..., columns], **CLOSE)
+
+
+def test_implementations_that_cannot_be_are_refused(load_tiny, encode, role_map):
+    inputs = encode(2)
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    model = load_tiny("eager")
+    with torch.no_grad(), pytest.raises(ValueError, match="needs an attention that computes a log-sum-exp.*'eager'"):
+        with capture_mass(model, roles, columns=[1, 2], implementation="lse"):
+            model(**inputs, use_cache=False)
+    with pytest.raises(ValueError, match="implementation must be one of .*; got 'fast'"):
+        with capture_mass(model, roles, implementation="fast"):
+            pass
+
+
+@pytest.mark.parametrize("n, side", [(1, "right"), (3, "left"), (3, "right")])
 def test_flash_attention_equals_eager(flash_model, load_tiny, encode, role_map, n, side):
     """Its mask is the 2-D one of the padding, or none at all."""
     inputs = encode(n, side)
@@ -239,9 +269,7 @@ def test_packed_rows_that_do_not_match_the_offsets_are_refused(tiny_model, encod
     with pytest.raises(ValueError, match="packed samples are one row with position ids .*; got 3 rows"):
         with capture_mass(tiny_model, roles, packed_offsets=offsets):
             tiny_model(**inputs, use_cache=False)
-    forward = capture._Forward(
-        capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, None, None, None, "sdpa")
-    )
+    forward = capture._Forward(capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, "sdpa"))
     with pytest.raises(ValueError, match="needs to know where samples start; got a packed row of 3 positions"):
         forward.observe_packed(SimpleNamespace(layer_idx=0), torch.zeros(3, 2, 4), torch.zeros(3, 2, 4), None, {})
 
@@ -563,16 +591,14 @@ def test_a_wrapped_model_has_the_same_decoder(tiny_model):
 
 def observe(roles, query, key, mask, arguments):
     """What one attention layer leaves behind."""
-    forward = capture._Forward(capture._Request(roles, [0], None, None, None, None, "sdpa"))
+    forward = capture._Forward(capture._Request(roles, [0], None, "sdpa"))
     forward.observe(SimpleNamespace(layer_idx=0), query, key, mask, arguments)
     return forward.by_layer[0]
 
 
 @pytest.mark.parametrize("argument", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
 def test_another_softmax_is_refused(argument):
-    forward = capture._Forward(
-        capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, None, None, None, "sdpa")
-    )
+    forward = capture._Forward(capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, "sdpa"))
     query = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match=f"need a plain softmax over the keys; got {next(iter(argument))}="):
         forward.observe(SimpleNamespace(layer_idx=0), query, query, None, argument)
@@ -587,9 +613,7 @@ def test_another_softmax_is_refused(argument):
     ],
 )
 def test_masks_of_other_kinds_are_refused(mask, message):
-    forward = capture._Forward(
-        capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, None, None, None, "sdpa")
-    )
+    forward = capture._Forward(capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, "sdpa"))
     query = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match=message):
         forward.observe(SimpleNamespace(layer_idx=0), query, query, mask, {})

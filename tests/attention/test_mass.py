@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avar_verl.attention import attention_mass, mass
-from avar_verl.attention.mass import Visibility, selected_mass
+from avar_verl.attention.mass import selected_mass
+from avar_verl.attention.visibility import Visibility
 from avar_verl.roles import TokenRole
 from tests.attention.reference import eager_mass
 
@@ -313,6 +314,15 @@ def test_what_does_not_fit_is_refused(change, message):
 )
 def test_the_implementation_is_chosen_by_a_rule(implementation, device, groups, head_size, chosen):
     assert mass.choose_implementation(implementation, device, groups, head_size) == chosen
+
+
+@pytest.mark.parametrize(
+    "implementation, device, chosen",
+    [("auto", "cpu", "lse"), ("lse", "cpu", "lse"), ("chunked", "cpu", "chunked"), ("triton", "cuda", "triton")],
+)
+def test_a_log_sum_exp_at_hand_is_used(implementation, device, chosen):
+    assert mass.choose_implementation(implementation, device, 5, 128, has_lse=True) == chosen
+    assert mass.choose_implementation("lse", device, 5, 128) == ("triton" if device == "cuda" else "chunked")
 
 
 @pytest.mark.parametrize("device, groups, head_size", [("cpu", 5, 64), ("cuda", 17, 64), ("cuda", 5, 512)])

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 
-from avar_verl.attention.mass import Visibility
+from avar_verl.attention.visibility import Visibility
 from avar_verl.roles import TokenRole
 from tests.attention.reference import eager_mass
 from tests.attention.test_mass import LargestTensor

@@ -321,7 +321,8 @@ def test_flash_attention_shows_its_window_and_segments_to_the_capture():
     """The kernels that flash-attn brings are called as verl calls them; what they compute is none of the wrapper's."""
     seen = []
     capture = SimpleNamespace(
-        observe_packed=lambda module, q, k, bounds, arguments: seen.append((k, bounds, arguments))
+        wants_lse=lambda layer, q: False,
+        observe_packed=lambda module, q, k, bounds, arguments, tap: seen.append((k, bounds, arguments)),
     )
     kernel = packed_attention.wrap_varlen(lambda **kwargs: "packed")
     flash = packed_attention.wrap_flash(lambda *args, **kwargs: "whole")
@@ -334,7 +335,7 @@ def test_flash_attention_shows_its_window_and_segments_to_the_capture():
         return flash(q[None], k[None], None, 6, sliding_window=None)
 
     forward = packed_attention.wrap_attention(stock_forward)
-    module = SimpleNamespace(num_key_value_groups=2)
+    module = SimpleNamespace(num_key_value_groups=2, layer_idx=0)
     assert forward(module, avar_capture=capture) == "whole"
     (packed_k, bounds, arguments), (_, none, whole) = seen
     assert torch.equal(packed_k, k[:, ::2]) and bounds.tolist() == [0, 2, 6] and none is None

@@ -12,7 +12,7 @@ from avar_verl.engine_config import AvarFSDPEngineConfig
 
 def check(monkeypatch, model_type="qwen2_5_vl", use_remove_padding=True, processor="a processor", **engine):
     monkeypatch.setattr(fsdp, "get_device_name", lambda: "cuda")
-    text = SimpleNamespace(num_hidden_layers=4, num_attention_heads=4)
+    text = SimpleNamespace(num_hidden_layers=4, num_attention_heads=4, hidden_size=128)
     config = SimpleNamespace(model_type=model_type, get_text_config=lambda: text)
     model = SimpleNamespace(
         processor=processor, tokenizer_path="folder", use_remove_padding=use_remove_padding, hf_config=config

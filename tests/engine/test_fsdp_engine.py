@@ -64,6 +64,8 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "target": {"agto": {**GUIDED, "warmup_steps": 0, "image_target": 1e-9, "system_floor": 0.999}},
         "visual": {"vars": {}},
         "visual_micro": {"vars": {}, "micro": 1},
+        "visual_lse": {"vars": {"implementation": "lse"}},
+        "visual_chunked": {"vars": {"implementation": "chunked"}},
         "stock_inference": {"vars": {"lambda_v": 0.0}},
         "unpacked_ulysses": {"agto": GUIDED, "engine": {"ulysses_sequence_parallel_size": 2}},
         "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
@@ -71,6 +73,7 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "frozen_tower": {"engine": {"freeze_vision_tower": True}},
         "bad_weights": {"agto": {**GUIDED, "layer_weights": [1.0, 2.0]}},
         "bad_layer": {"agto": {**GUIDED, "layers": [4]}},
+        "triton": {"agto": {**GUIDED, "implementation": "triton"}},
     }
     return run(tmp_path_factory.mktemp("one"), tiny_model_path, data_file, scenarios)
 
@@ -85,6 +88,7 @@ def packed(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "packed_stock": {"stock": True, "use_remove_padding": True},
         "packed_zero": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}, "use_remove_padding": True},
         "packed_visual": {"vars": {}, "use_remove_padding": True},
+        "packed_lse": {"vars": {"implementation": "lse"}, "use_remove_padding": True},
     }
     return run(tmp_path_factory.mktemp("packed"), tiny_model_path, data_file, scenarios)
 
@@ -233,6 +237,12 @@ def test_masses_of_rollouts_do_not_depend_on_packing_or_sequence_parallelism(one
     torch.testing.assert_close(ulysses["visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
 
 
+def test_masses_of_rollouts_do_not_depend_on_the_implementation(one, packed):
+    """`lse` by name refuses a pass in which it cannot be used, so it was."""
+    for visual in (one["visual_lse"], packed["packed_lse"]):
+        torch.testing.assert_close(visual["visual"], one["visual_chunked"]["visual"], rtol=1e-5, atol=1e-6)
+
+
 def test_measuring_leaves_log_probs_alone(one):
     assert "visual" not in one["stock_inference"]
     torch.testing.assert_close(one["visual"]["log_probs"], one["stock_inference"]["log_probs"], rtol=0, atol=0)
@@ -245,6 +255,7 @@ def test_measuring_leaves_log_probs_alone(one):
         ("fsdp1", "FSDP1 needs an accelerator"),
         ("bad_weights", "layer_weights must be as many as layers; got 2 for 4 layers"),
         ("bad_layer", "layers must be distinct indices among the 4"),
+        ("triton", "the Triton kernel needs a CUDA device"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(one, scenario, message):

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention mass from the log-sum-exp that the model's own attention has computed, forward only.
+
+    mass_r(q) = sum_{k in role r} exp(scale * q . k - lse(q)),    lse(q) = log sum_{visible k} exp(scale * q . k)
+
+Only the keys of the wanted roles are scored, and no maximum, no normalisation and no second product is needed: this is
+the cheapest form where the log-sum-exp is to be had and no gradient is asked for (its gradient needs all keys again,
+which is what the other forms do).
+
+The log-sum-exp is the second output of torch's fused attention on the CPU, which `scaled_dot_product_attention` drops;
+`LseTap` picks it up while the model's own call runs, so that call is the same to the bit.
+
+Shape suffixes:
+    B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads, K = key/value
+    heads, G = query heads of one key head (H / K), D = head size, W = keys of the wanted roles, R = token roles
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from avar_verl.attention.visibility import HIDDEN, Visibility
+
+# Elements of one chunk's scores, B * H * C * W: 8 MiB of float32.
+CHUNK_ELEMENTS = 2**21
+# (output (B, H, S, D), lse (B, H, S) float32, natural logarithm, over what its mask lets through)
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class LseTap(TorchDispatchMode):
+    """Collects the log-sum-exp of every fused CPU attention that runs inside the `with` block.
+
+    Relies on: torch 2.11, aten/src/ATen/native/transformers/attention.cpp, `_scaled_dot_product_flash_attention_cpu`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is _ATTENTION:
+            self.found.append(out[1])
+        return out
+
+    def lse(self, batch: int, heads: int, length: int) -> torch.Tensor | None:
+        """(B, H, S) of one call, or of the calls for the segments of one row, one behind the other; None if others ran.
+
+        Calls of another shape belong to no capture of this layer.
+        """
+        if not self.found or any(x.dim() != 3 or tuple(x.shape[:2]) != (batch, heads) for x in self.found):
+            return None
+        joined = self.found[0] if len(self.found) == 1 else torch.cat(self.found, dim=2)
+        return joined if joined.shape[2] == length else None
+
+
+class KeysByRole:
+    """The keys of some roles, role after role: the same for every layer of a forward pass.
+
+    `positions_BW`, `real_BW` (False on the filling of samples that have fewer), and for each of `columns` its range
+    `bounds[i]..bounds[i + 1]` of W.
+    """
+
+    def __init__(self, key_roles_BS: torch.Tensor, columns: Sequence[int]):
+        self.columns = tuple(columns)
+        positions, real, self.bounds = [], [], [0]
+        for role in self.columns:
+            is_role_BS = key_roles_BS == role
+            count_B = is_role_BS.sum(1)
+            width = int(count_B.max()) if count_B.numel() else 0
+            # A stable sort brings the role's positions to the front, in order.
+            positions.append(torch.argsort(~is_role_BS, dim=1, stable=True)[:, :width])
+            real.append(torch.arange(width, device=key_roles_BS.device) < count_B[:, None])
+            self.bounds.append(self.bounds[-1] + width)
+        self.positions_BW, self.real_BW = torch.cat(positions, dim=1), torch.cat(real, dim=1)
+        self.all_real = bool(self.real_BW.all())
+
+
+def lse_mass(
+    query_BHQD: torch.Tensor,
+    key_BKSD: torch.Tensor,
+    lse_BHQ: torch.Tensor,
+    keys: KeysByRole,
+    visibility: Visibility,
+    scale: float,
+    num_groups: int,
+) -> torch.Tensor:
+    """Masses of the roles of `keys`, (B, H, Q, R) float32; nan in the other columns.
+
+    The rows of queries that see nothing are not defined (nan or inf).
+
+    Args:
+        lse_BHQ: natural log-sum-exp of the scaled scores over the keys that each query sees.
+    """
+    B, H, Q, D = query_BHQD.shape
+    K = key_BKSD.shape[1]
+    G = H // K
+    mass_BKGQR = query_BHQD.new_full((B, K, G, Q, num_groups), float("nan"), dtype=torch.float32)
+    W = keys.bounds[-1]
+    index = keys.positions_BW[:, None, :, None].expand(-1, K, -1, D)
+    key_BKWD = key_BKSD.gather(2, index).float()
+    # In base 2, which is the cheaper exponential, and with the log-sum-exp as one more product: q . k - lse = [q, -lse]
+    # . [k, 1].
+    query = torch.cat([query_BHQD.float() * scale, -lse_BHQ.float()[..., None]], dim=-1) * math.log2(math.e)
+    query = query.reshape(B, K, G, Q, D + 1)
+    key = torch.cat([key_BKWD, key_BKWD.new_ones(B, K, W, 1)], dim=-1).mT
+    chunk = max(1, CHUNK_ELEMENTS // max(1, B * H * W))
+    buffer = query.new_empty(B * K, G * min(chunk, Q), W)
+    for start in range(0, Q, chunk):
+        stop = min(start + chunk, Q)
+        rows = query[:, :, :, start:stop].reshape(B * K, G * (stop - start), D + 1)
+        weights = buffer[:, : rows.shape[1]]
+        torch.bmm(rows, key.reshape(B * K, D + 1, W), out=weights)
+        if not (keys.all_real and visibility.sees_all(start, stop, keys.positions_BW)):
+            hidden_BCW = ~(visibility.of_keys(start, stop, keys.positions_BW) & keys.real_BW[:, None])
+            weights.view(B, K, G, stop - start, W).masked_fill_(hidden_BCW[:, None, None], HIDDEN)
+        torch.exp2(weights, out=weights)
+        for role, first, last in zip(keys.columns, keys.bounds[:-1], keys.bounds[1:], strict=True):
+            mass_BKGQR[:, :, :, start:stop, role] = weights[..., first:last].sum(-1).view(B, K, G, stop - start)
+    return mass_BKGQR.reshape(B, H, Q, num_groups)
