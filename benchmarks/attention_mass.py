@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 H, K, D = 28, 4, 128
 AGTO_QUERIES = 64
@@ -42,7 +43,9 @@ def serve(variant: str, length: int, device: str, dtype: str, threads: int) -> N
     """Worker: one measurement for every line on stdin, as a line of JSON."""
     import torch
 
-    from avar_verl.attention import mass as mass_module
+    from avar_verl.attention.lse_mass import KeysByRole, LseTap
+    from avar_verl.attention.mass import selected_mass
+    from avar_verl.attention.visibility import Visibility
     from avar_verl.roles import TokenRole
 
     torch.set_num_threads(threads)
@@ -61,22 +64,31 @@ def serve(variant: str, length: int, device: str, dtype: str, threads: int) -> N
     positions = torch.arange(length - count, length, device=device)
     kind, _, implementation = variant.partition("/")
 
-    def masses():
+    wanted = (TokenRole.SYSTEM, TokenRole.IMAGE)
+
+    def masses(lse=None):
         if implementation == "matrix":
             scores = query @ key.repeat_interleave(H // K, 1).mT * D**-0.5
             hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32)
             onehot = torch.nn.functional.one_hot(roles, len(TokenRole)).float()
             return (weights @ onehot[:, None])[:, :, positions]
-        visibility = mass_module.Visibility(positions[None])
-        return mass_module.selected_mass(query[:, :, positions], key, roles, visibility, implementation=implementation)
+        selected, visibility = query[:, :, positions], Visibility(positions[None])
+        if lse is not None:  # Keys are sorted by role once for all layers; here there is one layer.
+            keys = KeysByRole(roles, wanted)
+            return selected_mass(selected, key, roles, visibility, lse_BHQ=lse[:, :, positions], keys=keys)
+        return selected_mass(selected, key, roles, visibility, implementation=implementation)
 
     def step():
-        # The masses come first, as in `capture_mass`: their gradient is then added when the one of attention is there.
-        mass = masses() if implementation else None
-        # Keys and values are repeated, as transformers does.
-        keys, values = key.repeat_interleave(H // K, 1), value.repeat_interleave(H // K, 1)
-        out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
+        # The masses come first where they can, as in `capture_mass`: their gradient is then added when the one of
+        # attention is there.
+        mass = masses() if implementation and implementation != "lse" else None
+        with LseTap() if implementation == "lse" else nullcontext() as tap:
+            # Keys and values are repeated, as transformers does.
+            keys, values = key.repeat_interleave(H // K, 1), value.repeat_interleave(H // K, 1)
+            out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
+        if tap is not None:
+            masses(tap.lse(1, H, length))
         if trains:
             losses = (
                 [(out * grad_output).sum()]
@@ -173,7 +185,8 @@ def main() -> None:
     for length in arguments.lengths:
         names = implementations + (["matrix"] if length <= arguments.matrix_limit else [])
         compare("attention", [f"agto/{name}" for name in names], arguments, length)
-        compare("vars", [f"vars/{name}" for name in names], arguments, length)
+        forward_names = (["lse"] if arguments.device == "cpu" else []) + names
+        compare("vars", [f"vars/{name}" for name in forward_names], arguments, length)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One reference to the image, and its coordinates in pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from avar_verl.anchors.formats import FORMATS, SCALES
+
+COORDINATES = ("auto", "absolute", "relative_1000", "normalized", "percent")
+"""Values of `coordinates`: `auto` = what the format itself says, then pixels, 0-1000, 0-1 and 0-100 of the image."""
+
+KOSMOS_GRID = 32
+"""Patches per side of the Kosmos-2 location grid, indices row by row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A place in a response that refers to the image.
+
+    Args:
+        kind (`str`):
+            `bbox`, `point` or `phrase`.
+        start, end (`int`):
+            `text[start:end]` is the reference: the innermost number group with its own brackets, or the phrase from
+            the verb of looking or the preposition to the word for the image (from that word to its verb, if it is the
+            subject).
+        coords (`tuple[float, ...]` or `None`):
+            The numbers as written, so y first for PaliGemma and Gemini, and two patch indices for Kosmos-2. A quad has
+            eight numbers. `None` for a phrase. `to_pixels` gives the same meaning for every format.
+        label (`str` or `None`):
+            Name of the object as far as the format carries one.
+        format (`str`):
+            Name of the row in `avar_verl.anchors.formats.FORMATS`; `phrase_en` or `phrase_zh` for a phrase.
+        region (`str`):
+            Innermost open tag: `think`, `answer`, `rethink`, `tool_call` or `none`.
+
+    Source: visual anchors of AVAR, arXiv 2603.03825.
+    """
+
+    kind: str
+    start: int
+    end: int
+    coords: tuple[float, ...] | None = None
+    label: str | None = None
+    format: str = ""
+    region: str = "none"
+
+
+def check_coordinates(coordinates: str) -> None:
+    if coordinates not in COORDINATES:
+        raise ValueError(
+            f"coordinates must be one of {', '.join(COORDINATES)}; got {coordinates!r}. "
+            "Pass the system in which the model writes its boxes."
+        )
+
+
+def check_image_size(image_size: tuple[int, int]) -> tuple[float, float]:
+    try:
+        width, height = image_size
+        valid = 0 < width < float("inf") and 0 < height < float("inf")
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"image_size must be a positive (width, height); got {image_size!r}. "
+            "Pass the size of the image the model saw, after resizing."
+        )
+    return width, height
+
+
+def resolve_scale(format_name: str, coords: tuple[float, ...], coordinates: str) -> str | None:
+    """Scale of `coords`: a key of `SCALES`, `absolute` or `patches`; `None` if the text can not tell."""
+    row = FORMATS[format_name]
+    if row.fixed:
+        return row.scale
+    if coordinates != "auto":
+        return coordinates
+    if row.scale is None and max(coords) <= 1:
+        return "normalized"  # in pixels this would be a box within one pixel
+    if format_name == "qwen2vl_special" and max(coords) > 1030:
+        return "absolute"  # the same tokens, fine-tuned on Qwen2.5-VL
+    return row.scale
+
+
+def to_pixels(anchor: Anchor, image_size: tuple[int, int], coordinates: str = "auto") -> tuple[float, ...]:
+    """Coordinates of a box or point in pixels of the image the model saw, origin top left, x right, y down.
+
+    `x * width / scale`, with scale 1000 (`relative_1000`), 1 (`normalized`), 100 (`percent`), 999 (DeepSeek), 1024
+    (PaliGemma); y alike, with the height. PaliGemma and Gemini write y first and are turned round. Kosmos-2 names two
+    patches of a 32 x 32 grid: the box runs between the patch centres, between the outer edges if both patches lie in
+    one row or column. A quad becomes the box around it. The result is clipped to the image.
+
+    Args:
+        anchor (`Anchor`):
+            A box or point from `parse_anchors`.
+        image_size (`tuple[int, int]`):
+            (width, height) of the image the model saw: the *resized* image for Qwen2.5-VL.
+        coordinates (`str`, *optional*, defaults to `"auto"`):
+            System of the numbers. Formats with a scale of their own (`fixed` in `FORMATS`) keep it whatever is passed;
+            Qwen tags and Molmo XML use theirs with `auto` only, as other models write pixels or 0-1000 in the same
+            syntax. JSON boxes have none; `auto` then works only for numbers that are all at most 1.
+
+    Returns:
+        `tuple[float, ...]`: (x1, y1, x2, y2) or (x, y) in pixels, within [0, width] and [0, height].
+
+    Raises:
+        ValueError: For a phrase, an unknown `coordinates`, a bad `image_size`, or `auto` where the text can not tell.
+
+    Source: one repository file per format, in `FORMATS`; Kosmos-2 as in transformers' `patch_index_to_coordinate`.
+
+    Example:
+        >>> box = Anchor("bbox", 0, 20, (100.0, 250.0, 500.0, 750.0), format="bbox_2d_json")
+        >>> to_pixels(box, (640, 480), "relative_1000")
+        (64.0, 120.0, 320.0, 360.0)
+    """
+    check_coordinates(coordinates)
+    width, height = check_image_size(image_size)
+    if anchor.coords is None:
+        raise ValueError(f"a phrase has no coordinates; got {anchor}. Pass anchors of kind bbox or point only.")
+    scale = resolve_scale(anchor.format, anchor.coords, coordinates)
+    if scale is None:
+        raise ValueError(
+            f"coordinates='auto' needs a format with a scale of its own; got {anchor.format}, which models write in "
+            "pixels as well as in 0-1000. Pass coordinates='absolute' (Qwen2.5-VL, DeepEyes) or 'relative_1000' "
+            "(Qwen3-VL), or 'normalized' or 'percent'."
+        )
+    numbers = anchor.coords
+    if scale == "patches":
+        numbers, scale = _patch_corners(*numbers), "normalized"
+    if FORMATS[anchor.format].order == "yx":
+        numbers = tuple(number for y, x in zip(numbers[::2], numbers[1::2], strict=True) for number in (x, y))
+    x_unit, y_unit = (1, 1) if scale == "absolute" else (width / SCALES[scale], height / SCALES[scale])
+    xs = [min(max(x * x_unit, 0.0), float(width)) for x in numbers[::2]]
+    ys = [min(max(y * y_unit, 0.0), float(height)) for y in numbers[1::2]]
+    return (xs[0], ys[0]) if anchor.kind == "point" else (min(xs), min(ys), max(xs), max(ys))
+
+
+def _patch_corners(first: float, last: float) -> tuple[float, ...]:
+    """Kosmos-2 patch indices -> (x1, y1, x2, y2) in 0-1."""
+    y1, x1 = divmod(first, KOSMOS_GRID)
+    y2, x2 = divmod(last, KOSMOS_GRID)
+    before, after = (0, 1) if x1 == x2 or y1 == y2 else (0.5, 0.5)
+    return tuple(
+        (index + shift) / KOSMOS_GRID for index, shift in ((x1, before), (y1, before), (x2, after), (y2, after))
+    )
