@@ -206,6 +206,28 @@ class VarsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Reward manager `avar` (`rollout.reward_manager`), whatever reward function it calls."""
+
+    skip_special_tokens: bool = True
+    """Drop special tokens from the response before it is scored; false for boxes in tokens like <|box_start|>."""
+
+    timeout_s: float | None = 60.0
+    """Seconds that the reward function may take for one response, > 0; null waits for ever."""
+
+    max_failures: int = 16
+    """Failures of the reward function in a row, in one reward worker, that end the run, >= 1; 1 ends it at the first."""
+
+    def __post_init__(self):
+        fix = "Set avar.reward."
+        ok = isinstance(self.skip_special_tokens, bool)
+        _check(ok, "skip_special_tokens must be true or false", self.skip_special_tokens, fix + "skip_special_tokens.")
+        ok = self.timeout_s is None or self.timeout_s > 0
+        _check(ok, "timeout_s must be null or > 0", self.timeout_s, fix + "timeout_s=null to wait for ever.")
+        _check(self.max_failures >= 1, "max_failures must be >= 1", self.max_failures, fix + "max_failures=16.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AvarConfig:
     """The top-level node `avar`. Each stage reads its own part: the cold start `agto`, GRPO `vars`."""
 
@@ -214,3 +236,6 @@ class AvarConfig:
 
     vars: VarsConfig = field(default_factory=VarsConfig)
     """Reinforcement learning."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """How reward functions are called."""

@@ -11,6 +11,7 @@ post-import hook, until verl itself imports them. Names registered:
 | verl engine | `language_model` x `fsdp`, `fsdp2`, for cuda, npu and the CPU | `engine.fsdp.AvarFSDPEngine` |
 | verl trainer | `avar_sync` | `trainer.grpo.AvarPPOTrainer` |
 | verl agent loop | `avar_single_turn` | `rollout.agent_loop.AvarSingleTurnAgentLoop` |
+| verl reward manager | `avar` | `rollout.reward_manager.AvarRewardManager` |
 
 verl logs an entry point that fails to load at DEBUG and goes on (verl/__init__.py:70-75), so that a run would die much
 later with "Unknown trainer 'avar_sync'", or train without guidance. Here an error while registering ends the process.
@@ -25,6 +26,7 @@ import wrapt
 VERL_VERSION = "0.9.1"
 TRAINER_NAME = "avar_sync"
 AGENT_LOOP_NAME = "avar_single_turn"
+REWARD_MANAGER_NAME = "avar"
 # (device, vendor) keys that win over the device keys of verl's own FSDP engines.
 ACCELERATORS = {"cuda": ["nvidia", "amd"], "npu": ["huawei"]}
 
@@ -64,6 +66,14 @@ def _register_agent_loop(_module) -> None:
     register(AGENT_LOOP_NAME)(AvarSingleTurnAgentLoop)
 
 
+def _register_reward_manager(_module) -> None:
+    from verl.experimental.reward_loop.reward_manager import register
+
+    from avar_verl.rollout.reward_manager import AvarRewardManager
+
+    register(REWARD_MANAGER_NAME)(AvarRewardManager)
+
+
 def _register() -> None:
     installed = importlib.metadata.version("verl")
     if installed != VERL_VERSION:
@@ -85,6 +95,7 @@ def _register() -> None:
     wrapt.register_post_import_hook(_register_engines, "verl.workers.engine")
     wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")
     wrapt.register_post_import_hook(_register_agent_loop, "verl.experimental.agent_loop")
+    wrapt.register_post_import_hook(_register_reward_manager, "verl.experimental.reward_loop.reward_manager")
 
 
 try:

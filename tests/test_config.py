@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from avar_verl.attention.mass import IMPLEMENTATIONS
-from avar_verl.config import QUERY_ROLES, AgtoConfig, AvarConfig, VarsConfig
+from avar_verl.config import QUERY_ROLES, AgtoConfig, AvarConfig, RewardConfig, VarsConfig
 from avar_verl.objectives.reward import SHAPINGS, STATISTICS
 from avar_verl.roles import TokenRole
 
@@ -38,7 +38,7 @@ def recipe(name: str, *overrides: str):
         GlobalHydra.instance().clear()
 
 
-@pytest.mark.parametrize("node, config", [("agto", AgtoConfig), ("vars", VarsConfig)])
+@pytest.mark.parametrize("node, config", [("agto", AgtoConfig), ("vars", VarsConfig), ("reward", RewardConfig)])
 def test_yaml_and_dataclass_agree(node, config):
     text = yaml.safe_load((CONFIG_DIR / "avar" / "avar.yaml").read_text())[node]
     assert text.pop("_target_") == f"avar_verl.config.{config.__name__}"
@@ -62,14 +62,14 @@ def test_every_field_is_explained_above_it(path):
             for number, line in enumerate(lines)
             if ":" in line and not line.strip().startswith(("#", "_target_"))
         ]
-        assert len(fields) == 29
+        assert len(fields) == 33
         for number in fields:
             assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
     trailing = [line for line in lines if line.split("#")[0].strip() and "#" in line]
     assert not trailing, "comments stand above their field"
 
 
-@pytest.mark.parametrize("config", [AgtoConfig, VarsConfig, AvarConfig])
+@pytest.mark.parametrize("config", [AgtoConfig, VarsConfig, RewardConfig, AvarConfig])
 def test_every_field_has_a_string_under_it(config):
     body = ast.parse(inspect.getsource(config)).body[0].body
     explained = {
@@ -125,6 +125,9 @@ NAN = float("nan")
         (VarsConfig, {"alarm_window": 1}, "alarm_window must be 0 or >= 2; got 1"),
         (AgtoConfig, {"implementation": "eager"}, "implementation must be one of .*; got 'eager'"),
         (VarsConfig, {"implementation": "flash"}, "implementation must be one of .*; got 'flash'"),
+        (RewardConfig, {"skip_special_tokens": "no"}, "skip_special_tokens must be true or false; got 'no'"),
+        (RewardConfig, {"timeout_s": 0}, "timeout_s must be null or > 0; got 0"),
+        (RewardConfig, {"max_failures": 0}, "max_failures must be >= 1; got 0"),
         (VarsConfig, {"layers": [True]}, r"layers must be null or a non-empty list of integers; got \[True\]"),
     ],
 )
@@ -145,6 +148,7 @@ def test_every_rule_is_enforced(config, values, message):
         *((VarsConfig, {"statistic": statistic}) for statistic in STATISTICS),
         *((VarsConfig, {"shaping": shaping}) for shaping in SHAPINGS if shaping != "clip"),
         (VarsConfig, {"shaping": "clip", "clip_max": 20, "layers": (0, -1)}),
+        (RewardConfig, {"skip_special_tokens": False, "timeout_s": None, "max_failures": 1}),
         *((config, {"implementation": name}) for config in (AgtoConfig, VarsConfig) for name in IMPLEMENTATIONS),
     ],
 )
@@ -235,6 +239,7 @@ def test_grpo_recipe(machine, overrides, tiny_model_path):
     assert config.trainer.v1.trainer_mode == "avar_sync"
     assert config.reward.custom_reward_function.path == "pkg://reward_fns.avar"
     assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "avar_single_turn"
+    assert config.reward.reward_manager.name == "avar"
     assert config.actor_rollout_ref.model.use_remove_padding is True
     assert config.actor_rollout_ref.actor.optim.lr == 1e-6 and config.actor_rollout_ref.rollout.n == 8
     check_grpo_config(config, omega_conf_to_dataclass(config.avar.vars))

@@ -543,7 +543,7 @@ _MATH_BEFORE = re.compile(r"[=$\\^+*/∈∪∩<≤]\s*$|\b[A-Z]'?\s?$")
 _MATH_AFTER = re.compile(r"\s*(?:[$\\^+*/∈∪∩=]|-\s*[0-9(\[])")
 
 
-def _wanted(text: str, head: int, end: int) -> bool | None:
+def _wanted(text: str, head: int, end: int, size: int) -> bool | None:
     """Whether the words around a group announce a place in the image (True), something else (False), or neither."""
     if _MATH_AFTER.match(text, end, end + 8) or _MATH_BEFORE.search(text[max(0, head - 8) : head]):
         return False
@@ -568,7 +568,8 @@ def _wanted(text: str, head: int, end: int) -> bool | None:
             return False
         weak = 0 if _ZH_WEAK.search(before) else weak
     if weak < 0 and other < 0:
-        return None
+        # "a cup at [40, 60, 90, 120]"; for a pair of numbers "at" is not enough, functions have values at points.
+        return True if size == 4 and lower.rstrip().endswith((" at", "(at")) else None
     return weak > other
 
 
@@ -598,7 +599,7 @@ def _bare(text: str, run: list[_Group], head: int, outer: str) -> Iterator[Refer
         return
     if _MALFORMED_NEXT.match(text, last.end, last.end + 8):
         return
-    wanted = _wanted(text, head, last.end)
+    wanted = _wanted(text, head, last.end, max(sizes))
     if wanted is False:
         return
     line_start = not text[max(0, head - 200) : head].rpartition("\n")[2].strip(" \t`-*•'\"{")
@@ -616,7 +617,9 @@ def _bare(text: str, run: list[_Group], head: int, outer: str) -> Iterator[Refer
         elif len(run) == 1 and whole and (wanted or label and not glued and largest >= 100):
             yield from _boxes("bare_point", run, label)
         return
-    if any(group.bracket == "(" for group in run) and not wanted:
+    # "The red car (120, 40, 380, 210)": in round brackets a box needs a name and the size of one.
+    named = sizes == {4} and whole and label and len(label.split()[-1]) >= 3 and largest >= 100
+    if any(group.bracket == "(" for group in run) and not (wanted or named):
         return
     if sizes == {2}:
         if wanted or unit and glued:

@@ -3,9 +3,10 @@
 
     anchor = 1/N * sum_{i=1..N} max weight of the distinct anchors that first appear in part i of the reasoning
 
-The reasoning is cut into N equal parts (by characters). An anchor (`avar_verl.anchors`) counts once, where it first
-appears; coordinates weigh 1 and phrases `phrase_weight`. So the score is bounded by 1, saturates at one new reference a
-part, is spread over the reasoning by construction, and a list of references at one place is worth one.
+The reasoning is cut into N parts of equal prose: letters outside quotes and tags, so that a list of references, however
+long, takes up next to nothing. An anchor (`avar_verl.anchors`) counts once, where it first appears; coordinates weigh 1
+and phrases `phrase_weight`. So the score is bounded by 1, saturates at one new reference a part, is spread over the
+reasoning by construction, and a list of references at one place is worth one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from avar_verl.anchors import Anchor, parse_anchors
+from avar_verl.anchors import Anchor, parse_anchors, to_pixels
+from avar_verl.anchors.anchor import resolve_scale
 from avar_verl.rewards.grounding import box_iou
 
 NUM_PARTS = 4
@@ -23,16 +26,20 @@ PHRASE_WEIGHT = 0.5
 DUPLICATE_IOU = 0.5
 # A box over more than this share of the image points at nothing.
 MAX_AREA = 0.9
-# Distance under which two points are the same, as a share of the larger coordinate seen.
+# Distance up to which two points are the same, as a share of the image's width and height.
 SAME_POINT = 0.02
-# Distinct boxes that a new one is compared with. More than this cannot raise the score: there are fewer parts.
+# Places that a new one is compared with, so that a list of thousands takes linear time.
 MAX_KEPT = 64
+# Numbers a little over the edge of the image still are pixels of it.
+TOLERANCE = 1.03
+# Usual scales of relative coordinates, and a large image.
+SCALES = (1.0, 100.0, 1000.0, 1024.0, 4096.0)
 
 _SENTENCE = re.compile(r"[^.!?。！？\n]+")
 _WORD = re.compile(r"\w+")
+_WRAPPING = re.compile(r"\"[^\"\n]{0,100}\"|'[^'\n]{0,40}':?|<[^<>\n]{0,40}>")
+_LETTERS = re.compile(r"[^\W\d_]+")
 _FILLERS = frozenset("the a an this that again at to closely carefully more once let me us we i".split())
-# Extents of the relative coordinate systems: 0-1, 0-100, 0-1000 and 1024 bins.
-_EXTENTS = (1.0, 100.0, 1000.0, 1024.0)
 
 
 @dataclass(frozen=True)
@@ -76,24 +83,37 @@ def _is_copied(text: str, anchor: Anchor, prompt_words: str) -> bool:
     return bool(words) and f" {words} " in prompt_words
 
 
-def _extent(anchors: Sequence[Anchor], image_size: tuple[int, int] | None) -> tuple[float, float] | None:
-    """Width and height of the image in the unit of the numbers, as far as that can be told."""
-    greatest = max((max(anchor.coords) for anchor in anchors if anchor.coords), default=0.0)
-    if image_size is not None and greatest > 1:
-        width, height = image_size
-        return (float(width), float(height)) if greatest <= 1.05 * max(width, height) else (1000.0, 1000.0)
-    for extent in _EXTENTS:
-        if greatest <= extent:
-            return extent, extent
-    return None
+def _unit_coordinates(
+    found: Sequence[Anchor], image_size: tuple[int, int] | None, coordinates: str
+) -> list[tuple[float, ...] | None]:
+    """(x1, y1, x2, y2) or (x, y) of every anchor as shares of the image's width and height, None for a phrase.
+
+    Numbers whose scale the text cannot tell are read as pixels if the image is known and holds them all, else as shares
+    of the smallest usual scale that does: for comparing them with one another that is enough.
+    """
+    scales = [a.coords and resolve_scale(a.format, a.coords, coordinates) for a in found]
+    unknown = [a.coords for a, scale in zip(found, scales, strict=True) if a.coords and scale in (None, "absolute")]
+    greatest = max((max(coords) for coords in unknown), default=0.0)
+    if image_size is not None and (coordinates == "absolute" or greatest <= TOLERANCE * max(image_size)):
+        extent = image_size
+    else:
+        extent = next(((scale, scale) for scale in SCALES if greatest <= scale), (greatest, greatest))
+    out = []
+    for anchor, scale in zip(found, scales, strict=True):
+        if anchor.coords is None:
+            out.append(None)
+        elif scale in (None, "absolute"):
+            width, height = extent
+            x1, y1, *rest = to_pixels(anchor, extent, "absolute")
+            out.append((x1 / width, y1 / height, *(n / side for n, side in zip(rest, extent, strict=False))))
+        else:
+            out.append(to_pixels(anchor, (1, 1), coordinates))
+    return out
 
 
-def _covers_the_image(box: Sequence[float], extents: Sequence[tuple[float, float]]) -> bool:
-    x1, y1, x2, y2 = box
-    area = (x2 - x1) * (y2 - y1)
-    return any(
-        area >= MAX_AREA * width * height and max(x2 / width, y2 / height) <= 1.05 for width, height in extents
-    )
+def _prose(text: str) -> int:
+    """Letters outside quotes and tags."""
+    return sum(map(len, _LETTERS.findall(_WRAPPING.sub(" ", text))))
 
 
 class _Distinct:
@@ -104,27 +124,21 @@ class _Distinct:
         self.points: list[tuple[float, ...]] = []
         self.phrases: set[str] = set()
 
-    def add(self, anchor: Anchor, text: str) -> bool:
-        if anchor.kind == "phrase":
-            words = _plain(text[anchor.start : anchor.end])
-            key = " ".join(word for word in words.split() if word not in _FILLERS)
-            is_new = key not in self.phrases
-            self.phrases.add(key)
-            return is_new
-        coords = anchor.coords
-        if anchor.kind == "bbox" and len(coords) == 4:
-            is_new = all(box_iou(coords, kept) < DUPLICATE_IOU for kept in self.boxes)
-            if is_new and len(self.boxes) < MAX_KEPT:
-                self.boxes.append(coords)
-            return is_new
-        reach = SAME_POINT * max(1e-9, max(abs(value) for value in coords))
-        same = (
-            len(kept) == len(coords) and all(abs(a - b) <= reach for a, b in zip(kept, coords, strict=True))
-            for kept in self.points
-        )
-        is_new = not any(same)
-        if is_new and len(self.points) < MAX_KEPT:
-            self.points.append(coords)
+    def is_new_phrase(self, words: str) -> bool:
+        key = " ".join(word for word in words.split() if word not in _FILLERS)
+        is_new = key not in self.phrases
+        self.phrases.add(key)
+        return is_new
+
+    def is_new_place(self, place: tuple[float, ...]) -> bool:
+        if len(place) == 2:
+            kept = self.points
+            is_new = not any(max(abs(place[0] - x), abs(place[1] - y)) <= SAME_POINT for x, y in kept)
+        else:
+            kept = self.boxes
+            is_new = not any(box_iou(place, box) >= DUPLICATE_IOU for box in kept)
+        if is_new and len(kept) < MAX_KEPT:
+            kept.append(place)
         return is_new
 
 
@@ -178,19 +192,24 @@ def anchor_score(
     if prompt is not None and found:
         prompt_words = f" {_plain(prompt)} "
         found = [anchor for anchor in found if not _is_copied(text, anchor, prompt_words)]
-    extent = _extent(found, image_size)
-    extents = [] if extent is None else [extent]
     distinct, best = _Distinct(), [0.0] * num_parts
     num_distinct = num_coordinates = 0
-    for anchor in found:
-        if anchor.kind == "bbox" and len(anchor.coords) == 4 and _covers_the_image(anchor.coords, extents):
-            continue
-        if not distinct.add(anchor, text):
+    # Prose in front of every anchor, and all of it behind the last one.
+    bounds = [start, *(anchor.start for anchor in found), end]
+    prose = list(accumulate(_prose(text[a:b]) for a, b in pairwise(bounds)))
+    places = _unit_coordinates(found, image_size, coordinates)
+    for anchor, place, before in zip(found, places, prose[:-1], strict=True):
+        if place is None:
+            is_new = distinct.is_new_phrase(_plain(text[anchor.start : anchor.end]))
+        else:
+            covers_the_image = len(place) == 4 and (place[2] - place[0]) * (place[3] - place[1]) >= MAX_AREA
+            is_new = not covers_the_image and distinct.is_new_place(place)
+        if not is_new:
             continue
         num_distinct += 1
-        num_coordinates += anchor.kind != "phrase"
-        part = min(num_parts - 1, (anchor.start - start) * num_parts // (end - start))
-        best[part] = max(best[part], phrase_weight if anchor.kind == "phrase" else 1.0)
+        num_coordinates += place is not None
+        part = min(num_parts - 1, before * num_parts // max(1, prose[-1]))
+        best[part] = max(best[part], phrase_weight if place is None else 1.0)
     return AnchorScore(
         score=sum(best) / num_parts,
         num_anchors=len(found),

@@ -30,8 +30,8 @@ def grounding_score(predicted: Sequence[Box], reference: Sequence[Box], max_boxe
 
         max_{matching} sum_{(i, j)} IoU(p_i, r_j) / max(P, R)
 
-    So a missing box costs as much as a superfluous one, and repeating a box that is right costs. Without a reference box
-    the score is 1 if none is predicted, else 0.
+    So a missing box costs as much as a superfluous one, and repeating a box that is right costs. Without a reference
+    box the score is 1 if none is predicted, else 0.
 
     Args:
         predicted: P boxes (x1, y1, x2, y2); above `max_boxes` the first ones are matched, while all of them count in P.

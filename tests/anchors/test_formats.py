@@ -169,6 +169,8 @@ CASES = [
         "The bounding box of the oven is [44, 52, 310, 290].",
         [("[44, 52, 310, 290]", (44, 52, 310, 290), "oven is")],
     ),
+    ("bare_untagged", "I see a cup at [40, 60, 90, 120].", [("[40, 60, 90, 120]", (40, 60, 90, 120), "a cup at")]),
+    ("bare_untagged", "The red car (120, 40, 380, 210) is", [("(120, 40, 380, 210)", (120, 40, 380, 210), "red car")]),
     ("bare_untagged", "`[0, 15, 640, 90]` -> sky", [("[0, 15, 640, 90]", (0, 15, 640, 90), None)]),
     ("bare_point", "The red button is located at (412, 288).", [("(412, 288)", (412, 288), None)]),
     ("code_crop", "part = img.crop((40, 60, 400, 300))", [("(40, 60, 400, 300)", (40, 60, 400, 300), None)]),

@@ -625,6 +625,9 @@ EVERYTHING = """
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     target = _agent_loop_registry["avar_single_turn"]["_target_"]
     assert target == "avar_verl.rollout.agent_loop.AvarSingleTurnAgentLoop", target
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+    from avar_verl.rollout.reward_manager import AvarRewardManager
+    assert get_reward_manager_cls("avar") is AvarRewardManager
     import importlib.metadata
     if importlib.util.find_spec("vllm"):
         assert importlib.metadata.version("vllm").endswith("+cpu")

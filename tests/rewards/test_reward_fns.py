@@ -15,9 +15,20 @@ import pytest
 
 import reward_fns.accuracy
 import reward_fns.avar
+import reward_fns.format
+import reward_fns.grounding_iou
+import reward_fns.visual_anchor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MODULES = {"avar": reward_fns.avar, "accuracy": reward_fns.accuracy}
+MODULES = {
+    "avar": reward_fns.avar,
+    "accuracy": reward_fns.accuracy,
+    "format": reward_fns.format,
+    "grounding_iou": reward_fns.grounding_iou,
+    "visual_anchor": reward_fns.visual_anchor,
+}
+# What grounding_iou compares with; the others do not look.
+INFO = {"boxes": [], "boxes_size": [10, 10]}
 
 # (response, accuracy, format, answer found) for the ground truth "4"
 RESPONSES = {
@@ -48,7 +59,7 @@ def test_accuracy_parts_and_total(name):
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_keys_are_constant_and_values_are_floats(module):
     # verl reads every sample with the keys of sample 0 and fills the key "reward" itself.
-    results = [module.compute_score("geo3k", response, "4") for response, *_ in RESPONSES.values()]
+    results = [module.compute_score("geo3k", response, "4", INFO) for response, *_ in RESPONSES.values()]
     assert len({tuple(result) for result in results}) == 1
     assert "score" in results[0] and "reward" not in results[0]
     assert all(type(value) is float and math.isfinite(value) for result in results for value in result.values())
@@ -61,7 +72,7 @@ def test_called_as_verl_calls_it(module):
         data_source="geo3k",
         solution_str="<think>2 + 2</think><answer>4</answer>",
         ground_truth=["4", "four"],
-        extra_info={"index": 0, "num_turns": None, "rollout_reward_scores": {}},
+        extra_info={"index": 0, "num_turns": None, "rollout_reward_scores": {}, **INFO},
         reward_router_address="127.0.0.1:1",
         reward_model_tokenizer=None,
     )
@@ -110,9 +121,11 @@ def test_wrong_types(module):
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_worker_threads(module):
     responses = [response for response, *_ in RESPONSES.values()] * 3
-    expected = [module.compute_score("geo3k", response, "4") for response in responses]
+    expected = [module.compute_score("geo3k", response, "4", INFO) for response in responses]
     with ThreadPoolExecutor(max_workers=4) as pool:
-        assert list(pool.map(lambda response: module.compute_score("geo3k", response, "4"), responses)) == expected
+        assert (
+            list(pool.map(lambda response: module.compute_score("geo3k", response, "4", INFO), responses)) == expected
+        )
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +148,7 @@ def test_loads_as_verl_loads_it(import_utils, name, form, tmp_path, monkeypatch)
         "file": f"file://{REPOSITORY / 'reward_fns' / f'{name}.py'}",
     }[form]
     compute_score = import_utils.load_extern_object(path, "compute_score")
-    assert compute_score("geo3k", RESPONSES["right"][0], "4")["acc"] == 1.0
+    assert compute_score("geo3k", RESPONSES["right"][0], "4", INFO)["acc"] == 1.0
 
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
