@@ -216,7 +216,7 @@ class RewardConfig:
     """Seconds that the reward function may take for one response, > 0; null waits for ever."""
 
     max_failures: int = 16
-    """Failures of the reward function in a row, in one reward worker, that end the run, >= 1; 1 ends it at the first."""
+    """Failures of the reward function in a row, in one reward worker, that end the run, >= 1; 1 ends it at once."""
 
     def __post_init__(self):
         fix = "Set avar.reward."

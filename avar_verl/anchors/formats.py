@@ -573,6 +573,15 @@ def _wanted(text: str, head: int, end: int, size: int) -> bool | None:
     return weak > other
 
 
+def _is_data(label: str, numbers: list[float]) -> bool:
+    """Whether numbers behind a name are sorted data: rising all the way, and small or of several things.
+
+    A box may rise too, when it is wider and higher than it is far from the corner.
+    """
+    rises = all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    return rises and (numbers[-1] < 100 or label.endswith("s"))
+
+
 _NO_NAME = frozenset(
     "is are was were be to of get gets give gives have has with and or from by between equals equal answer answers "
     "result i we it they numbers these those following then than for as the a an that this".split()
@@ -637,8 +646,8 @@ def _bare(text: str, run: list[_Group], head: int, outer: str) -> Iterator[Refer
         if largest <= 20 or all(1800 <= n <= 2100 for n in numbers):
             return  # a short list of small numbers, or years
         prose = label and not (glued or ticked or "[" in outer)
-        if prose and (label.split()[-1].lower() in _NO_NAME or numbers == sorted(numbers)):
-            return  # "the answer is [..]", or sorted data
+        if prose and (label.split()[-1].lower() in _NO_NAME or _is_data(label, numbers)):
+            return  # "the answer is [..]", "ages [12, 15, 18, 20]"
     if "[" in outer:
         padded = any(_PADDED.search(group.body) or len(group.rows) > 1 for group in run)
         name = "cogvlm_box" if padded else "internvl_stripped"

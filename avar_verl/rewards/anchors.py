@@ -3,10 +3,10 @@
 
     anchor = 1/N * sum_{i=1..N} max weight of the distinct anchors that first appear in part i of the reasoning
 
-The reasoning is cut into N parts of equal prose: letters outside quotes and tags, so that a list of references, however
-long, takes up next to nothing. An anchor (`avar_verl.anchors`) counts once, where it first appears; coordinates weigh 1
-and phrases `phrase_weight`. So the score is bounded by 1, saturates at one new reference a part, is spread over the
-reasoning by construction, and a list of references at one place is worth one.
+The reasoning is cut into N parts of equal prose: characters outside coordinates, quotes and tags, so that a list of
+references, however long, takes up next to nothing. An anchor (`avar_verl.anchors`) counts once, where it first appears;
+coordinates weigh 1 and phrases `phrase_weight`. So the score is bounded by 1, saturates at one new reference a part, is
+spread over the reasoning by construction, and a list of references at one place is worth one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from avar_verl.anchors import Anchor, parse_anchors, to_pixels
 from avar_verl.anchors.anchor import resolve_scale
@@ -37,8 +37,7 @@ SCALES = (1.0, 100.0, 1000.0, 1024.0, 4096.0)
 
 _SENTENCE = re.compile(r"[^.!?。！？\n]+")
 _WORD = re.compile(r"\w+")
-_WRAPPING = re.compile(r"\"[^\"\n]{0,100}\"|'[^'\n]{0,40}':?|<[^<>\n]{0,40}>")
-_LETTERS = re.compile(r"[^\W\d_]+")
+_WRAPPING = re.compile(r"\"[^\"\n]{0,100}\"|<[^<>\n]{0,40}>")
 _FILLERS = frozenset("the a an this that again at to closely carefully more once let me us we i".split())
 
 
@@ -112,8 +111,8 @@ def _unit_coordinates(
 
 
 def _prose(text: str) -> int:
-    """Letters outside quotes and tags."""
-    return sum(map(len, _LETTERS.findall(_WRAPPING.sub(" ", text))))
+    """Characters outside quotes and tags."""
+    return len(_WRAPPING.sub("", text)) if '"' in text or "<" in text else len(text)
 
 
 class _Distinct:
@@ -189,14 +188,17 @@ def anchor_score(
         )
     start, end = reasoning_span(text, think_in_prompt)
     found = [a for a in parse_anchors(text, image_size, coordinates) if start <= a.start and a.end <= end]
-    if prompt is not None and found:
+    if not found:
+        return AnchorScore(0.0, 0, 0, 0, 0)
+    if prompt is not None:
         prompt_words = f" {_plain(prompt)} "
         found = [anchor for anchor in found if not _is_copied(text, anchor, prompt_words)]
     distinct, best = _Distinct(), [0.0] * num_parts
     num_distinct = num_coordinates = 0
-    # Prose in front of every anchor, and all of it behind the last one.
-    bounds = [start, *(anchor.start for anchor in found), end]
-    prose = list(accumulate(_prose(text[a:b]) for a, b in pairwise(bounds)))
+    # Prose in front of every anchor, and all of it in the end. The words of a phrase are prose, numbers are not.
+    starts = [*(anchor.start for anchor in found), end]
+    ends = [start, *(anchor.start if anchor.coords is None else anchor.end for anchor in found)]
+    prose = list(accumulate(_prose(text[a:b]) for a, b in zip(ends, starts, strict=True)))
     places = _unit_coordinates(found, image_size, coordinates)
     for anchor, place, before in zip(found, places, prose[:-1], strict=True):
         if place is None:

@@ -171,6 +171,8 @@ CASES = [
     ),
     ("bare_untagged", "I see a cup at [40, 60, 90, 120].", [("[40, 60, 90, 120]", (40, 60, 90, 120), "a cup at")]),
     ("bare_untagged", "The red car (120, 40, 380, 210) is", [("(120, 40, 380, 210)", (120, 40, 380, 210), "red car")]),
+    ("bare_untagged", "Top left [0, 0, 56, 56] shows", [("[0, 0, 56, 56]", (0, 0, 56, 56), "Top left")]),
+    ("bare_untagged", "The dog [12, 30, 300, 400] runs", [("[12, 30, 300, 400]", (12, 30, 300, 400), "dog")]),
     ("bare_untagged", "`[0, 15, 640, 90]` -> sky", [("[0, 15, 640, 90]", (0, 15, 640, 90), None)]),
     ("bare_point", "The red button is located at (412, 288).", [("(412, 288)", (412, 288), None)]),
     ("code_crop", "part = img.crop((40, 60, 400, 300))", [("(40, 60, 400, 300)", (40, 60, 400, 300), None)]),
