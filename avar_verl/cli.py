@@ -42,8 +42,18 @@ def _vas(args: argparse.Namespace) -> None:
         Path(args.out).write_text(json.dumps(result, indent=1))
 
 
+def _rewards_score(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from avar_verl.rewards.offline import score_file
+
+    settings = json.loads(args.settings)
+    out = Path(args.out) if args.out else None
+    score_file(Path(args.data), args.reward, settings, args.n, args.show, out, Console())
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line: `avar demo`, `avar vas`."""
+    """The command line: `avar demo`, `avar vas`, `avar rewards score`."""
     top = argparse.ArgumentParser(prog="avar", description="AVAR on verl.")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -61,6 +71,20 @@ def parser() -> argparse.ArgumentParser:
     vas.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     vas.add_argument("--out", help="write the numbers to this JSON file too")
     vas.set_defaults(run=_vas)
+
+    rewards = commands.add_parser("rewards", help="try a reward function on recorded rollouts")
+    score = rewards.add_subparsers(dest="rewards_command", required=True).add_parser(
+        "score", help="score a file of rollouts: table, histogram, anchors highlighted in the text"
+    )
+    score.add_argument("data", help="jsonl (as verl's trainer.rollout_data_dir writes it) or parquet")
+    score.add_argument(
+        "--reward", default="visual_anchor", help="shipped name, file or pkg://module (default: %(default)s)"
+    )
+    score.add_argument("--settings", default="{}", metavar="JSON", help="keyword arguments of compute_score")
+    score.add_argument("--n", type=int, default=0, help="only the first N rows (default: all)")
+    score.add_argument("--show", type=int, default=3, help="print this many responses (default: %(default)s)")
+    score.add_argument("--out", help="write every rollout's parts to this jsonl file")
+    score.set_defaults(run=_rewards_score)
     return top
 
 
