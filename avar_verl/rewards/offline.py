@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score recorded rollouts: try a reward before a GPU is spent on it. No verl import.
 
-Reads what verl writes with `trainer.rollout_data_dir` (jsonl with `output` and `gts`), and any jsonl or parquet file with
-a column of responses and one of ground truths.
+Reads what verl writes with `trainer.rollout_data_dir` (jsonl with `output` and `gts`), and any jsonl or parquet file
+with a column of responses and one of ground truths.
 """
 
 import functools
@@ -60,8 +60,8 @@ def read_rollouts(path: Path) -> Iterator[dict]:
     """`{"data_source", "solution_str", "ground_truth", "extra_info"}` of every row.
 
     Raises:
-        ValueError: a file of another kind, a line that is no JSON object, or a row without response or ground truth; the
-            message names the row.
+        ValueError: a file of another kind, a line that is no JSON object, or a row without response or ground truth;
+            the message names the row.
     """
     if path.suffix == ".parquet":
         import pandas
@@ -112,7 +112,7 @@ def summary(results: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def histogram(values: list[float]) -> list[tuple[float, float, int]]:
-    """(low, high, count) of HISTOGRAM_BINS equal bins from the least to the greatest value; one bin if they are equal."""
+    """(low, high, count) of HISTOGRAM_BINS equal bins from the least to the greatest value; one if they are equal."""
     low, high = min(values), max(values)
     if low == high:
         return [(low, high, len(values))]
