@@ -159,6 +159,10 @@ class VarsConfig:
     clip_max: float | None = None
     """Bound of the statistic under shaping=clip, > 0; no effect otherwise."""
 
+    region: bool = False
+    """Count only the image tokens inside a sample's reference boxes as image: `extra_info["boxes"]` (x1, y1, x2, y2) in
+    `extra_info["boxes_size"]` (width, height), one image a sample; one with [] counts whole. Paper: false."""
+
     gate_key: str = "acc"
     """Key of the reward function's dict that says whether the answer is right."""
 
@@ -186,6 +190,7 @@ class VarsConfig:
             self.statistic in STATISTICS, f"statistic must be one of {STATISTICS}", self.statistic, fix + "statistic."
         )
         _check(self.shaping in SHAPINGS, f"shaping must be one of {SHAPINGS}", self.shaping, fix + "shaping.")
+        _check(isinstance(self.region, bool), "region must be true or false", self.region, fix + "region=false.")
         if self.shaping == "clip":
             ok = self.clip_max is not None and self.clip_max > 0
             _check(ok, "shaping=clip needs clip_max > 0", self.clip_max, fix + "clip_max=20, say.")

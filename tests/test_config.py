@@ -62,7 +62,7 @@ def test_every_field_is_explained_above_it(path):
             for number, line in enumerate(lines)
             if ":" in line and not line.strip().startswith(("#", "_target_"))
         ]
-        assert len(fields) == 33
+        assert len(fields) == 34
         for number in fields:
             assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
     trailing = [line for line in lines if line.split("#")[0].strip() and "#" in line]
@@ -128,6 +128,7 @@ NAN = float("nan")
         (RewardConfig, {"skip_special_tokens": "no"}, "skip_special_tokens must be true or false; got 'no'"),
         (RewardConfig, {"timeout_s": 0}, "timeout_s must be null or > 0; got 0"),
         (RewardConfig, {"max_failures": 0}, "max_failures must be >= 1; got 0"),
+        (VarsConfig, {"region": "left"}, "region must be true or false; got 'left'"),
         (VarsConfig, {"layers": [True]}, r"layers must be null or a non-empty list of integers; got \[True\]"),
     ],
 )

@@ -24,7 +24,7 @@ from avar_verl.freeze import freeze_vision
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.alarms import system_mass_alarm
 from avar_verl.objectives.reward import VISUAL_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
-from avar_verl.regions import REGION_KEY
+from avar_verl.regions import REGION_KEY, image_region
 from avar_verl.roles import RoleMap, TokenRole
 
 # Set on a batch to have its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS for every sample. A flag and
@@ -196,6 +196,29 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             roles_BS = roles_BS.masked_fill((roles_BS == TokenRole.IMAGE) & ~region_BS, TokenRole.OTHER)
         return roles_BS
 
+    def _inside_boxes(self, roles_BS: torch.Tensor, data: TensorDict) -> torch.Tensor:
+        """Roles in which image tokens outside the reference boxes of a rollout's sample have no role."""
+        processor = self.model_config.processor
+        roles_BS = roles_BS.clone()
+        samples = zip(data["input_ids"].unbind(), data["extra_info"], data["multi_modal_inputs"], strict=True)
+        for row, (ids_S, info, inputs) in enumerate(samples):
+            boxes, size = info.get("boxes"), info.get("boxes_size")
+            grids = (inputs or {}).get("image_grid_thw")  # A sample without an image has no inputs.
+            if grids is None:
+                continue
+            if boxes is None or size is None or len(grids) != 1:
+                raise ValueError(
+                    "avar.vars.region needs extra_info['boxes'] and extra_info['boxes_size'] for the one image of a "
+                    f"sample; got {sorted(info)} and {len(grids)} images for sample {info.get('index')}. Add them "
+                    "([] for the whole image), or set avar.vars.region=false."
+                )
+            region_S = image_region(
+                ids_S, processor.image_token_id, [boxes], [size], grids, processor.image_processor.merge_size
+            )
+            outside_S = (roles_BS[row, : len(ids_S)] == TokenRole.IMAGE) & ~region_S
+            roles_BS[row, : len(ids_S)][outside_S] = TokenRole.OTHER
+        return roles_BS
+
     # ---- training: guidance ------------------------------------------------------------------------------------
 
     def _begin_guidance(self, data: TensorDict) -> _Guidance:
@@ -283,7 +306,10 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         micro_batch = micro_batch.to(get_device_id())
         if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
             capture["packed_offsets"] = micro_batch["input_ids"].offsets()
-        with capture_mass(self.module, self._roles(micro_batch), **capture) as captured:
+        roles_BS = self._roles(micro_batch)
+        if self._guidance is None and self._vars.region:
+            roles_BS = self._inside_boxes(roles_BS, micro_batch)
+        with capture_mass(self.module, roles_BS, **capture) as captured:
             self._captured = captured
             try:
                 if self._guidance is not None:

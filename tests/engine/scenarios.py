@@ -87,7 +87,12 @@ def batches(dataset, scenario: dict, pad_token_id: int):
     }
     for step in range(STEPS):
         rows = [dataset[step * 8 + index] for index in range(rank, 8, world)]
-        data = tu.get_tensordict(tensor_dict=SFTTensorCollator("no_padding")(rows), non_tensor_dict=meta)
+        tensors = SFTTensorCollator("no_padding")(rows)
+        if "boxes" in scenario:  # As verl's RL data set hands it through.
+            tensors["extra_info"] = [
+                {"index": i, "boxes": scenario["boxes"], "boxes_size": [112, 112]} for i in range(8)
+            ]
+        data = tu.get_tensordict(tensor_dict=tensors, non_tensor_dict=meta)
         tokens = data["input_ids"].offsets().diff().tolist()
         tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(tokens))
         yield data

@@ -64,6 +64,9 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "target": {"agto": {**GUIDED, "warmup_steps": 0, "image_target": 1e-9, "system_floor": 0.999}},
         "visual": {"vars": {}},
         "visual_micro": {"vars": {}, "micro": 1},
+        "visual_whole": {"vars": {"region": True}, "boxes": [[0, 0, 112, 112]]},
+        "visual_left": {"vars": {"region": True}, "boxes": [[0, 0, 56, 112]], "micro": 2},
+        "visual_right": {"vars": {"region": True}, "boxes": [[56, 0, 112, 56], [56, 56, 112, 112]]},
         "visual_lse": {"vars": {"implementation": "lse"}},
         "visual_chunked": {"vars": {"implementation": "chunked"}},
         "stock_inference": {"vars": {"lambda_v": 0.0}},
@@ -88,6 +91,7 @@ def packed(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "packed_stock": {"stock": True, "use_remove_padding": True},
         "packed_zero": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}, "use_remove_padding": True},
         "packed_visual": {"vars": {}, "use_remove_padding": True},
+        "packed_left": {"vars": {"region": True}, "boxes": [[0, 0, 56, 112]], "use_remove_padding": True},
         "packed_lse": {"vars": {"implementation": "lse"}, "use_remove_padding": True},
     }
     return run(tmp_path_factory.mktemp("packed"), tiny_model_path, data_file, scenarios)
@@ -241,6 +245,18 @@ def test_masses_of_rollouts_do_not_depend_on_the_implementation(one, packed):
     """`lse` by name refuses a pass in which it cannot be used, so it was."""
     for visual in (one["visual_lse"], packed["packed_lse"]):
         torch.testing.assert_close(visual["visual"], one["visual_chunked"]["visual"], rtol=1e-5, atol=1e-6)
+
+
+def test_masses_of_rollouts_in_a_region(one, packed):
+    """Of the whole image it is the image's; the halves of an image share its mass; packing changes nothing."""
+    whole, left, right = (one[f"visual_{name}"]["visual"] for name in ("whole", "left", "right"))
+    torch.testing.assert_close(whole, one["visual"]["visual"], rtol=1e-5, atol=1e-6)
+    image, system, count = (VISUAL_FIELDS.index(name) for name in ("image_mass", "system_mass", "num_image"))
+    torch.testing.assert_close(left[:, image] + right[:, image], whole[:, image], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(left[:, system], whole[:, system], rtol=1e-5, atol=1e-6)
+    assert left[:, count].tolist() == [8, 8, 8, 0, 8, 8, 8, 8]
+    assert not torch.allclose(left[:, image], right[:, image])
+    torch.testing.assert_close(packed["packed_left"]["visual"], left, rtol=1e-5, atol=1e-6)
 
 
 def test_measuring_leaves_log_probs_alone(one):
