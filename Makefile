@@ -1,6 +1,7 @@
 # make demo    the whole recipe on this machine, with a report in outputs/demo
 # make test    every test that needs no GPU
 # make quick   the tests without end-to-end runs
+# make slow    GRPO with every shipped reward, half an hour
 # make check   lint
 #
 # Each target builds .venv first, and only when pyproject.toml or the constraints have changed.
@@ -13,7 +14,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test quick check clean
+.PHONY: env demo test quick slow check clean
 
 env: $(STAMP)
 
@@ -34,6 +35,9 @@ test: $(STAMP)
 
 quick: $(STAMP)
 	$(PYTHON) -m pytest -m 'not e2e'
+
+slow: $(STAMP)
+	$(PYTHON) -m pytest -m slow
 
 check: $(STAMP)
 	.venv/bin/ruff check .

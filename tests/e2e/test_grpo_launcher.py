@@ -21,7 +21,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(tmp_path_factory, tiny_model_path):
-    """Two steps, a kill, the third step from the checkpoint: (folder, metrics before, metrics after)."""
+    """Two steps, a kill, the third step from the checkpoint: (folder, metrics before, metrics after).
+
+    The first two with the function above as the reward, the third with a composition of it and a shipped part.
+    """
     work = tmp_path_factory.mktemp("grpo")
     photo_grid.make_rl_parquet(work / "rl.parquet", 12, 0, "train")
     (work / "reward.py").write_text(REWARD)
@@ -34,7 +37,12 @@ def killed_and_resumed(tmp_path_factory, tiny_model_path):
     ]
     command = launch.grpo(work, tiny_model_path, work / "rl.parquet", overrides)
     before = launch.run_and_kill(command, work, "killed", after_step=2)
-    return work, before, launch.run(command, work, "resumed")
+    parts = f"{{acc:{{weight:1.0,function:'{work / 'reward.py'}:compute_score'}},anchor:{{weight:0.3}}}}"
+    composed = [
+        "reward.custom_reward_function.path=pkg://reward_fns.compose",
+        f"+reward.custom_reward_function.reward_kwargs.parts={parts}",
+    ]
+    return work, before, launch.run([*command, *composed], work, "resumed")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +66,8 @@ def test_rewards_are_what_the_formula_says(all_steps):
 
 def test_parts_of_a_swapped_reward_function_are_logged(all_steps):
     assert all_steps[1]["avar/reward/length"] > 0
+    assert all_steps[3]["avar/reward/acc/length"] > 0 and all_steps[3]["avar/reward/anchor"] >= 0
+    assert all(all_steps[step]["avar/reward/reward_failed"] == 0 for step in (1, 2, 3))
 
 
 def test_rollouts_follow_the_trained_weights(all_steps):
