@@ -202,6 +202,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         roles_BS = roles_BS.clone()
         samples = zip(data["input_ids"].unbind(), data["extra_info"], data["multi_modal_inputs"], strict=True)
         for row, (ids_S, info, inputs) in enumerate(samples):
+            info = info or {}
             boxes, size = info.get("boxes"), info.get("boxes_size")
             grids = (inputs or {}).get("image_grid_thw")  # A sample without an image has no inputs.
             if grids is None:

@@ -4,6 +4,7 @@
 Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
 """
 
+import math
 from numbers import Real
 
 import torch
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.config import VarsConfig
@@ -78,6 +80,48 @@ class AvarPPOTrainer(PPOTrainerSync):
         batch.extra_info[MEASURE_FLAG] = False
         return batch
 
+    def _validate(self) -> dict[str, float]:
+        """verl's validation, which also logs masses and r_visual of its rollouts, by data source.
+
+        verl has no place between the rollouts of a validation batch and its metrics, so the replay buffer that hands
+        them over is wrapped for as long as it lasts (trainer_base.py:1076).
+        """
+        if not self.vars.measures:
+            return super()._validate()
+        buffer = self.replay_buffer
+        self.replay_buffer = _MeasuringBuffer(buffer, self._measure_validation)
+        try:
+            return super()._validate()
+        finally:
+            self.replay_buffer = buffer
+
+    def _measure_validation(self, batch: KVBatchMeta) -> None:
+        """Add what the log-prob pass measures to the reward's parts of validation rollouts."""
+        # As verl does around a colocated reward model: the actor needs the memory of the rollout engine.
+        self.checkpoint_manager.sleep_replicas()
+        measured = KVBatchMeta(keys=list(batch.keys), tags=batch.tags, partition_id=batch.partition_id)
+        measured = self._balance_batch(measured, metrics={})
+        measured.extra_info.update(calculate_entropy=False, compute_loss=False, **{MEASURE_FLAG: True})
+        measured.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+        self.actor_rollout_wg.compute_log_prob(measured)
+        self.checkpoint_manager.update_weights(self.global_steps)
+        fields = ["uid", "extra_fields", VISUAL_OUTPUT]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        extra_fields = [dict(fields) for fields in data["extra_fields"]]
+        visual_BF = torch.stack(list(data[VISUAL_OUTPUT].unbind())).float()
+        infos = [extra["reward_extra_info"] for extra in extra_fields]
+        parts = validation_parts(visual_BF, infos, list(data["uid"]), self.vars)
+        for extra, info, own in zip(extra_fields, infos, parts, strict=True):
+            extra["reward_extra_info"] = {**info, **own}
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=tu.get_tensordict({"extra_fields": extra_fields}),
+        )
+        padding = sorted(set(measured.keys) - set(batch.keys))
+        if padding:
+            tq.kv_clear(keys=padding, partition_id=batch.partition_id)
+
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._add_visual_reward(batch, metrics)
         return super()._compute_advantage(batch, metrics)
@@ -123,6 +167,46 @@ class AvarPPOTrainer(PPOTrainerSync):
         rises = self._rise_alarm.update(statistic, metrics["avar/correct"])
         starved = system_mass_alarm(metrics["avar/system_mass"], self.vars.alarm_system_mass)
         return {"avar/alarm/system_mass": float(starved), "avar/alarm/rise_without_accuracy": float(rises)}
+
+
+class _MeasuringBuffer:
+    """A replay buffer that shows every batch it hands over to `measure` first."""
+
+    def __init__(self, buffer, measure):
+        self._buffer, self._measure = buffer, measure
+
+    def __getattr__(self, name):
+        return getattr(self._buffer, name)
+
+    def sample(self, *args, **kwargs):
+        batch, metrics = self._buffer.sample(*args, **kwargs)
+        self._measure(batch)
+        return batch, metrics
+
+
+def validation_parts(
+    visual_BF: torch.Tensor, infos: list[dict], groups: list, vars_config: VarsConfig
+) -> list[dict[str, float | None]]:
+    """`vas`, `image_share`, `r_visual_raw`, `r_visual_gated` and `r_visual_weighted` of validation rollouts.
+
+    None, which verl leaves out of its means, where a rollout has no system turn or no response; r_visual of such a one
+    is 0.
+    """
+    raw_B = visual_BF[:, VISUAL_FIELDS.index(vars_config.statistic)]
+    correct_B = correct_answers(infos, [True] * len(infos), vars_config) & torch.isfinite(raw_B)
+    gated_B = shape_visual_reward(raw_B, correct_B, groups, vars_config.shaping, vars_config.clip_max)
+    columns = {
+        "vas": visual_BF[:, VISUAL_FIELDS.index("ratio")],
+        "image_share": visual_BF[:, VISUAL_FIELDS.index("image_share")],
+        "r_visual_raw": raw_B,
+        "r_visual_gated": gated_B,
+        "r_visual_weighted": vars_config.lambda_v * gated_B,
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [
+        {name: value if math.isfinite(value) else None for name, value in zip(columns, row, strict=True)}
+        for row in rows
+    ]
 
 
 def correct_answers(infos: list[dict], real: list[bool], vars_config: VarsConfig) -> torch.Tensor:

@@ -41,6 +41,8 @@ def killed_and_resumed(tmp_path_factory, tiny_model_path):
     composed = [
         "reward.custom_reward_function.path=pkg://reward_fns.compose",
         f"+reward.custom_reward_function.reward_kwargs.parts={parts}",
+        "trainer.test_freq=3",
+        "data.val_batch_size=5",
     ]
     return work, before, launch.run([*command, *composed], work, "resumed")
 
@@ -68,6 +70,15 @@ def test_parts_of_a_swapped_reward_function_are_logged(all_steps):
     assert all_steps[1]["avar/reward/length"] > 0
     assert all_steps[3]["avar/reward/acc/length"] > 0 and all_steps[3]["avar/reward/anchor"] >= 0
     assert all(all_steps[step]["avar/reward/reward_failed"] == 0 for step in (1, 2, 3))
+
+
+def test_validation_logs_parts_and_masses_by_data_source(all_steps):
+    record = all_steps[3]
+    for part in ("anchor", "image_share", "vas", "r_visual_raw", "r_visual_gated", "r_visual_weighted"):
+        assert f"val-aux/avar/photo_grid/{part}/mean@1" in record, part
+    assert 0 < record["val-aux/avar/photo_grid/image_share/mean@1"] < 1
+    weighted, gated = (record[f"val-aux/avar/photo_grid/r_visual_{name}/mean@1"] for name in ("weighted", "gated"))
+    assert weighted == pytest.approx(0.3 * gated)
 
 
 def test_rollouts_follow_the_trained_weights(all_steps):

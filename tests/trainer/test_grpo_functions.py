@@ -215,6 +215,30 @@ def test_the_reward_comes_before_the_advantage(monkeypatch):
 # ---- agent loop ----------------------------------------------------------------------------------------------------
 
 
+def test_parts_of_validation_rollouts():
+    """Two right answers, one of them without a system turn, and a wrong one."""
+    import torch
+
+    from avar_verl.config import VarsConfig
+    from avar_verl.objectives.reward import VISUAL_FIELDS
+    from avar_verl.trainer.grpo import validation_parts
+
+    visual = torch.zeros(3, len(VISUAL_FIELDS))
+    visual[:, VISUAL_FIELDS.index("ratio")] = torch.tensor([4.0, float("nan"), 2.0])
+    visual[:, VISUAL_FIELDS.index("image_share")] = torch.tensor([0.75, float("nan"), 0.5])
+    infos = [{"acc": 1.0}, {"acc": 1.0}, {"acc": 0.0}]
+    first, second, third = validation_parts(visual, infos, ["a", "a", "b"], VarsConfig(lambda_v=0.5))
+    assert first == {
+        "vas": 4.0,
+        "image_share": 0.75,
+        "r_visual_raw": 4.0,
+        "r_visual_gated": 4.0,
+        "r_visual_weighted": 2.0,
+    }
+    assert second["vas"] is None and second["r_visual_raw"] is None and second["r_visual_weighted"] == 0
+    assert third["r_visual_raw"] == 2.0 and third["r_visual_gated"] == 0
+
+
 def test_placeholders_are_forbidden_and_other_biases_stay():
     from avar_verl.rollout.agent_loop import forbid
 
