@@ -665,6 +665,7 @@ def processes():
         process.wait()
 
 
+@pytest.mark.e2e
 def test_another_verl_ends_the_process_loudly(processes):
     out, error = processes["another verl"].communicate(timeout=300)
     assert processes["another verl"].returncode not in (0, None) and "went on" not in out
@@ -672,6 +673,7 @@ def test_another_verl_ends_the_process_loudly(processes):
     assert error.rstrip().endswith("avar_verl could not register itself with verl (see the error above).")
 
 
+@pytest.mark.e2e
 def test_verl_finds_everything_and_imports_stay_light(processes):
     out, error = processes["everything"].communicate(timeout=300)
     assert processes["everything"].returncode == 0 and "everything is registered" in out, error[-3000:]
