@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards of parts: weights, gates, functions of the user's, and what is refused."""
 
+import sys
+
 import pytest
 
 import reward_fns.avar
@@ -46,7 +48,7 @@ def test_a_users_function_is_a_part(tmp_path, monkeypatch, form):
         "def plain(solution_str, **rest):\n"
         "    return 0.5\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     module = "pkg://mine_for_tests" if form == "pkg" else str(tmp_path / "mine_for_tests.py")
     parts = {
         "acc": {"weight": 1.0},
