@@ -8,7 +8,8 @@ from transformers import AutoModelForImageTextToText
 from avar_verl.demo import photo_grid
 from tests.e2e import launch
 
-pytestmark = pytest.mark.e2e
+# Two starts of Ray, vLLM and the trainer, up to five minutes each.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 # A model that has not learned anything answers nothing right, and a reward that is zero everywhere moves nothing: the
 # function below calls half of the responses right by their length, so that the gate opens and advantages differ.
