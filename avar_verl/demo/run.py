@@ -68,8 +68,8 @@ class DemoSettings:
     vars: dict = field(default_factory=lambda: {"lambda_v": 0.3, "statistic": "image_share"})
     """Visual reward of GRPO, fields of `avar.vars`."""
 
-    grpo_steps: int = 24
-    """GRPO steps, four epochs."""
+    grpo_steps: int = 18
+    """GRPO steps, three epochs."""
 
     grpo_prompts: int = 16
     """Prompts of one GRPO step."""
