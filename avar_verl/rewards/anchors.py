@@ -19,6 +19,7 @@ from itertools import accumulate
 
 from avar_verl.anchors import Anchor, parse_anchors, to_pixels
 from avar_verl.anchors.anchor import resolve_scale
+from avar_verl.anchors.phrases import Sentences
 from avar_verl.rewards.grounding import box_iou
 
 NUM_PARTS = 4
@@ -35,7 +36,6 @@ TOLERANCE = 1.03
 # Usual scales of relative coordinates, and a large image.
 SCALES = (1.0, 100.0, 1000.0, 1024.0, 4096.0)
 
-_SENTENCE = re.compile(r"[^.!?。！？\n]+")
 _WORD = re.compile(r"\w+")
 _WRAPPING = re.compile(r"\"[^\"\n]{0,100}\"|<[^<>\n]{0,40}>")
 _FILLERS = frozenset("the a an this that again at to closely carefully more once let me us we i".split())
@@ -74,12 +74,20 @@ def _plain(text: str) -> str:
     return " ".join(_WORD.findall("".join(c for c in folded if unicodedata.category(c) != "Cf")))
 
 
-def _is_copied(text: str, anchor: Anchor, prompt_words: str) -> bool:
-    """Whether the sentence around the anchor stands in the prompt, word for word."""
-    start = max((text.rfind(mark, 0, anchor.start) for mark in ".!?。！？\n"), default=-1) + 1
-    sentence = _SENTENCE.match(text, start)
-    words = _plain(text[start : max(anchor.end, sentence.end() if sentence else anchor.end)])
-    return bool(words) and f" {words} " in prompt_words
+def _without_copies(text: str, found: list[Anchor], prompt: str, start: int) -> list[Anchor]:
+    """Drop the anchors whose sentence, from the `start` of the reasoning on, stands in the prompt word for word."""
+    prompt_words = f" {_plain(prompt)} "
+    sentences = Sentences(text)
+    is_copied: dict[int, bool] = {}  # by the end of the sentence, so that one with many anchors is read once
+    kept = []
+    for anchor in found:
+        left, right = sentences.at(anchor.start)
+        if right not in is_copied:
+            words = _plain(text[max(left, start) : right])
+            is_copied[right] = bool(words) and f" {words} " in prompt_words
+        if not is_copied[right]:
+            kept.append(anchor)
+    return kept
 
 
 def _unit_coordinates(
@@ -191,8 +199,7 @@ def anchor_score(
     if not found:
         return AnchorScore(0.0, 0, 0, 0, 0)
     if prompt is not None:
-        prompt_words = f" {_plain(prompt)} "
-        found = [anchor for anchor in found if not _is_copied(text, anchor, prompt_words)]
+        found = _without_copies(text, found, prompt, start)
     distinct, best = _Distinct(), [0.0] * num_parts
     num_distinct = num_coordinates = 0
     # Prose in front of every anchor, and all of it in the end. The words of a phrase are prose, numbers are not.

@@ -110,8 +110,11 @@ PARTS: dict[str, Callable[..., dict[str, float]]] = {
 
 
 @functools.lru_cache(maxsize=64)
-def _load(reference: str) -> Callable:
-    """A user's function, named as `pkg://package.module:function` or `path/to/file.py:function`."""
+def load_function(reference: str) -> Callable:
+    """A user's function, named as `pkg://package.module:function` or `path/to/file.py:function`.
+
+    (verl's `load_extern_object` does this too, but rewards are to be had without verl.)
+    """
     module_name, _, function = reference.rpartition(":")
     if module_name.startswith("pkg://"):
         module = importlib.import_module(module_name.removeprefix("pkg://"))
@@ -123,7 +126,7 @@ def _load(reference: str) -> Callable:
 
 
 def _user_part(reference: str, name: str) -> Callable[..., dict[str, float]]:
-    function = _load(reference)
+    function = load_function(reference)
 
     def part(data_source, solution_str, ground_truth, extra_info, **settings) -> dict[str, float]:
         result = function(

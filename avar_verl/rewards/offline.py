@@ -6,8 +6,6 @@ with a column of responses and one of ground truths.
 """
 
 import functools
-import importlib
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from avar_verl.anchors import parse_anchors
+from avar_verl.rewards.compose import load_function
 
 SHIPPED = ("avar", "accuracy", "format", "visual_anchor", "grounding_iou", "compose")
 RESPONSES = ("response", "output", "solution_str", "completion")
@@ -34,17 +33,10 @@ def load_reward(name: str) -> Callable[..., dict]:
         ValueError: neither a shipped name nor something that can be loaded.
     """
     if name in SHIPPED:
-        return importlib.import_module(f"reward_fns.{name}").compute_score
-    if name.startswith("pkg://"):
-        return importlib.import_module(name.removeprefix("pkg://")).compute_score
-    if not Path(name).is_file():
-        raise ValueError(
-            f"a reward is one of {list(SHIPPED)}, a file or pkg://module; got {name!r}. Name one of these."
-        )
-    spec = importlib.util.spec_from_file_location("avar_offline_reward", name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.compute_score
+        name = f"pkg://reward_fns.{name}"
+    elif not name.startswith("pkg://") and not Path(name).is_file():
+        raise ValueError(f"a reward is one of {list(SHIPPED)}, a file or pkg://module; got {name!r}. Name one.")
+    return load_function(f"{name}:compute_score")
 
 
 def _column(row: dict, names: Iterable[str], what: str, number: int):
@@ -124,7 +116,7 @@ def histogram(values: list[float]) -> list[tuple[float, float, int]]:
 
 
 def highlighted(text: str, image_size: tuple[int, int] | None = None, coordinates: str = "auto") -> Text:
-    """The response with its anchors in colour, and their kind in front where there is no colour."""
+    """The response with its anchors in the colours of STYLES."""
     out = Text(text)
     for anchor in parse_anchors(text, image_size, coordinates):
         out.stylize(STYLES[anchor.kind], anchor.start, anchor.end)

@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.utils.config import omega_conf_to_dataclass
-from verl.utils.reward_score import default_compute_score
 
 from avar_verl.config import RewardConfig
 from avar_verl.rewards.compose import PROMPT
@@ -79,7 +78,6 @@ class AvarRewardManager(RewardManagerBase):
 
     def __init__(self, config: DictConfig, tokenizer, compute_score, reward_router_address=None, **kwargs):
         super().__init__(config, tokenizer, compute_score)
-        self.compute_score = compute_score or default_compute_score
         self.settings: RewardConfig = omega_conf_to_dataclass(config.avar.reward)
         self.gate_key: str = config.avar.vars.gate_key
         self.router = {}

@@ -60,6 +60,7 @@ class AvarPPOTrainer(PPOTrainerSync):
     def __init__(self, config: DictConfig):
         self.vars: VarsConfig = omega_conf_to_dataclass(config.avar.vars)
         self._rise_alarm = RiseAlarm(self.vars.alarm_window)
+        self._is_measuring = False  # of validation, see _get_required_batch_multiple
         check_grpo_config(config, self.vars)
         super().__init__(config)
 
@@ -100,14 +101,18 @@ class AvarPPOTrainer(PPOTrainerSync):
         # As verl does around a colocated reward model: the actor needs the memory of the rollout engine.
         self.checkpoint_manager.sleep_replicas()
         measured = KVBatchMeta(keys=list(batch.keys), tags=batch.tags, partition_id=batch.partition_id)
-        measured = self._balance_batch(measured, metrics={})
+        self._is_measuring = True
+        try:
+            measured = self._balance_batch(measured, metrics={})
+        finally:
+            self._is_measuring = False
         measured.extra_info.update(calculate_entropy=False, compute_loss=False, **{MEASURE_FLAG: True})
         measured.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
         self.actor_rollout_wg.compute_log_prob(measured)
         self.checkpoint_manager.update_weights(self.global_steps)
         fields = ["uid", "extra_fields", VISUAL_OUTPUT]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        extra_fields = [dict(fields) for fields in data["extra_fields"]]
+        extra_fields = [dict(extra) for extra in data["extra_fields"]]
         visual_BF = torch.stack(list(data[VISUAL_OUTPUT].unbind())).float()
         infos = [extra["reward_extra_info"] for extra in extra_fields]
         parts = validation_parts(visual_BF, infos, list(data["uid"]), self.vars)
@@ -121,6 +126,13 @@ class AvarPPOTrainer(PPOTrainerSync):
         padding = sorted(set(measured.keys) - set(batch.keys))
         if padding:
             tq.kv_clear(keys=padding, partition_id=batch.partition_id)
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        """verl pads batches to whole mini-batches of the actor; what is only measured needs whole micro-batches."""
+        if not self._is_measuring:
+            return super()._get_required_batch_multiple(dp_size)
+        rollout = self.config.actor_rollout_ref.rollout
+        return dp_size * (1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         self._add_visual_reward(batch, metrics)
