@@ -27,18 +27,19 @@ def freeze_vision(model: torch.nn.Module, model_type: str, tower: bool, projecto
     if not (tower or projector):
         return []
     family = get_family(model_type)
-    names = {"tower": [], "projector": []}
+    prefixes = {"tower": (family.vision_tower,), "projector": family.projectors}
+    names: dict[str, list[str]] = {"tower": [], "projector": []}
     for name, _ in model.named_parameters():
-        if name.startswith(family.PROJECTOR + "."):
-            names["projector"].append(name)
-        elif name.startswith(family.VISION_TOWER + "."):
-            names["tower"].append(name)
+        for part in ("projector", "tower"):  # A projector may lie inside the tower.
+            if name.startswith(tuple(prefix + "." for prefix in prefixes[part])):
+                names[part].append(name)
+                break
     frozen = []
-    for part, wanted, prefix in (("tower", tower, family.VISION_TOWER), ("projector", projector, family.PROJECTOR)):
+    for part, wanted in (("tower", tower), ("projector", projector)):
         if wanted and not names[part]:
             raise ValueError(
-                f"freezing the vision {part} needs parameters under {prefix!r}; got none in {type(model).__name__}. "
-                f"Correct the name in avar_verl/families for model_type={model_type!r}."
+                f"freezing the vision {part} needs parameters under {' or '.join(map(repr, prefixes[part]))}; got none "
+                f"in {type(model).__name__}. Correct the name in avar_verl/families for model_type={model_type!r}."
             )
         frozen += names[part] if wanted else []
     for name in frozen:

@@ -20,6 +20,7 @@ from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indi
 from avar_verl.attention.mass import choose_implementation
 from avar_verl.config import QUERY_ROLES
 from avar_verl.engine_config import AvarFSDPEngineConfig
+from avar_verl.families import get_family
 from avar_verl.freeze import freeze_vision
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.alarms import system_mass_alarm
@@ -146,6 +147,12 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             raise ValueError(
                 "attention masses of packed micro-batches need an attention of verl's that this plugin wraps; got "
                 f"model_type={model_type!r}, known {PACKED_FAMILIES}. Set model.use_remove_padding=False."
+            )
+        if get_family(model_type).cross_attention:
+            raise ValueError(
+                "guidance and reward need image and system keys in one softmax; got "
+                f"model_type={model_type!r}, which reads images in cross-attention layers. Set avar.agto.alpha, "
+                "avar.agto.beta and avar.vars.lambda_v to 0, and measure to false."
             )
         text_config = model_config.hf_config.get_text_config()
         for part in (engine_config.agto, engine_config.vars):

@@ -1,29 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families by `config.model_type`, each in a file of its own.
+"""Model families by `config.model_type`, each in a file of its own that ends in `FAMILY = Family(...)`."""
 
-A family is a module with `role_map(tokenizer, config) -> RoleMap` and the names of the modules VISION_TOWER and
-PROJECTOR in its transformers model.
-"""
+import importlib
 
-from types import ModuleType
+from avar_verl.families.family import Family
 
-from avar_verl.families import qwen2_5_vl
-
-FAMILIES: dict[str, ModuleType] = {
-    "qwen2_5_vl": qwen2_5_vl,
+# Modules of this package; one is imported when its family is asked for.
+FAMILIES: dict[str, str] = {
+    "gemma3": "gemma3",
+    "glm4v": "glm4v",
+    "idefics3": "idefics3",
+    "internvl": "internvl",
+    "llava_next": "llava_next",
+    "llava_onevision": "llava_onevision",
+    "mllama": "mllama",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen2_vl": "qwen2_vl",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+    "smolvlm": "idefics3",
 }
 
 
-def get_family(model_type: str) -> ModuleType:
+def get_family(model_type: str) -> Family:
     """The family of `config.model_type`.
 
     Raises:
         ValueError: an unknown family; the message names the known ones.
     """
-    family = FAMILIES.get(model_type)
-    if family is None:
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"RoleMap needs a known model family; got model_type={model_type!r}. "
-            f"Known families: {', '.join(sorted(FAMILIES))}. Add a file to avar_verl/families for another one."
+            f"RoleMap needs a known model family; got model_type={model_type!r}. Known families: "
+            f"{', '.join(sorted(FAMILIES))}. Add a file to avar_verl/families for another one."
         )
-    return family
+    return importlib.import_module(f"avar_verl.families.{FAMILIES[model_type]}").FAMILY
+
+
+__all__ = ["FAMILIES", "Family", "get_family"]

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL: ChatML turns; `<|image_pad|>` and `<|video_pad|>` stand for the vision features.
+"""Qwen2.5-VL. `<|vision_start|>` and `<|vision_end|>` around the placeholders keep the role of their turn."""
 
-The markers `<|vision_start|>` and `<|vision_end|>` around them keep the role of their turn. Its chat template writes a
-default system turn when the messages have none.
-"""
+from avar_verl.families.family import Family
+from avar_verl.families.turns import CHATML
 
-from avar_verl.families.chatml import ChatMLTurns
-from avar_verl.roles import RoleMap
-
-VISION_TOWER = "model.visual"
-PROJECTOR = "model.visual.merger"
-
-
-def role_map(tokenizer, config) -> RoleMap:
-    """`RoleMap` of `config.model_type == "qwen2_5_vl"`."""
-    return RoleMap(ChatMLTurns.from_tokenizer(tokenizer), (config.image_token_id, config.video_token_id))
+FAMILY = Family(
+    model_types=("qwen2_5_vl",),
+    turns=CHATML,
+    system="the system turn; the chat template writes a default one when the messages have none",
+    placeholders=("image_token_id", "video_token_id"),
+    vision_tower="model.visual",
+    projectors=("model.visual.merger",),
+)

@@ -40,3 +40,9 @@ def test_a_missing_processor_is_refused_where_masses_are_wanted(monkeypatch):
     with pytest.raises(ValueError, match="need the model's processor; verl loaded none from 'folder'"):
         check(monkeypatch, processor=None, strategy="fsdp2", agto=AgtoConfig())
     check(monkeypatch, processor=None, strategy="fsdp2")
+
+
+def test_cross_attention_is_refused_where_masses_are_wanted(monkeypatch):
+    with pytest.raises(ValueError, match="image and system keys in one softmax; got model_type='mllama'"):
+        check(monkeypatch, model_type="mllama", strategy="fsdp2", use_remove_padding=False, agto=AgtoConfig())
+    check(monkeypatch, model_type="mllama", strategy="fsdp2", use_remove_padding=False)

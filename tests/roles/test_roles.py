@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Roles against tokenizations labelled by hand."""
 
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from avar_verl.demo import photo_grid
-from avar_verl.families.chatml import ChatMLTurns
+from avar_verl.families.turns import CHATML, Turns
 from avar_verl.roles import RoleMap, TokenRole
 
 ROLE = {"o": TokenRole.OTHER, "s": TokenRole.SYSTEM, "i": TokenRole.IMAGE, "u": TokenRole.USER, "r": TokenRole.RESPONSE}
@@ -213,13 +214,16 @@ PIECES = {"system": [3, 4], "user": [5], "assistant": [6, 7]}
 
 def fake_tokenizer(pad_token_id=None, unk_token_id=None, **changes):
     table = {**{text: [token] for text, token in VOCABULARY.items()}, **PIECES, **changes}
-    return SimpleNamespace(
-        encode=lambda text, add_special_tokens: table[text], unk_token_id=unk_token_id, pad_token_id=pad_token_id
-    )
+    known = re.compile("|".join(map(re.escape, table)))
+
+    def encode(text, add_special_tokens):
+        return [token for piece in known.findall(text) for token in table[piece]]
+
+    return SimpleNamespace(encode=encode, unk_token_id=unk_token_id, pad_token_id=pad_token_id)
 
 
 def test_names_of_several_tokens_and_a_delimiter_that_pads():
-    turns = ChatMLTurns.from_tokenizer(fake_tokenizer(pad_token_id=1))
+    turns = Turns.from_tokenizer(fake_tokenizer(pad_token_id=1), CHATML)
     ids = torch.tensor([[1, 1, 0, 3, 4, 2, 9, 1, 2, 0, 5, 2, 9, 1, 2, 0, 6, 7, 2, 9, 9, 1, 1, 1]])
     #                    o  o  s  s  s  s  s  s  s  u  u  u  u  u  u  o  o  o  o  r  r  r  o  o
     expected = [[0, 0, 1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3, 0, 0, 0, 0, 4, 4, 4, 0, 0]]

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLM-4.1V: `<|user|>` and its like open turns, and nothing closes one.
+
+A response ends where the next turn opens; the model stops by writing `<|user|>` or `<|endoftext|>`. Behind the last
+response the chat template writes neither.
+"""
+
+from avar_verl.families.family import Family
+from avar_verl.families.turns import TurnFormat
+
+TURNS = TurnFormat(
+    system=("[gMASK]", "<|system|>"),
+    user=("<|user|>",),
+    assistant=("<|assistant|>",),
+    other=("<|observation|>",),
+    header_tail=1,
+    tokens=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+    ends=("<|endoftext|>",),
+)
+
+FAMILY = Family(
+    model_types=("glm4v",),
+    turns=TURNS,
+    system="`[gMASK]<sop>` and the system turn behind it, if there is one",
+    placeholders=("image_token_id", "video_token_id"),
+    vision_tower="model.visual",
+    projectors=("model.visual.merger",),
+)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-VL. As Qwen2.5-VL."""
+
+from avar_verl.families.family import Family
+from avar_verl.families.turns import CHATML
+
+FAMILY = Family(
+    model_types=("qwen2_vl",),
+    turns=CHATML,
+    system="the system turn; the chat template writes a default one when the messages have none",
+    placeholders=("image_token_id", "video_token_id"),
+    vision_tower="model.visual",
+    projectors=("model.visual.merger",),
+)
