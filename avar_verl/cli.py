@@ -52,8 +52,42 @@ def _rewards_score(args: argparse.Namespace) -> None:
     score_file(Path(args.data), args.reward, settings, args.n, args.show, out, Console())
 
 
+def _data_check(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from avar_verl.data.check import Settings, check_files
+
+    settings = Settings(args.kind, args.model, args.max_length, args.max_prompt_length, args.allow_urls)
+    report = check_files(args.files, settings, n=args.n, processes=args.processes)
+    report.print(Console())
+    if args.out:
+        Path(args.out).write_text(json.dumps(report.as_dict(), indent=1))
+    if report.count("error"):
+        sys.exit(1)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from avar_verl.doctor.run import run_doctor
+
+    ok = run_doctor(
+        args.model,
+        Path(args.out) if args.out else None,
+        Console(),
+        only=args.only,
+        device=args.device,
+        data=Path(args.data) if args.data else None,
+        rollout=args.rollout,
+        gpus=args.gpus,
+        gpu_memory=args.gpu_memory,
+    )
+    if not ok:
+        sys.exit(1)
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line: `avar demo`, `avar vas`, `avar rewards score`."""
+    """The command line: `avar demo`, `avar vas`, `avar rewards score`, `avar data check`, `avar doctor`."""
     top = argparse.ArgumentParser(prog="avar", description="AVAR on verl.")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -85,6 +119,34 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--show", type=int, default=3, help="print this many responses (default: %(default)s)")
     score.add_argument("--out", help="write every rollout's parts to this jsonl file")
     score.set_defaults(run=_rewards_score)
+
+    data = commands.add_parser("data", help="data files for the cold start and for RL")
+    check = data.add_subparsers(dest="data_command", required=True).add_parser(
+        "check", help="find every row that would break a training or falsify it; exit code 1 if there is one"
+    )
+    check.add_argument("files", nargs="+", metavar="FILE", help="parquet, jsonl or json files, or folders of them")
+    check.add_argument("--kind", choices=("sft", "rl", "auto"), default="auto", help="(default: %(default)s)")
+    check.add_argument("--model", help="Hugging Face folder or name: render every row with its processor")
+    check.add_argument("--max-length", type=int, help="tokens of an SFT row, as data.max_length; needs --model")
+    check.add_argument("--max-prompt-length", type=int, help="tokens of an RL prompt, as data.max_prompt_length")
+    check.add_argument("--allow-urls", action="store_true", help="fetch images from http(s)")
+    check.add_argument("--n", type=int, default=0, help="only the first N rows (default: all)")
+    check.add_argument("--processes", type=int, default=1, help="(default: %(default)s)")
+    check.add_argument("--out", help="write every finding to this JSON file")
+    check.set_defaults(run=_data_check)
+
+    doctor = commands.add_parser(
+        "doctor", help="examine a model before GPU time is spent on it; exit code 1 if a check fails (docs/doctor.md)"
+    )
+    doctor.add_argument("--model", required=True, help="Hugging Face folder")
+    doctor.add_argument("--data", metavar="FILE", help="training rows, rendered by this model (as avar data check)")
+    doctor.add_argument("--rollout", action="store_true", help="really start vLLM and compare it with transformers")
+    doctor.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    doctor.add_argument("--gpus", type=int, default=1, help="GPUs that share the training (default: %(default)s)")
+    doctor.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each: warn if the training needs more")
+    doctor.add_argument("--only", nargs="+", metavar="CHECK", help="these checks, and those that they need")
+    doctor.add_argument("--out", help="write the results to this JSON file")
+    doctor.set_defaults(run=_doctor)
     return top
 
 

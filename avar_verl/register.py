@@ -82,7 +82,19 @@ def _register() -> None:
             "avar_verl from loading with VERL_USE_EXTERNAL_PLUGINS=none."
         )
     import avar_verl.compat.cpu_platform  # noqa: F401  registers the platform
-    from avar_verl.compat import cpu_flash, detect, metrics, position_ids, process_group, text_only, vllm_cpu
+    from avar_verl.compat import (
+        cpu_flash,
+        detect,
+        fsdp2_targets,
+        glm4v,
+        metrics,
+        position_ids,
+        process_group,
+        processor,
+        rollout_features,
+        text_only,
+        vllm_cpu,
+    )
 
     if detect.is_active():
         process_group.apply()
@@ -90,6 +102,11 @@ def _register() -> None:
         wrapt.register_post_import_hook(cpu_flash.apply, "verl.models.transformers.qwen2_vl")
     wrapt.register_post_import_hook(position_ids.apply, "verl.utils.tensordict_utils")
     wrapt.register_post_import_hook(text_only.apply, "verl.models.transformers.qwen2_vl")
+    wrapt.register_post_import_hook(glm4v.apply, "verl.models.transformers.glm4v")
+    wrapt.register_post_import_hook(glm4v.apply_flops, "verl.utils.flops_counter")
+    wrapt.register_post_import_hook(fsdp2_targets.apply, "verl.utils.fsdp_utils")
+    wrapt.register_post_import_hook(processor.apply, "verl.utils.tokenizer.tokenizer")
+    wrapt.register_post_import_hook(rollout_features.apply, "verl.experimental.agent_loop.agent_loop")
     wrapt.register_post_import_hook(_wrap_packed_attention, "verl.models.transformers.qwen2_vl")
     wrapt.register_post_import_hook(metrics.apply, "verl.workers.engine_workers")
     wrapt.register_post_import_hook(_register_engines, "verl.workers.engine")

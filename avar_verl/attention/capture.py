@@ -399,13 +399,13 @@ def find_decoder(model: torch.nn.Module) -> torch.nn.Module:
     """The text decoder of a (possibly wrapped) vision-language model: the module that calls the attention layers.
 
     Raises:
-        ValueError: no or several modules hold decoder layers with `self_attn.layer_idx`.
+        ValueError: no or several modules hold decoder layers with `self_attn.layer_idx` (or `cross_attn`).
     """
 
     def is_decoder(module) -> bool:
         layers = getattr(module, "layers", None)
         return isinstance(layers, torch.nn.ModuleList) and all(
-            hasattr(getattr(layer, "self_attn", None), "layer_idx") for layer in layers
+            hasattr(getattr(layer, "self_attn", None), "layer_idx") or hasattr(layer, "cross_attn") for layer in layers
         )
 
     found = [module for module in model.modules() if is_decoder(module)]
@@ -432,6 +432,24 @@ def resolve_indices(name: str, indices: Sequence[int] | None, count: int) -> tup
             "Use null for all of them."
         )
     return tuple(resolved)
+
+
+def self_attention_layers(decoder: torch.nn.Module, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """Ascending indices of a selection of the decoder's layers, default all that have self-attention.
+
+    Raises:
+        ValueError: from `resolve_indices`, or a cross-attention layer (Llama 3.2 Vision) is selected.
+    """
+    cross = {index for index, layer in enumerate(decoder.layers) if not hasattr(layer, "self_attn")}
+    if layers is None:
+        return tuple(index for index in range(len(decoder.layers)) if index not in cross)
+    chosen = resolve_indices("layers", layers, len(decoder.layers))
+    if cross.intersection(chosen):
+        raise ValueError(
+            f"masses are those of self-attention layers; got the cross-attention layers {sorted(cross & set(chosen))}. "
+            "Leave them out of `layers`."
+        )
+    return chosen
 
 
 def _check_groups(key_groups: torch.Tensor, num_groups: int | None, roles: torch.Tensor) -> None:
@@ -500,7 +518,7 @@ def capture_mass(
     attention = decoder.config._attn_implementation
     request = _Request(
         roles,
-        resolve_indices("layers", layers, len(decoder.layers)),
+        self_attention_layers(decoder, layers),
         query_role,
         attention,
         reduction=reduction,
@@ -516,6 +534,12 @@ def capture_mass(
     def attach(_module, args, kwargs):
         forward = captured.begin()
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):  # Made before the decoder, one for every kind of layer (Gemma 3).
+            mask = mask.get("full_attention")
+            if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+                # Padded on either side, the last row sees every position that is no padding.
+                last_BS = mask[:, 0, -1].expand(roles.shape[0], -1)
+                mask = last_BS if last_BS.dtype == torch.bool else last_BS > torch.finfo(last_BS.dtype).min / 2
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             request.hide_padding(mask.bool())
         return args, {**kwargs, KWARG: forward}
@@ -527,4 +551,12 @@ def capture_mass(
         handle.remove()
 
 
-__all__ = ["CapturedMass", "TokenRole", "capture_mass", "find_decoder", "resolve_indices", "select_queries"]
+__all__ = [
+    "CapturedMass",
+    "TokenRole",
+    "capture_mass",
+    "find_decoder",
+    "resolve_indices",
+    "select_queries",
+    "self_attention_layers",
+]

@@ -4,8 +4,7 @@
 verl runs the vision tower on a dummy image for them, so that every rank takes part in its collectives
 (verl/models/transformers/qwen2_vl.py:388-394). Since transformers 5 the tower returns an output object; the two other
 branches unpack it, this one calls `.mean()` on it and dies with an AttributeError. Mixed data, and the text-only rows
-with which verl pads a batch (trainer/ppo/padding_utils.py), get there. The wrapper sends the dummy image through the
-branch that works.
+with which verl pads a batch (trainer/ppo/padding_utils.py), get there.
 """
 
 import functools
@@ -13,6 +12,25 @@ import functools
 import torch
 
 GRID = (1, 4, 4)  # verl's dummy image, in patches
+
+
+def image_features(model, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+    """(image tokens, hidden size) of all images."""
+    return torch.cat(list(model.get_image_features(pixel_values, grid_thw).pooler_output))
+
+
+def embed_text(model, input_ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings of ids without an image, plus zero times the features of a black one.
+
+    Every module runs as often as with an image: under FSDP a second lookup of words would be a collective that the
+    other ranks do not take part in.
+    """
+    embeds = model.get_input_embeddings()(input_ids)
+    vision = model.config.vision_config
+    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    black = torch.zeros(GRID[0] * GRID[1] * GRID[2], patch_dim, device=embeds.device)
+    features = image_features(model, black, torch.tensor([GRID], device=embeds.device))
+    return embeds + 0.0 * features.mean().to(embeds.dtype)
 
 
 def apply(qwen2_vl) -> None:
@@ -23,16 +41,6 @@ def apply(qwen2_vl) -> None:
     def _get_input_embeds(model, input_ids, attention_mask=None, pixel_values=None, pixel_values_videos=None, *grids):
         if pixel_values is not None or pixel_values_videos is not None:
             return original(model, input_ids, attention_mask, pixel_values, pixel_values_videos, *grids)
-        vision = model.config.vision_config
-        num_patches = GRID[0] * GRID[1] * GRID[2]
-        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        dummy_embeds, _ = original(
-            model,
-            input_ids.new_full((1, num_patches // vision.spatial_merge_size**2), model.config.image_token_id),
-            pixel_values=torch.zeros(num_patches, patch_dim, device=input_ids.device),
-            image_grid_thw=torch.tensor([GRID], device=input_ids.device),
-        )
-        inputs_embeds = model.get_input_embeddings()(input_ids) + 0.0 * dummy_embeds.mean()
-        return inputs_embeds, attention_mask
+        return embed_text(model, input_ids), attention_mask
 
     qwen2_vl._get_input_embeds = _get_input_embeds

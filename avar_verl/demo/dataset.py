@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's SFT dataset, each sample prepared once: `data.custom_cls` of the demo's cold start.
+"""The SFT data set, each sample prepared once: `data.custom_cls` of the demo's cold start.
 
 The demo passes several times over a few hundred small images, and on a CPU the image processor costs more than the
 training step. A data set that does not fit into memory is no place for this.
 """
 
-from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+from avar_verl.data.sft_dataset import AvarSFTDataset
 
 
-class CachedSFTDataset(MultiTurnSFTDataset):
-    """`MultiTurnSFTDataset` that remembers its samples. Samples are not changed after they are made."""
+class CachedSFTDataset(AvarSFTDataset):
+    """`AvarSFTDataset` that remembers its samples. Samples are not changed after they are made."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -9,7 +9,7 @@ tokenizer is the model's own: bytes, and one token for each word of `avar_verl.d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,17 @@ VISION_CONFIG = {
 }
 
 
-def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    sentences: Iterable[str],
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    added_tokens: Sequence[str] = TAG_TOKENS,
+    **kwargs: Any,
+) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with one token for every piece of ``sentences`` (see `PIECE`).
 
     Any text round-trips: a piece outside the vocabulary is spelled in bytes. The ids are the 256 bytes, the pieces in
-    alphabetical order, `SPECIAL_TOKENS`, `TAG_TOKENS`; the same sentences give the same tokenizer.
+    alphabetical order, ``special_tokens``, ``added_tokens``; the same arguments give the same tokenizer. It is
+    Qwen2.5-VL's unless ``kwargs``, arguments of `PreTrainedTokenizerFast`, say otherwise.
     """
     pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -116,7 +122,7 @@ def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tags = re.compile("|".join(map(re.escape, TAG_TOKENS)))
+    tags = re.compile("|".join(map(re.escape, added_tokens)))
     words = {
         piece
         for sentence in (*TEMPLATE_SENTENCES, *sentences)
@@ -131,17 +137,17 @@ def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAG_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=TEXT_CONFIG["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
+    tokenizer.add_special_tokens(list(special_tokens))
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in added_tokens])
+    defaults = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": list(special_tokens),
+        "model_max_length": TEXT_CONFIG["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**defaults, **kwargs})
 
 
 def build_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:

@@ -19,8 +19,9 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
 from avar_verl.attention.mass import choose_implementation
 from avar_verl.config import QUERY_ROLES
+from avar_verl.engine.inputs import DummyImage, merged_features
 from avar_verl.engine_config import AvarFSDPEngineConfig
-from avar_verl.families import get_family
+from avar_verl.families import FAMILIES, Family, get_family
 from avar_verl.freeze import freeze_vision
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.alarms import system_mass_alarm
@@ -73,13 +74,14 @@ class _Guidance:
         torch.distributed.all_reduce(total, group=group)
         sums = dict(zip(self.SUMS, total.tolist(), strict=True))
         out = {"avar/lm_loss": sums["lm_loss"], "avar/schedule": self.factor}
-        out["avar/guided_samples"] = self.num_enhance
-        out["avar/samples_without_system"] = self.num_enhance - self.num_suppress
+        out["avar/guided_samples"] = max(self.num_enhance, self.num_suppress)
+        # Without image keys (cross-attention) nothing that has the image mass in it is defined.
         if self.num_enhance:
+            out["avar/samples_without_system"] = self.num_enhance - self.num_suppress
             out["avar/enhance"] = sums["enhance"] / self.num_enhance
             out["avar/image_mass"] = sums["image_mass"] / self.num_enhance
         if self.num_suppress:
-            for name in ("suppress", "system_mass", "vas", "image_share"):
+            for name in ("suppress", "system_mass", *(("vas", "image_share") if self.num_enhance else ())):
                 out[f"avar/{name}"] = sums[name] / self.num_suppress
             out["avar/alarm/system_mass"] = float(system_mass_alarm(out["avar/system_mass"], alarm_system_mass))
         return out
@@ -88,11 +90,13 @@ class _Guidance:
 class AvarFSDPEngine(FSDPEngineWithLMHead):
     """`FSDPEngineWithLMHead` that captures attention masses when its config asks for it.
 
-    Changes w.r.t. verl's engine, none without an `AvarFSDPEngineConfig`:
+    Changes w.r.t. verl's engine, all but the last without effect unless its config is an `AvarFSDPEngineConfig`:
     - training with `agto`: the loss gets alpha * L_enhance + beta * L_suppress, normalised over the global batch like
       verl's own loss, and `avar/*` metrics; with alpha = beta = 0 nothing is added to it;
     - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers a sample;
-    - with `freeze_vision_tower` or `freeze_projector`: these parameters have no gradient and no optimizer state.
+    - with `freeze_vision_tower` or `freeze_projector`: these parameters have no gradient and no optimizer state;
+    - of a known family: images of different tile counts share a micro-batch, the inputs of every position that a family
+      needs are made from the ids, and a micro-batch without an image runs the vision tower too (`engine.inputs`).
     """
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
@@ -104,6 +108,9 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         self._guidance: _Guidance | None = None
         self._captured: CapturedMass | None = None
         self._role_map: RoleMap | None = None
+        model_type = model_config.hf_config.model_type
+        self._family: Family | None = get_family(model_type) if model_type in FAMILIES else None
+        self._dummy_image: DummyImage | None = None
         if self._captures(engine_config):
             self._role_map = RoleMap.from_pretrained(model_config.processor, model_config.hf_config)
 
@@ -148,11 +155,13 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 "attention masses of packed micro-batches need an attention of verl's that this plugin wraps; got "
                 f"model_type={model_type!r}, known {PACKED_FAMILIES}. Set model.use_remove_padding=False."
             )
-        if get_family(model_type).cross_attention:
+        agto, vars_ = engine_config.agto, engine_config.vars
+        wants_image_mass = bool((agto and agto.alpha > 0) or (vars_ and vars_.measures))
+        if get_family(model_type).cross_attention and wants_image_mass:
             raise ValueError(
-                "guidance and reward need image and system keys in one softmax; got "
-                f"model_type={model_type!r}, which reads images in cross-attention layers. Set avar.agto.alpha, "
-                "avar.agto.beta and avar.vars.lambda_v to 0, and measure to false."
+                "L_enhance and r_visual need image and system keys in one softmax; got "
+                f"model_type={model_type!r}, which reads images in cross-attention layers. Set avar.agto.alpha and "
+                "avar.vars.lambda_v to 0 and avar.vars.measure to false; L_suppress (avar.agto.beta) works."
             )
         text_config = model_config.hf_config.get_text_config()
         for part in (engine_config.agto, engine_config.vars):
@@ -162,6 +171,18 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 )
                 choose_implementation(part.implementation, get_device_name(), len(TokenRole), head_size)
                 layers = resolve_indices("layers", part.layers, text_config.num_hidden_layers)
+                if part.layers is None:
+                    cross = getattr(text_config, "cross_attention_layers", ())
+                    layers = tuple(layer for layer in layers if layer not in cross)
+                types = getattr(text_config, "layer_types", None) or ()
+                sliding = [layer for layer in layers if types and types[layer] == "sliding_attention"]
+                if sliding:
+                    full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+                    raise ValueError(
+                        "masses need layers in which a response sees the system turn and the image; got layers "
+                        f"{sliding}, whose window of {text_config.sliding_window} tokens moves on. Set avar.agto.layers "
+                        f"and avar.vars.layers to some of {full}."
+                    )
                 if part.layer_weights is not None and len(part.layer_weights) != len(layers):
                     raise ValueError(
                         f"layer_weights must be as many as layers; got {len(part.layer_weights)} for {len(layers)} "
@@ -183,6 +204,12 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             freeze_vision(module, self.model_config.hf_config.model_type, tower, projector)
         return module
 
+    def _build_model_optimizer(self):
+        super()._build_model_optimizer()
+        # verl has a dummy image of its own for the families whose forward it replaces.
+        if self._family is not None and not self._family.verl_forward and self.model_config.processor is not None:
+            self._dummy_image = DummyImage(self.module, self.model_config.processor, self._family)
+
     # ---- roles -------------------------------------------------------------------------------------------------
 
     def _roles(self, data: TensorDict) -> torch.Tensor:
@@ -203,26 +230,30 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             roles_BS = roles_BS.masked_fill((roles_BS == TokenRole.IMAGE) & ~region_BS, TokenRole.OTHER)
         return roles_BS
 
+    def _images_beside(self, data: TensorDict) -> torch.Tensor | None:
+        """Which samples have images that a cross-attention family reads, (B,) bool; None for other families."""
+        if not self._family.cross_attention:
+            return None
+        token_id = self.model_config.hf_config.image_token_index
+        return torch.stack([(ids_S == token_id).any() for ids_S in data["input_ids"].unbind()])
+
     def _inside_boxes(self, roles_BS: torch.Tensor, data: TensorDict) -> torch.Tensor:
         """Roles in which image tokens outside the reference boxes of a rollout's sample have no role."""
-        processor = self.model_config.processor
         roles_BS = roles_BS.clone()
         samples = zip(data["input_ids"].unbind(), data["extra_info"], data["multi_modal_inputs"], strict=True)
         for row, (ids_S, info, inputs) in enumerate(samples):
             info = info or {}
             boxes, size = info.get("boxes"), info.get("boxes_size")
-            grids = (inputs or {}).get("image_grid_thw")  # A sample without an image has no inputs.
-            if grids is None:
+            if not inputs:  # No image.
                 continue
-            if boxes is None or size is None or len(grids) != 1:
+            places = self._family.image_places(self.model_config.processor, inputs)
+            if boxes is None or size is None or len(places) != 1:
                 raise ValueError(
                     "avar.vars.region needs extra_info['boxes'] and extra_info['boxes_size'] for the one image of a "
-                    f"sample; got {sorted(info)} and {len(grids)} images for sample {info.get('index')}. Add them "
+                    f"sample; got {sorted(info)} and {len(places)} images for sample {info.get('index')}. Add them "
                     "([] for the whole image), or set avar.vars.region=false."
                 )
-            region_S = image_region(
-                ids_S, processor.image_token_id, [boxes], [size], grids, processor.image_processor.merge_size
-            )
+            region_S = image_region(ids_S, self._role_map.image_token_ids, [boxes], [size], places)
             outside_S = (roles_BS[row, : len(ids_S)] == TokenRole.IMAGE) & ~region_S
             roles_BS[row, : len(ids_S)][outside_S] = TokenRole.OTHER
         return roles_BS
@@ -232,7 +263,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     def _begin_guidance(self, data: TensorDict) -> _Guidance:
         roles_BS = self._roles(data)
         _, valid_BQ = select_queries(roles_BS, QUERY_ROLES[self._agto.query_role])
-        has_enhance_B, has_suppress_B = eligible(roles_BS, valid_BQ)
+        has_enhance_B, has_suppress_B = eligible(roles_BS, valid_BQ, self._images_beside(data))
         counts = torch.stack([has_enhance_B.sum(), has_suppress_B.sum(), torch.tensor(len(roles_BS))])
         counts = counts.to(get_device_id())
         torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
@@ -255,6 +286,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 agto.image_target,
                 agto.system_floor,
                 agto.layer_weights,
+                self._images_beside(data),
             )
             # Under Ulysses a rank holds some of the heads. Values become the mean over all of them; the gradient stays
             # the one of the rank's own mean, which FSDP's average over the ranks makes the mean over all heads.
@@ -325,6 +357,18 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 return super().forward_step(micro_batch, loss_function, forward_only)
             finally:
                 self._captured = None
+
+    def prepare_model_inputs(self, micro_batch: TensorDict):
+        if self._family is None or "multi_modal_inputs" not in micro_batch.keys():
+            return super().prepare_model_inputs(micro_batch)
+        dummy = self._dummy_image
+        features, micro_batch = merged_features(self._family, micro_batch, dummy.features if dummy else None)
+        if dummy is not None:
+            dummy.wanted = not features
+        inputs, output_args = super().prepare_model_inputs(micro_batch)
+        if self._family.token_inputs is not None:
+            inputs.update(self._family.token_inputs(self.model_config.hf_config, inputs["input_ids"], features))
+        return inputs, output_args
 
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from avar_verl.families.turns import TurnFormat, Turns
 from avar_verl.roles import RoleMap
 
@@ -18,8 +20,16 @@ class Family:
     system: what counts as the system turn, in words, for logs and documentation.
     placeholders: names of the config's ids that vision features replace; none for cross-attention.
     vision_tower, projectors: prefixes of parameter names; a projector may lie inside the tower.
+    coordinates: how the model writes boxes, a value of `parse_anchors(coordinates=)`; None: it was trained on none.
     cross_attention: images are read in layers of their own, whose softmax has image keys alone. Then the ratio of
-        image to system mass is not defined, and the engine refuses guidance and reward.
+        image to system mass is not defined: L_suppress alone can guide, and the engine refuses the reward.
+    places: `places(processor, features, image_sizes) -> [(N, 4), ...]`, for every image the rectangles its tokens stand
+        for (`avar_verl.regions`); `image_sizes` are the (width, height) that the processor saw, or None. None: boxes
+        cannot be mapped to tokens.
+    verl_forward: verl replaces the model's forward by one of its own (verl/models/transformers/monkey_patch.py).
+    token_inputs: `token_inputs(config, ids_BS, features) -> dict` of model inputs with an entry for every position.
+    fill_text_only: `fill_text_only(features of another sample) -> features` of a sample without an image, where the
+        first dimension of features is the sample; None where it is the image.
     """
 
     model_types: tuple[str, ...]
@@ -28,7 +38,12 @@ class Family:
     placeholders: tuple[str, ...]
     vision_tower: str
     projectors: tuple[str, ...]
+    coordinates: str | None = None
     cross_attention: bool = False
+    places: Callable[[Any, dict, list | None], list[torch.Tensor]] | None = None
+    verl_forward: bool = False
+    token_inputs: Callable[[Any, torch.Tensor, dict], dict] | None = None
+    fill_text_only: Callable[[dict], dict] | None = None
 
     def role_map(self, tokenizer, config) -> RoleMap:
         """`RoleMap` of a model of this family.
@@ -38,6 +53,19 @@ class Family:
         """
         turn_format = self.turns if isinstance(self.turns, TurnFormat) else self.turns(tokenizer)
         return RoleMap(Turns.from_tokenizer(tokenizer, turn_format), self.placeholder_ids(config))
+
+    def image_places(self, processor, features: dict, image_sizes: list | None = None) -> list[torch.Tensor]:
+        """For every image the places (N, 4) of its tokens; [] without an image.
+
+        Raises:
+            ValueError: a family whose tokens stand for no rectangles, or one that needs `image_sizes`.
+        """
+        if self.places is None:
+            raise ValueError(
+                f"boxes need a family whose image tokens stand for known rectangles; got {self.model_types[0]}. Leave "
+                "regions out, or add `places` to its file in avar_verl/families."
+            )
+        return self.places(processor, features, image_sizes) if features else []
 
     def placeholder_ids(self, config) -> tuple[int, ...]:
         """Ids of the image and video placeholders."""

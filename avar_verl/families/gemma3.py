@@ -5,8 +5,13 @@ The chat template folds the system message into the first user turn, where no id
 system message is USER, and SYSTEM is `<bos>`, the attention sink before the first turn.
 """
 
+import math
+
+import torch
+
 from avar_verl.families.family import Family
 from avar_verl.families.turns import TurnFormat
+from avar_verl.regions import grid_places
 
 TURNS = TurnFormat(
     system=("<bos>",),
@@ -20,6 +25,18 @@ TURNS = TurnFormat(
 )
 
 
+def token_inputs(config, ids_BS: torch.Tensor, features: dict) -> dict[str, torch.Tensor]:
+    """`token_type_ids`, 1 on image tokens: those of one image see each other."""
+    return {"token_type_ids": (ids_BS == config.image_token_id).long()}
+
+
+def places(processor, features: dict, image_sizes: list | None) -> list[torch.Tensor]:
+    """Every image is stretched to a square of `image_seq_length` tokens. With pan and scan an image has more crops than
+    one, which the features do not tell apart: then the number of images does not fit, an error."""
+    side = math.isqrt(processor.image_seq_length)
+    return [grid_places(side, side) for _ in features["pixel_values"]]
+
+
 FAMILY = Family(
     model_types=("gemma3",),
     turns=TURNS,
@@ -27,4 +44,6 @@ FAMILY = Family(
     placeholders=("image_token_id",),
     vision_tower="model.vision_tower",
     projectors=("model.multi_modal_projector",),
+    token_inputs=token_inputs,
+    places=places,
 )

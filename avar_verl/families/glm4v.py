@@ -6,6 +6,7 @@ response the chat template writes neither.
 """
 
 from avar_verl.families.family import Family
+from avar_verl.families.grid import grid_thw_places
 from avar_verl.families.turns import TurnFormat
 
 TURNS = TurnFormat(
@@ -25,4 +26,7 @@ FAMILY = Family(
     placeholders=("image_token_id", "video_token_id"),
     vision_tower="model.visual",
     projectors=("model.visual.merger",),
+    coordinates="relative_1000",
+    verl_forward=True,
+    places=grid_thw_places,
 )

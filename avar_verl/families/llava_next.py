@@ -41,4 +41,5 @@ FAMILY = Family(
     placeholders=("image_token_index", "image_token_id"),
     vision_tower="model.vision_tower",
     projectors=("model.multi_modal_projector",),
+    coordinates="normalized",
 )

@@ -7,8 +7,37 @@ image mass over system mass is not defined, L_enhance is a constant, and r_visua
 of its turn: no feature replaces it.
 """
 
+import torch
+
 from avar_verl.families.family import Family
 from avar_verl.families.turns import LLAMA3
+
+
+def token_inputs(config, ids_BS: torch.Tensor, features: dict) -> dict[str, torch.Tensor]:
+    """`cross_attention_mask` (B, S, images, tiles): who sees which image, as MllamaProcessor makes it."""
+    if "aspect_ratio_mask" not in features:
+        return {}
+    from transformers.models.mllama.processing_mllama import (
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
+    )
+
+    num_images, num_tiles = features["aspect_ratio_mask"].shape[1:]
+    seen = [get_cross_attention_token_mask(ids_S.tolist(), config.image_token_index) for ids_S in ids_BS]
+    # Tiles that an image does not have are hidden here; `aspect_ratio_mask` hides them in the vision tower.
+    tiles = features["aspect_ratio_mask"].sum(-1).tolist()
+    mask = convert_sparse_cross_attention_mask_to_dense(seen, tiles, num_tiles, ids_BS.shape[1])
+    mask = torch.from_numpy(mask).to(ids_BS.device)
+    return {"cross_attention_mask": torch.nn.functional.pad(mask, (0, 0, 0, num_images - mask.shape[2]))}
+
+
+def fill_text_only(like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Features of a sample without an image: one black image that no token sees."""
+    features = {key: torch.zeros_like(value[:1, :1]) for key, value in like.items()}
+    # As the image processor does for images that a sample does not have: with no tile at all the tower has no key.
+    features["aspect_ratio_mask"][..., 0] = 1
+    return features
+
 
 FAMILY = Family(
     model_types=("mllama",),
@@ -18,4 +47,6 @@ FAMILY = Family(
     vision_tower="model.vision_model",
     projectors=("model.multi_modal_projector",),
     cross_attention=True,
+    token_inputs=token_inputs,
+    fill_text_only=fill_text_only,
 )

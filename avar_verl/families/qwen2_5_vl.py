@@ -2,6 +2,7 @@
 """Qwen2.5-VL. `<|vision_start|>` and `<|vision_end|>` around the placeholders keep the role of their turn."""
 
 from avar_verl.families.family import Family
+from avar_verl.families.grid import grid_thw_places
 from avar_verl.families.turns import CHATML
 
 FAMILY = Family(
@@ -11,4 +12,7 @@ FAMILY = Family(
     placeholders=("image_token_id", "video_token_id"),
     vision_tower="model.visual",
     projectors=("model.visual.merger",),
+    coordinates="absolute",
+    verl_forward=True,
+    places=grid_thw_places,
 )

@@ -2,6 +2,7 @@
 """Qwen2-VL. As Qwen2.5-VL."""
 
 from avar_verl.families.family import Family
+from avar_verl.families.grid import grid_thw_places
 from avar_verl.families.turns import CHATML
 
 FAMILY = Family(
@@ -11,4 +12,7 @@ FAMILY = Family(
     placeholders=("image_token_id", "video_token_id"),
     vision_tower="model.visual",
     projectors=("model.visual.merger",),
+    coordinates="relative_1000",
+    verl_forward=True,
+    places=grid_thw_places,
 )

@@ -5,6 +5,7 @@ Features of three depths of the vision tower enter the language model (deepstack
 """
 
 from avar_verl.families.family import Family
+from avar_verl.families.grid import grid_thw_places
 from avar_verl.families.turns import CHATML
 
 FAMILY = Family(
@@ -14,4 +15,7 @@ FAMILY = Family(
     placeholders=("image_token_id", "video_token_id"),
     vision_tower="model.visual",
     projectors=("model.visual.merger", "model.visual.deepstack_merger_list"),
+    coordinates="relative_1000",
+    verl_forward=True,
+    places=grid_thw_places,
 )

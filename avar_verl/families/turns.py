@@ -65,6 +65,11 @@ def _spellings(tokenizer, text: str, ends: tuple[str, ...], trailing: str) -> tu
         ids = tokenizer.encode(before + text, add_special_tokens=False)
         if ids[: len(prefix)] == prefix:
             spellings.add(tuple(ids[len(prefix) :]))
+    # Behind a word: " [/INST]", whose space many tokenizers write into the first token of the header.
+    word = tokenizer.encode("a", add_special_tokens=False)
+    ids = tokenizer.encode(f"a {text}", add_special_tokens=False)
+    if ids[: len(word)] == word and tuple(ids[len(word) + 1 :]) not in spellings:
+        spellings.add(tuple(ids[len(word) :]))
     unknown = [ids for ids in spellings if not ids or tokenizer.unk_token_id in ids]
     if unknown:
         raise ValueError(

@@ -48,10 +48,17 @@ class AgtoTerms:
     has_suppress_B: torch.Tensor
 
 
-def eligible(roles_BS: torch.Tensor, valid_BQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which samples have an enhance term (image and query) and a suppress term (also a system turn), bool (B,) each."""
-    has_enhance_B = (roles_BS == TokenRole.IMAGE).any(1) & valid_BQ.any(1)
-    return has_enhance_B, has_enhance_B & (roles_BS == TokenRole.SYSTEM).any(1)
+def eligible(
+    roles_BS: torch.Tensor, valid_BQ: torch.Tensor, has_image_B: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples have an enhance term (image and query) and a suppress term (also a system turn), bool (B,) each.
+
+    `has_image_B`: which samples have an image that no key of these layers stands for (cross-attention); they have no
+    enhance term.
+    """
+    has_query_B, has_keys_B = valid_BQ.any(1), (roles_BS == TokenRole.IMAGE).any(1)
+    has_image_B = has_keys_B if has_image_B is None else has_image_B
+    return has_keys_B & has_query_B, has_image_B & has_query_B & (roles_BS == TokenRole.SYSTEM).any(1)
 
 
 def normalized_weights(layer_weights: Sequence[float], like: torch.Tensor) -> torch.Tensor:
@@ -68,6 +75,7 @@ def agto_terms(
     image_target: float | None = None,
     system_floor: float | None = None,
     layer_weights: Sequence[float] | None = None,
+    has_image_B: torch.Tensor | None = None,
 ) -> AgtoTerms:
     """L_enhance and L_suppress of every sample, in nats.
 
@@ -79,10 +87,11 @@ def agto_terms(
         image_target: mass in (0, 1] from which a head is no longer pushed towards the image; None never stops.
         system_floor: mass in [0, 1) below which a head is no longer pushed off the system turn; None never stops.
         layer_weights: L positive weights of mean_l, normalised by their sum; None is the plain mean.
+        has_image_B: see `eligible`.
 
     Gradients flow through the masses. A mass of exactly 0 counts as the smallest positive float and has no gradient.
     """
-    has_enhance_B, has_suppress_B = eligible(roles_BS, valid_BQ)
+    has_enhance_B, has_suppress_B = eligible(roles_BS, valid_BQ, has_image_B)
     num_image_B = (roles_BS == TokenRole.IMAGE).sum(1).clamp(min=1)[:, None, None]
     num_system_B = (roles_BS == TokenRole.SYSTEM).sum(1).clamp(min=1)[:, None, None]
 

@@ -125,6 +125,46 @@ def maybe_fix_3d_position_ids(data: TensorDict):
             "        inputs_embeds = inputs_embeds + 0.0 * image_embeds.mean()",
             1,
         ),
+        # compat.processor
+        ("utils/tokenizer/tokenizer.py", "hf_processor", 'raise ValueError(f"Unsupported processor type:', 1),
+        ("utils/tokenizer/tokenizer.py", "hf_processor", "except Exception as e:\n        processor = None", 1),
+        # compat.glm4v
+        (
+            "models/transformers/glm4v.py",
+            "_get_input_embeds",
+            "image_embeds = model.visual(pixel_values, grid_thw=image_grid_thw)\n        n_image_tokens",
+            1,
+        ),
+        ("models/transformers/glm4v.py", "glm4v_base_forward", "= _get_input_embeds(\n        self, input_ids", 1),
+        ("utils/flops_counter.py", None, '"glm4v": _estimate_qwen2_flops', 1),
+        ("utils/flops_counter.py", "_estimate_qwen2_flops", "hidden_size = config.hidden_size", 1),
+        # compat.rollout_features
+        (
+            "experimental/agent_loop/agent_loop.py",
+            "AgentLoopWorker._compute_multi_modal_inputs",
+            "current_text = self.tokenizer.decode(collapsed_ids, skip_special_tokens=True)",
+            1,
+        ),
+        (
+            "experimental/agent_loop/agent_loop.py",
+            "AgentLoopWorker._compute_position_ids",
+            'if multi_modal_inputs.pop("mm_token_type_ids", None) is not None:',
+            1,
+        ),
+        (
+            "trainer/ppo/v1/agent_loop_tq.py",
+            None,
+            "multi_modal_inputs = self._compute_multi_modal_inputs(output, input_ids)",
+            1,
+        ),
+        # compat.fsdp2_targets
+        ("utils/fsdp_utils.py", "_select_fsdp2_wrap_targets", "or (isinstance(module, nn.Embedding) and not _tie)", 1),
+        # engine.inputs
+        ("workers/engine/fsdp/transformer_impl.py", None, "extract_multi_modal_inputs(micro_batch.get(", 1),
+        ("utils/model.py", "extract_multi_modal_inputs", "multi_modal_inputs[key] = torch.cat(values, dim=0)", 1),
+        # rollout.agent_loop: one placeholder an image, for one image processor alone
+        ("workers/rollout/utils.py", "qwen2_5_vl_dedup_image_tokens", '"Qwen2VLImageProcessor" in processor', 1),
+        ("utils/dataset/dataset_utils.py", None, "if isinstance(batch[0][key], torch.Tensor):", 1),
         # compat.vllm_cpu
         ("third_party/vllm/__init__.py", None, 'package_name = "vllm"', 1),
         # compat.cpu_platform

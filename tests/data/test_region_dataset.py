@@ -22,6 +22,13 @@ def rows(tmp_path_factory):
     return rows
 
 
+@pytest.fixture(scope="module")
+def processor(tiny_model_path):
+    from verl.utils import hf_processor
+
+    return hf_processor(tiny_model_path)
+
+
 def dataset(rows, processor, folder):
     from avar_verl.data.region_dataset import RegionSFTDataset
 
@@ -30,11 +37,11 @@ def dataset(rows, processor, folder):
     return RegionSFTDataset(str(folder / "rows.parquet"), processor.tokenizer, config, processor=processor)
 
 
-def test_regions_follow_the_tokens_into_the_batch(rows, tiny_processor, tmp_path):
+def test_regions_follow_the_tokens_into_the_batch(rows, processor, tmp_path):
     from verl.utils.dataset.dataset_utils import SFTTensorCollator
 
-    samples = dataset(rows, tiny_processor, tmp_path)
-    image_id = tiny_processor.image_token_id
+    samples = dataset(rows, processor, tmp_path)
+    image_id = processor.image_token_id
     of_first = samples[0]["image_region"][samples[0]["input_ids"] == image_id]
     assert of_first.reshape(4, 4).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
     batch = SFTTensorCollator("no_padding")([samples[index] for index in range(3)])
@@ -42,23 +49,23 @@ def test_regions_follow_the_tokens_into_the_batch(rows, tiny_processor, tmp_path
     assert [int(region.sum()) for region in batch["image_region"].unbind()] == [4, 16, 0]
 
 
-def test_what_does_not_fit_is_refused_with_its_row(rows, tiny_processor, tmp_path):
+def test_what_does_not_fit_is_refused_with_its_row(rows, processor, tmp_path):
     with pytest.raises(ValueError, match="RegionSFTDataset needs a column 'boxes'"):
-        dataset(rows.drop(columns="boxes"), tiny_processor, tmp_path)
+        dataset(rows.drop(columns="boxes"), processor, tmp_path)
     wrong = rows.copy()
     wrong["boxes"] = [[[[56.0, 0.0, 200.0, 56.0]]], [[]], []]
     with pytest.raises(ValueError, match="row 0: a box must be"):
-        dataset(wrong, tiny_processor, tmp_path)[0]
+        dataset(wrong, processor, tmp_path)[0]
 
 
-def test_the_engine_takes_the_role_from_image_tokens_outside(rows, tiny_processor, role_map, tmp_path):
+def test_the_engine_takes_the_role_from_image_tokens_outside(rows, processor, role_map, tmp_path):
     from tensordict import TensorDict
     from verl.utils.dataset.dataset_utils import SFTTensorCollator
 
     from avar_verl.engine.fsdp import AvarFSDPEngine
     from avar_verl.roles import TokenRole
 
-    samples = dataset(rows, tiny_processor, tmp_path)
+    samples = dataset(rows, processor, tmp_path)
     batch = SFTTensorCollator("no_padding")([samples[index] for index in range(3)])
     data = TensorDict({key: batch[key] for key in ("input_ids", "loss_mask", "image_region")}, batch_size=3)
     engine = object.__new__(AvarFSDPEngine)

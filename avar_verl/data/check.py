@@ -1,0 +1,595 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can be wrong with a data file, found before a training run finds it.
+
+    avar data check train.parquet --model Qwen/Qwen2.5-VL-7B-Instruct --max-length 8192
+
+A row is judged as the trainers read it: `kind` "sft" is `AvarSFTDataset`, "rl" is verl's `RLHFDataset`, which leaves
+rows that it cannot read out of the training and goes on. Without a model no torch is imported; with one every row is
+rendered by its processor (`data.check_rendered`). What can be found and how to mend it: `CHECKS`.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from avar_verl.data.images import layout_problem, load_image, pixel_notes, to_rgb
+from avar_verl.data.table import Paths, count_rows, data_files, read_rows
+
+Kind = Literal["sft", "rl"]
+COLUMN = {"sft": "messages", "rl": "prompt"}
+LAST_ROLE = {"sft": "assistant", "rl": "user"}
+# Which roles may follow a role; None is the start.
+FOLLOWS = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+# Types of blocks beside text, and the columns of what stands where they do.
+MEDIA = {"image": "images", "video": "videos"}
+MAX_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO, which both data sets ask for whatever the family.
+DEFAULT_FACTOR = 28  # Patch size times merge size of Qwen2.5-VL, for want of a model.
+# Delimiters and placeholders of the known families, for want of a tokenizer.
+SPECIAL = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad|begin_of_text|eot_id|"
+    r"start_header_id|end_header_id|image|video|system|user|assistant|observation)\|>|"
+    r"<(?:start_of_turn|end_of_turn|image_soft_token|IMG_CONTEXT|end_of_utterance)>"
+)
+CHUNK_ROWS = 16
+SHOWN_ROWS = 5
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A kind of finding. An error breaks a training or changes what it trains on; a warning is yours to judge."""
+
+    level: Literal["error", "warning"]
+    mend: str
+
+
+def _error(mend: str) -> Check:
+    return Check("error", mend)
+
+
+def _warning(mend: str) -> Check:
+    return Check("warning", mend)
+
+
+CHECKS: dict[str, Check] = {
+    "file": _error("Write or download the file again."),
+    "columns": _error("Name the conversation `messages` (SFT) or `prompt` (RL), or pass --kind."),
+    "messages": _error("Write a list of structs with role and content, not a JSON text."),
+    "roles": _error("Order the turns: a system turn only first, then user and assistant by turns."),
+    "content": _error("Write text with <image> where an image stands, or a list of text and image blocks."),
+    "null_block": _error("Write text with <image>: parquet gives every block the keys of all blocks of its column."),
+    "empty_turn": _error("Leave the row out."),
+    "markers": _error("Name every image once with <image>, in order; spell a marker that is only meant differently."),
+    "video": _error("Leave the row out: AvarSFTDataset takes images alone."),
+    "video_not_opened": _warning("Videos are counted; they are neither opened nor rendered."),
+    "marker_in_response": _error("Take it out: no model writes images, and their tokens would be trained on."),
+    "image": _error("Replace the image, or leave the row out."),
+    "image_layout": _error('Write {"bytes": ...} in every row, or {"image": path} in every row.'),
+    "image_layout_verl": _warning(
+        "Fine for AvarSFTDataset; verl's own MultiTurnSFTDataset needs "
+        '{"bytes": ...} or {"image": path} in every row, and [] for none.'
+    ),
+    "image_ratio": _error("Crop or pad the image, or leave the row out."),
+    "image_small": _warning("It is enlarged to one token a side: leave the row out if the image is a mistake."),
+    "image_pixels": _warning("Save the image as RGB, turned as it is to be seen."),
+    "boxes": _error("Give a list of (x1, y1, x2, y2) for every image, in pixels as stored, [] for the whole image."),
+    "special_token": _error("Take it out, or spell it differently: it would end a turn or stand for an image."),
+    "special_token_like": _warning("Check with --model whether the tokenizer has it as a token."),
+    "data_source": _error("Name the data set in the column `data_source`."),
+    "ground_truth": _error('Write {"style": "rule", "ground_truth": answer} into the column `reward_model`.'),
+    "extra_info": _error("Write a struct, or leave the column out."),
+    "no_system": _warning(
+        "Where the template writes no system turn either, a sample has no VAS, no L_suppress and, by "
+        "the paper's ratio, no r_visual: give every row a system turn if they are wanted."
+    ),
+    "duplicate": _warning("Leave one of them out; in a train and a test file it is a leak."),
+    "render": _error("Mend what the processor or the chat template refuses, or leave the row out."),
+    "length": _error("Raise the limit, make the images smaller, or leave the row out."),
+    "image_tokens": _error("Take processor and tokenizer from one checkpoint."),
+    "turns": _error("Use the chat template of the model: the turns it writes must be those of its family."),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to check.
+
+    kind: "auto" takes a file with a column `messages` for SFT and one with `prompt` for RL.
+    model: Hugging Face folder or name, whose processor renders every row; None: rows are not rendered.
+    max_length, max_prompt_length: tokens that a row of SFT or RL may have (None: any number); they need a model.
+    allow_urls: fetch images from http(s).
+
+    Raises:
+        ValueError: an unknown kind, or a limit that would not be used.
+    """
+
+    kind: str = "auto"
+    model: str | None = None
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    allow_urls: bool = False
+
+    def __post_init__(self):
+        if self.kind not in (*COLUMN, "auto"):
+            raise ValueError(f"kind must be one of {[*COLUMN, 'auto']}; got {self.kind!r}. Name one.")
+        for name, kind in (("max_length", "sft"), ("max_prompt_length", "rl")):
+            value = getattr(self, name)
+            if value is not None and (self.model is None or self.kind not in (kind, "auto")):
+                raise ValueError(
+                    f"{name} counts a processor's tokens of {kind} rows; got {value} with model={self.model!r} and "
+                    f"kind={self.kind!r}. Name the model and the kind, or leave it out."
+                )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One failed check. `row` counts from 0 in `file`; None: the file as a whole."""
+
+    file: str
+    row: int | None
+    check: str
+    message: str
+
+    @property
+    def level(self) -> str:
+        return CHECKS[self.check].level
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields with `level` and `mend`."""
+        return {**asdict(self), "level": self.level, "mend": CHECKS[self.check].mend}
+
+
+@dataclass
+class RowResult:
+    """What one row gave: (check, message) pairs, counts, and a digest of its turns and pixels where they are sound."""
+
+    findings: list[tuple[str, str]] = field(default_factory=list)
+    num_images: int = 0
+    num_tokens: int | None = None
+    digest: bytes | None = None
+
+    def add(self, check: str, message: str) -> None:
+        assert check in CHECKS
+        self.findings.append((check, message))
+
+    @property
+    def errors(self) -> list[tuple[str, str]]:
+        return [(check, message) for check, message in self.findings if CHECKS[check].level == "error"]
+
+
+def blocks_of(content: str | Sequence[dict]) -> list[dict[str, Any]]:
+    """Message content as blocks; `<image>` and `<video>` in text become blocks of their type, null keys are dropped.
+
+    >>> blocks_of("<image>What?")
+    [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
+    """
+    if not isinstance(content, str):
+        return [{key: value for key, value in block.items() if value is not None} for block in content]
+    parts = re.split(f"(<(?:{'|'.join(MEDIA)})>)", content)  # Every second part is a marker.
+    blocks = [{"type": part[1:-1]} if odd % 2 else {"type": "text", "text": part} for odd, part in enumerate(parts)]
+    return [block for block in blocks if block.get("text") != ""]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _content_problem(content: Any) -> str | None:
+    if isinstance(content, str):
+        return None
+    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
+        return f"content must be text or a list of blocks; got {_shown(content)}."
+    for block in content:
+        if block.get("type") not in ("text", *MEDIA):
+            return f"a block must have the type text, image or video; got {_shown(block)}."
+        if block["type"] == "text" and not isinstance(block.get("text"), str):
+            return f"a text block must hold text; got {_shown(block)}."
+    return None
+
+
+def check_messages(messages: Any, kind: Kind, result: RowResult) -> bool:
+    """Form, roles, content and empty turns. Returns whether the other checks can read the conversation."""
+    if not isinstance(messages, list) or not messages:
+        result.add("messages", f"`{COLUMN[kind]}` must be a list of turns; got {_shown(messages)}.")
+        return False
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            result.add("messages", f"a turn must have role and content; got {_shown(message)} as turn {number}.")
+            return False
+        problem = _content_problem(message["content"])
+        if problem:
+            result.add("content", f"turn {number}: {problem}")
+            return False
+    roles = [message["role"] for message in messages]
+    for before, role in itertools.pairwise([None, *roles]):
+        if role not in FOLLOWS[before]:
+            where = "first" if before is None else f"after {before}"
+            result.add("roles", f"{' or '.join(FOLLOWS[before])} must come {where}; got {_shown(roles)}.")
+            break
+    else:
+        if roles[-1] != LAST_ROLE[kind]:
+            result.add("roles", f"the last turn of {kind} must be the {LAST_ROLE[kind]}'s; got {_shown(roles)}.")
+    for number, message in enumerate(messages):
+        blocks = blocks_of(message["content"])
+        silent = not any(block["type"] != "text" or block["text"].strip() for block in blocks)
+        # An empty system turn keeps a template from writing its own, and a turn that calls tools may say nothing.
+        if silent and message["role"] != "system" and not message.get("tool_calls"):
+            what = "response" if message["role"] == "assistant" else f"{message['role']} turn"
+            result.add("empty_turn", f"a {what} must say something; got {message['content']!r} as turn {number}.")
+    return True
+
+
+def check_media(values: dict, messages: list[dict], kind: Kind, result: RowResult) -> list[Any]:
+    """Markers and blocks against the columns `images` and `videos`. Returns the stored images of the row."""
+    stored = {}
+    for name, column in MEDIA.items():
+        if not isinstance(values.get(column) or [], list):
+            result.add("image_layout", f"`{column}` must be a list; got {_shown(values[column])}.")
+        stored[name] = values[column] if isinstance(values.get(column), list) else []
+    if stored["video"]:
+        result.add("video" if kind == "sft" else "video_not_opened", f"got {len(stored['video'])} videos.")
+    if kind == "sft" and "images" in values and values["images"] is None:
+        result.add("image_layout_verl", "`images` is null.")
+    markers = Counter()
+    own = []
+    for message in messages:
+        holds_own = kind == "rl" and not isinstance(message["content"], str)  # verl leaves such content as it is.
+        for block in blocks_of(message["content"]):
+            if block["type"] == "text":
+                continue
+            if message["role"] == "assistant":
+                result.add("marker_in_response", f"a response must be text; got <{block['type']}> in it.")
+            if not holds_own:
+                markers[block["type"]] += 1
+            elif not isinstance(block.get(block["type"]), str | list):
+                result.add(
+                    "image_layout", f"in RL a block must hold its {block['type']} as a path; got {_shown(block)}."
+                )
+            elif block["type"] == "image":
+                own.append(block["image"])
+        if holds_own:
+            keys = {
+                key for block in message["content"] if block["type"] == "text" for key in block.keys() & MEDIA.keys()
+            }
+            if keys:
+                result.add("null_block", f"a text block with a key of images counts as an image; got {sorted(keys)}.")
+    for name, column in MEDIA.items():
+        if markers[name] != len(stored[name]):
+            result.add(
+                "markers",
+                f"<{name}> must stand once for every one of `{column}`; got {markers[name]} for {len(stored[name])}.",
+            )
+    return stored["image"] + own
+
+
+def _box_problem(box: Any, size: Sequence[float]) -> str | None:
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
+        return f"a box must be four numbers (x1, y1, x2, y2); got {_shown(box)}."
+    x1, y1, x2, y2 = box
+    # Also false where one is not a number.
+    if not (0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]):
+        return f"a box must have positive area inside the image; got {box} in {size[0]} x {size[1]}."
+    return None
+
+
+def check_boxes(boxes: Any, sizes: Sequence[Sequence[float]], result: RowResult) -> None:
+    """`boxes` has one list of boxes for every image, which has its (width, height) in `sizes`."""
+    if not isinstance(boxes, list) or not all(isinstance(of_image, list) for of_image in boxes):
+        result.add("boxes", f"boxes must be one list for every image; got {_shown(boxes)}.")
+    elif len(boxes) != len(sizes):
+        result.add("boxes", f"boxes must be one list for every image; got {len(boxes)} for {len(sizes)} images.")
+    else:
+        pairs = ((box, size) for of_image, size in zip(boxes, sizes, strict=True) for box in of_image)
+        for problem in filter(None, itertools.starmap(_box_problem, pairs)):
+            result.add("boxes", problem)
+
+
+def check_rl(values: dict, num_images: int, result: RowResult) -> None:
+    """What rewards and verl's data set read beside the prompt."""
+    source = values.get("data_source")
+    if not isinstance(source, str) or not source:
+        result.add("data_source", f"`data_source` must be text; got {source!r}.")
+    model = values.get("reward_model")
+    truth = model.get("ground_truth") if isinstance(model, dict) else None
+    missing = math.isnan(truth) if isinstance(truth, float) else truth is None or truth in ([], {})
+    if missing or (isinstance(truth, str) and not truth.strip()):
+        result.add("ground_truth", f"`reward_model` must have a ground_truth; got {_shown(model)}.")
+    info = values.get("extra_info")
+    if info is not None and not isinstance(info, dict):
+        result.add("extra_info", f"`extra_info` must be a struct; got {_shown(info)}.")
+    elif info and info.get("boxes") is not None:
+        size = info.get("boxes_size")
+        if isinstance(size, list) and len(size) == 2 and num_images == 1:
+            check_boxes([info["boxes"]], [size], result)
+        else:
+            result.add(
+                "boxes",
+                "extra_info['boxes'] must be of the one image of a row, and extra_info['boxes_size'] its (width, "
+                f"height); got {num_images} images and {size!r}.",
+            )
+
+
+def _digest(messages: list[dict], images: Iterable[Image.Image]) -> bytes:
+    out = hashlib.blake2b(json.dumps(messages, sort_keys=True, default=repr).encode(), digest_size=16)
+    for image in images:
+        out.update(repr(image.size).encode() + image.tobytes())
+    return out.digest()
+
+
+class RowChecker:
+    """`RowChecker(settings)(values, kind)` -> what is wrong with one row, as `RowResult`."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.rendering = None
+        if settings.model is not None:
+            from avar_verl.data.check_rendered import Rendering
+
+            self.rendering = Rendering(settings)
+
+    def __call__(self, values: dict[str, Any], kind: Kind) -> RowResult:
+        result = RowResult()
+        messages = values.get(COLUMN[kind])
+        sound = check_messages(messages, kind, result)
+        stored = check_media(values, messages if sound else [], kind, result) if sound else []
+        result.num_images = len(stored)
+        if kind == "rl":
+            check_rl(values, len(stored), result)
+        if not sound:
+            return result
+        self._check_text(messages, result)
+        images = self._open(stored, kind, result)
+        if len(images) < len(stored):
+            return result
+        if kind == "sft" and "boxes" in values:
+            check_boxes(values["boxes"], [image.size for image in images], result)
+        result.digest = _digest(messages, images)
+        if self.rendering is None and messages[0]["role"] != "system":
+            result.add("no_system", "there is no system turn.")
+        if self.rendering is not None and not result.errors and not values.get("videos"):
+            self.rendering(values, messages, stored, images, kind, result)
+        return result
+
+    def _check_text(self, messages: list[dict], result: RowResult) -> None:
+        known = self.rendering.special_tokens if self.rendering else ()
+        for message in messages:
+            for block in blocks_of(message["content"]):
+                text = block.get("text", "")
+                for token in known:
+                    if token in text:
+                        result.add(
+                            "special_token", f"text must not spell {token!r}; got it in a {message['role']} turn."
+                        )
+                for token in [] if self.rendering else sorted(set(SPECIAL.findall(text))):
+                    result.add("special_token_like", f"text spells {token!r} in a {message['role']} turn.")
+
+    def _open(self, stored: list[Any], kind: Kind, result: RowResult) -> list[Image.Image]:
+        """The images that can be opened, in RGB."""
+        factor = self.rendering.factor if self.rendering else DEFAULT_FACTOR
+        images = []
+        for number, value in enumerate(stored):
+            try:
+                loaded = load_image(value, allow_urls=self.settings.allow_urls)
+                image = to_rgb(loaded, bare=isinstance(value, Image.Image))
+            except ValueError as error:
+                result.add("image", f"image {number}: {error}")
+                continue
+            images.append(image)
+            problem = layout_problem(value, kind)
+            if problem:
+                check = "image_layout" if kind == "rl" else "image_layout_verl"
+                result.add(check, f"image {number} is {problem}.")
+            short, long = sorted(image.size)
+            if long > MAX_RATIO * short:
+                result.add(
+                    "image_ratio", f"a side may be {MAX_RATIO} times the other; got {image.size} of image {number}."
+                )
+            elif factor is not None and short < factor:
+                result.add(
+                    "image_small",
+                    f"a side has fewer than the {factor} pixels of a token; got {image.size} of image {number}.",
+                )
+            for note in pixel_notes(loaded):
+                result.add("image_pixels", f"image {number} has {note}.")
+        return images
+
+
+@dataclass
+class Report:
+    """What a check of files gave: rows of each kind, images and tokens of every row, and the findings."""
+
+    files: list[str]
+    rows: Counter = field(default_factory=Counter)
+    num_images: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def count(self, level: str) -> int:
+        """Findings of a level, "error" or "warning"."""
+        return sum(finding.level == level for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        with_images = sum(number > 0 for number in self.num_images)
+        return {
+            "files": self.files,
+            "rows": dict(self.rows),
+            "rows_with_images": with_images,
+            "rows_text_only": len(self.num_images) - with_images,
+            "images_per_row": _quantiles(self.num_images, (0.0, 0.5, 1.0)),
+            "tokens_per_row": _quantiles(self.num_tokens, QUANTILES),
+            "errors": self.count("error"),
+            "warnings": self.count("warning"),
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
+    def print(self, console: Console) -> None:
+        """One line of numbers, and a table with a line for every check that found something."""
+        numbers = self.as_dict()
+        rows = ", ".join(f"{count} {kind}" for kind, count in self.rows.items()) or "no"
+        console.print(
+            f"{rows} rows: {numbers['rows_with_images']} with images, {numbers['rows_text_only']} text only; images a "
+            f"row {_line(numbers['images_per_row'])}"
+        )
+        if self.num_tokens:
+            console.print(f"tokens a row {_line(numbers['tokens_per_row'])}")
+        by_check: dict[str, list[Finding]] = {}
+        for finding in sorted(self.findings, key=lambda finding: finding.level):
+            by_check.setdefault(finding.check, []).append(finding)
+        if by_check:
+            table = Table("check", "level", "found", "rows", "first finding, and how to mend it")
+            for check, findings in by_check.items():
+                table.add_row(
+                    check,
+                    findings[0].level,
+                    str(len(findings)),
+                    self._where(findings),
+                    f"{findings[0].message}\n-> {CHECKS[check].mend}",
+                )
+            console.print(table, markup=False)
+        console.print(f"{self.count('error')} errors, {self.count('warning')} warnings")
+
+    def _where(self, findings: list[Finding]) -> str:
+        """The first rows, with their files if there are several."""
+        places = dict.fromkeys((finding.file, finding.row) for finding in findings)
+        shown = []
+        for file, row in itertools.islice(places, SHOWN_ROWS):
+            name = file.rsplit("/", 1)[-1] if len(self.files) > 1 or row is None else ""
+            shown.append(":".join(filter(None, (name, "" if row is None else str(row)))))
+        return "\n".join(shown) + ("\n..." if len(places) > SHOWN_ROWS else "")
+
+
+def _quantiles(values: list[int], at: Sequence[float]) -> dict[str, int]:
+    """Nearest ranks, {} of nothing; 0 is the least value, 0.5 the median, 1 the greatest."""
+    names = {0.0: "min", 0.5: "median", 1.0: "max"}
+    ordered = sorted(values)
+    return {
+        names.get(share, f"p{share * 100:.0f}"): ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+        for share in at
+        if ordered
+    }
+
+
+def _line(quantiles: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in quantiles.items()) or "none"
+
+
+# A row on its way to a checker: file, number, kind, values.
+_Task = tuple[str, int, Kind, dict[str, Any]]
+
+
+def _kind_of(values: dict[str, Any]) -> Kind:
+    found = [kind for kind, column in COLUMN.items() if column in values]
+    if len(found) == 2:  # Some sets carry both; only RL needs a reference answer.
+        return "rl" if "reward_model" in values else "sft"
+    if not found:
+        raise ValueError(f"a row must have one of the columns {list(COLUMN.values())}; got {sorted(values)}.")
+    return found[0]
+
+
+def _tasks(files: Sequence, settings: Settings, report: Report) -> Iterator[_Task]:
+    """The rows of all files; a file that cannot be read becomes a finding."""
+    for file in files:
+        kind = None if settings.kind == "auto" else settings.kind
+        try:
+            for row in read_rows(file):
+                if kind is None:
+                    try:
+                        kind = _kind_of(row.values)
+                    except ValueError as error:
+                        report.findings.append(Finding(str(file), None, "columns", str(error)))
+                        break
+                yield str(file), row.number, kind, row.values
+        except ValueError as error:
+            report.findings.append(Finding(str(file), None, "file", str(error)))
+
+
+_checker: RowChecker | None = None  # Of a process of the pool.
+
+
+def _start_worker(settings: Settings) -> None:
+    global _checker
+    if settings.model is not None:
+        import torch
+
+        torch.set_num_threads(1)  # The processes share the cores.
+    _checker = RowChecker(settings)
+
+
+def _check_chunk(chunk: list[_Task]) -> list[RowResult]:
+    return [_checker(values, kind) for _, _, kind, values in chunk]
+
+
+def _results(tasks: Iterator[_Task], checker: RowChecker, processes: int) -> Iterator[tuple[_Task, RowResult]]:
+    if processes == 1:
+        for task in tasks:
+            yield task, checker(task[3], task[2])
+        return
+    # Not forked: torch may run threads here. A few chunks are under way at a time, so that no file is read ahead.
+    context = multiprocessing.get_context("spawn")
+    under_way: deque = deque()
+    with ProcessPoolExecutor(processes, context, _start_worker, (checker.settings,)) as pool:
+        chunks = iter(lambda: list(itertools.islice(tasks, CHUNK_ROWS)), [])
+        for chunk in itertools.chain(chunks, itertools.repeat(None, 2 * processes)):
+            if chunk is not None:
+                under_way.append((chunk, pool.submit(_check_chunk, chunk)))
+            if under_way and (chunk is None or len(under_way) == 2 * processes):
+                done, future = under_way.popleft()
+                yield from zip(done, future.result(), strict=True)
+
+
+def check_files(paths: Paths, settings: Settings, *, n: int = 0, processes: int = 1, progress: bool = True) -> Report:
+    """Check the rows of files or folders.
+
+    Args:
+        n: only the first n rows, of all files together; 0 for all.
+        processes: how many check at the same time.
+
+    Raises:
+        ValueError: no such file, a model that cannot be loaded, or less than one process.
+    """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1; got {processes}. Use 1.")
+    files = data_files(paths)
+    checker = RowChecker(settings)  # With a pool too: what is wrong with a model is told once.
+    report = Report([str(file) for file in files])
+    tasks: Iterator[_Task] = _tasks(files, settings, report)
+    total = count_rows(files)
+    if n:
+        tasks = itertools.islice(tasks, n)
+        total = n if total is None else min(n, total)
+    first: dict[bytes, tuple[str, int]] = {}
+    bar = tqdm(_results(tasks, checker, processes), total=total, desc="check", unit="row", disable=not progress)
+    for (file, number, kind, _), result in bar:
+        report.rows[kind] += 1
+        report.num_images.append(result.num_images)
+        if result.num_tokens is not None:
+            report.num_tokens.append(result.num_tokens)
+        report.findings += [Finding(file, number, check, message) for check, message in result.findings]
+        if result.digest is not None:
+            seen = first.setdefault(result.digest, (file, number))
+            if seen != (file, number):
+                report.findings.append(
+                    Finding(file, number, "duplicate", f"the same turns and images as row {seen[1]} of {seen[0]}.")
+                )
+    return report

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of a data set: every layout that rows use, opened as the trainers open them, or an error that says why not.
+
+Pixels are those that verl 0.9.1 hands to the processor: the EXIF orientation is not applied, transparency is laid on
+white (`qwen_vl_utils.fetch_image`) or, of a bare PIL image, dropped (verl's `process_image`). `pixel_notes` names what
+a viewer would show otherwise. No verl, no torch.
+"""
+
+import base64
+import binascii
+import io
+import os
+import re
+import struct
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+URL_TIMEOUT_S = 30.0
+# What Pillow's decoders raise for a file that starts like an image and goes on like none.
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+)
+# A dict of a row holds its image under the first of these that is not None.
+KEYS = ("bytes", "image", "path")
+
+
+def _held(value: Any) -> Any:
+    """What stands for the image in a row's value: PIL, bytes or text."""
+    if isinstance(value, Mapping):
+        held = [value[key] for key in KEYS if value.get(key) is not None]
+        if not held:
+            raise ValueError(
+                f"an image dict must have one of the keys {list(KEYS)} with a value; got {dict(value)}. Write "
+                '{"bytes": ...} or {"image": path}.'
+            )
+        value = held[0]
+    if isinstance(value, Image.Image | bytes):
+        return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    raise ValueError(
+        f"an image must be PIL, bytes, a path or a dict of one of them; got {type(value).__name__}. Write "
+        '{"bytes": ...} or {"image": path}.'
+    )
+
+
+def _scheme(text: str) -> str:
+    """`data`, `file`, `https` ... of a URI; "" of a path."""
+    match = re.match(r"(data):|([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    return (match[1] or match[2]).lower() if match else ""
+
+
+def _local_path(text: str, root: str | os.PathLike | None) -> Path:
+    """The file of a path or file:// URI. No percent-decoding: `qwen_vl_utils.fetch_image` does none."""
+    path = Path(text[7:] if _scheme(text) == "file" else text)
+    return Path(root, path) if root is not None else path
+
+
+def _data_uri(text: str) -> bytes:
+    header, _, payload = text.partition(",")
+    if not header.endswith(";base64"):
+        raise ValueError(f"a data URI must be data:image/...;base64,...; got {text[:40]!r}. Encode it in base64.")
+    try:
+        return base64.b64decode(payload)
+    except binascii.Error as error:
+        raise ValueError(f"a data URI must hold base64; got {text[:40]!r}: {error}. Encode the file again.") from error
+
+
+def _download(url: str) -> bytes:
+    import requests
+
+    if _scheme(url) not in ("http", "https"):
+        raise ValueError(f"an image URL must be http or https; got {url!r}. Download the file first and give its path.")
+    deadline = time.monotonic() + URL_TIMEOUT_S
+    chunks = []
+    try:
+        # The timeout of requests is one between two packets, so a slow server needs the deadline as well.
+        with requests.get(url, timeout=URL_TIMEOUT_S, stream=True) as response:
+            response.raise_for_status()
+            for chunk in response.iter_content(1 << 16):
+                chunks.append(chunk)
+                if time.monotonic() > deadline:
+                    raise requests.Timeout(f"not whole after {URL_TIMEOUT_S:.0f} s")
+    except requests.RequestException as error:
+        raise ValueError(f"an image URL must answer; got {url!r}: {error}. Download the file first.") from error
+    return b"".join(chunks)
+
+
+def _name(held: Any, root: str | os.PathLike | None) -> str:
+    """The image in an error message."""
+    if isinstance(held, Image.Image):
+        return f"a PIL image of mode {held.mode}"
+    if isinstance(held, bytes):
+        return f"{len(held)} bytes that start with {held[:8]!r}"
+    if _scheme(held) == "data":
+        return f"the data URI {held[:40]!r}"
+    return repr(held if _scheme(held) in ("http", "https") else str(_local_path(held, root)))
+
+
+def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike | None = None) -> Image.Image:
+    """The decoded image of a row's value, in the mode it is stored in; for the arguments see `open_image`."""
+    held = _held(value)
+    name = _name(held, root)
+    source: Any = held
+    if isinstance(held, str):
+        scheme = _scheme(held)
+        if scheme == "data":
+            source = _data_uri(held)
+        elif scheme in ("", "file"):
+            source = _local_path(held, root)
+        elif allow_urls:
+            source = _download(held)
+        else:
+            raise ValueError(
+                f"images must be on this machine; got the URL {held!r}. Download it, or allow URLs (allow_urls=True, "
+                "--allow-urls), which makes the training wait for a server."
+            )
+    if isinstance(source, bytes):
+        if not source:
+            raise ValueError("an image must have bytes; got none. Write the file's content, or leave the row out.")
+        source = io.BytesIO(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # verl opens those.
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image.load()
+    except FileNotFoundError as error:
+        start = Path.cwd() if root is None else Path(root)
+        raise ValueError(
+            f"an image file must exist; got {name}. Check the path; relative ones start from {str(start)!r}."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"an image must have at most {2 * Image.MAX_IMAGE_PIXELS} pixels; got {name}: {error}. Shrink it."
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"an image must be in a format that Pillow reads; got {name}. Convert it to PNG or JPEG, or leave the row "
+            "out."
+        ) from error
+    except DECODING_ERRORS as error:
+        raise ValueError(
+            f"an image must be readable as a whole; got {name}: {error}. Write the file anew, or leave the row out."
+        ) from error
+    if min(image.size) < 1:
+        raise ValueError(f"an image must have pixels; got {name} of size {image.size}. Leave the row out.")
+    return image
+
+
+def to_rgb(image: Image.Image, *, bare: bool = False) -> Image.Image:
+    """The three channels that the trainer sees; `bare` for a PIL image that stands in a row without a dict.
+
+    Raises:
+        ValueError: a mode that Pillow does not convert.
+    """
+    if image.mode == "RGBA" and not bare:  # As `qwen_vl_utils.to_rgb`; other modes lose their transparency there too.
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"an image must convert to RGB; got mode {image.mode}. Save it as RGB.") from error
+
+
+def open_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike | None = None) -> Image.Image:
+    """The RGB image of a row's value, at its stored size.
+
+    Args:
+        value: PIL, bytes, a path, a file:// or data: URI, or a dict with `bytes` (as datasets writes it, with `path`
+            beside it), `image` or `path` that holds one of these.
+        allow_urls: fetch http(s) URLs, each within `URL_TIMEOUT_S` seconds.
+        root: folder that relative paths start from (default: the working folder, as for verl).
+
+    Raises:
+        ValueError: another type, no such file, a URL without `allow_urls`, bytes that are no image or a part of one,
+            no pixels, or more pixels than Pillow opens; the message names the image.
+    """
+    return to_rgb(load_image(value, allow_urls=allow_urls, root=root), bare=isinstance(value, Image.Image))
+
+
+def as_verl_image(value: Any, *, embed: bool = False, root: str | os.PathLike | None = None) -> dict[str, Any]:
+    """The same image as a dict that both of verl's data sets open: `{"bytes": ...}`, or `{"image": ...}` with an
+    absolute path, a URI or PIL. Other keys of a dict, such as `min_pixels`, are kept. The image is not opened.
+
+    Args:
+        embed: put the content of a file into the dict. It is the file's own, not encoded again.
+        root: as in `open_image`.
+
+    Raises:
+        ValueError: no image, or with `embed` no such file.
+    """
+    rest = {key: item for key, item in value.items() if key not in KEYS} if isinstance(value, Mapping) else {}
+    held = _held(value)
+    if isinstance(held, str) and _scheme(held) in ("", "file"):
+        path = _local_path(held, root).absolute()
+        if not embed:
+            return {**rest, "image": str(path)}
+        try:
+            held = path.read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"an image file must be readable; got {str(path)!r}: {error.strerror}. Check the path and the folder "
+                "that relative paths start from."
+            ) from error
+    elif isinstance(held, str) and _scheme(held) == "data" and embed:
+        held = _data_uri(held)
+    return {**rest, "bytes" if isinstance(held, bytes) else "image": held}
+
+
+def layout_problem(value: Any, kind: str) -> str | None:
+    """Why verl's own data set of a kind fails on a value that `open_image` opens, in words; None if it does not.
+
+    kind: "sft" (`MultiTurnSFTDataset`, which calls `process_image`) or "rl" (`RLHFDataset._build_messages`).
+    """
+    if isinstance(value, Mapping):
+        if "bytes" in value and value["bytes"] is None:  # The key alone decides there.
+            return "a dict whose `bytes` is null"
+        if "bytes" in value and "image" in value and kind == "sft":
+            return "a dict with both `bytes` and `image`"
+        if "bytes" not in value and value.get("image") is None:
+            return "a dict with neither `bytes` nor `image`"
+        return None
+    if isinstance(value, str) and kind == "sft":
+        return "a path without a dict"
+    return "bytes without a dict" if isinstance(value, bytes) else None
+
+
+def pixel_notes(image: Image.Image) -> list[str]:
+    """What a viewer shows otherwise than the trainer sees it, one phrase for each; `image` is `load_image`'s."""
+    notes = []
+    try:
+        orientation, frames = image.getexif().get(ExifTags.Base.Orientation, 1), getattr(image, "n_frames", 1)
+    except DECODING_ERRORS:  # The pixels of the first frame are sound all the same.
+        orientation, frames = 1, 1
+        notes.append("broken data beside its pixels")
+    if orientation != 1:
+        notes.append(f"EXIF orientation {orientation}, which is not applied")
+    if frames > 1:
+        notes.append(f"{frames} frames, of which the first counts")
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        notes.append(f"transparent pixels, which become {'white' if image.mode == 'RGBA' else 'opaque'}")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        notes.append(f"mode {image.mode}, whose values above 255 all become white")
+    return notes

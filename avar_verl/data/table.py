@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of data files, one at a time: parquet, json lines and json, or folders of them. No verl, no torch."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# In the order in which a folder is searched: it counts as a folder of the first kind that it holds.
+SUFFIXES = (".parquet", ".jsonl", ".json")
+# Rows that are decoded at a time; images of a few megabytes each must fit.
+BATCH_ROWS = 8
+
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+class Row(NamedTuple):
+    """One row. `number` counts from 0 in its file; `values` are plain Python: dict, list, str, bytes, numbers, None."""
+
+    file: Path
+    number: int
+    values: dict[str, Any]
+
+
+def data_files(paths: Paths) -> list[Path]:
+    """The files of one or several paths; a folder stands for its files of one kind, in alphabetical order.
+
+    Raises:
+        ValueError: no such file, a folder without data files, or a file of another kind.
+    """
+    out = []
+    for path in [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]:
+        if path.is_dir():
+            by_kind = (sorted(file for file in path.rglob(f"*{suffix}") if file.is_file()) for suffix in SUFFIXES)
+            files = next((found for found in by_kind if found), [])
+            if not files:
+                raise ValueError(
+                    f"a folder of data must hold {', '.join(SUFFIXES)} files; got none in {path}. Name one."
+                )
+            out += files
+        elif path.suffix not in SUFFIXES:
+            raise ValueError(f"data are read from {', '.join(SUFFIXES)} files; got {path}. Convert the file.")
+        elif not path.is_file():
+            raise ValueError(f"a data file must exist; got {path}. Check the path.")
+        else:
+            out.append(path)
+    return out
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    # UnicodeDecodeError: pyarrow does not check text when it reads.
+    errors = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
+    try:
+        # Without a buffer, or with read-ahead, whole row groups of images are in memory.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                yield from batch.to_pylist()
+    except errors as error:
+        raise ValueError(f"{path} must be a whole parquet file; got: {error}. Write or download it again.") from error
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} must be JSON in UTF-8; got: {error}. Mend the file.") from error
+
+
+def _as_row(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object; got {type(value).__name__}. Write one object a row.")
+    return value
+
+
+def _json(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of json lines, or of one array (which is read whole)."""
+    with path.open("rb") as file:
+        start = file.read(1024).lstrip()
+        file.seek(0)
+        if path.suffix == ".json" and start.startswith(b"["):
+            for number, value in enumerate(_parsed(file.read(), str(path))):
+                yield _as_row(value, f"row {number} of {path}")
+            return
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"line {number} of {path}"
+                yield _as_row(_parsed(line, where), where)
+
+
+def read_rows(paths: Paths) -> Iterator[Row]:
+    """The rows of one or several files or folders, in order, as they are asked for.
+
+    Raises:
+        ValueError: whatever `data_files` refuses, a file without rows or one that is not what its name says; the
+            message names the file, and the line of a json file.
+    """
+    for file in data_files(paths):
+        number = -1
+        for number, values in enumerate(_parquet(file) if file.suffix == ".parquet" else _json(file)):
+            yield Row(file, number, values)
+        if number < 0:
+            raise ValueError(f"a data file must have rows; got none in {file}. Leave it out or write it again.")
+
+
+def count_rows(files: Sequence[Path]) -> int | None:
+    """How many rows the files have, for a progress bar; None where only reading them whole would tell."""
+    import pyarrow.parquet
+
+    total = 0
+    for file in files:
+        if file.suffix == ".json":
+            return None
+        try:
+            if file.suffix == ".parquet":
+                total += pyarrow.parquet.read_metadata(file).num_rows
+            else:
+                with file.open("rb") as lines:
+                    total += sum(1 for line in lines if line.strip())
+        except (pyarrow.ArrowException, OSError):  # Whoever reads the file says what is wrong with it.
+            return None
+    return total

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM makes of prompts with images, in a process of its own: `python -m tests.families.vllm_worker ARGUMENTS`.
+
+Arguments: the model's folder, the folder of a model of the same shape whose weights are sent to it afterwards, as verl
+sends them after a training step, and the file for the answers.
+"""
+
+import json
+import os
+import sys
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from verl.workers.engine.fsdp.utils import unfuse_moe_params
+from vllm import LLM, SamplingParams, TokensPrompt
+
+from avar_verl.render import images_of, render
+from tests.families.tiny import sample_messages
+
+NEW_TOKENS = 8
+# Conversations by their arguments of `sample_messages`.
+PROMPTS = (
+    {"n_images": 1},
+    {"n_images": 2},
+    {"n_images": 2, "turns": 2, "seed": 3},
+)
+
+
+def prompts() -> list[list[dict]]:
+    """The conversations, with a system turn and without an answer to the last question."""
+    return [sample_messages(system=True, answered=False, **arguments) for arguments in PROMPTS]
+
+
+def generate(llm: LLM, processor) -> list[dict]:
+    """For every prompt its expanded ids, the generated ids and their log-probabilities."""
+    requests = [
+        TokensPrompt(
+            prompt_token_ids=render(processor, messages, add_generation_prompt=True).prompt_ids,
+            multi_modal_data={"image": images_of(messages)},
+        )
+        for messages in prompts()
+    ]
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True)
+    answers = []
+    for output in llm.generate(requests, sampling, use_tqdm=False):
+        completion = output.outputs[0]
+        steps = zip(completion.logprobs, completion.token_ids, strict=True)
+        answers.append(
+            {
+                "prompt_ids": list(output.prompt_token_ids),
+                "token_ids": list(completion.token_ids),
+                "logprobs": [step[token].logprob for step, token in steps],
+            }
+        )
+    return answers
+
+
+def send_weights(llm: LLM, path: str) -> None:
+    """Weights under their names in transformers, mixtures of experts one by one, as verl's FSDP engine sends them."""
+    model = AutoModelForImageTextToText.from_pretrained(path)
+    buffers = dict(model.named_buffers())
+    weights = ((name, value) for name, value in model.state_dict().items() if name not in buffers)
+    llm.apply_model(lambda inner: inner.load_weights(unfuse_moe_params(weights, model.config.model_type)))
+    llm.reset_prefix_cache()
+    llm.reset_mm_cache()
+    llm.llm_engine.reset_encoder_cache()
+
+
+def main(path: str, other: str, out: str) -> None:
+    processor = AutoProcessor.from_pretrained(path)
+    llm = LLM(
+        model=path,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_batched_tokens=512,
+        max_num_seqs=1,
+        limit_mm_per_prompt={"image": 2, "video": 0},
+        skip_mm_profiling=True,
+        seed=0,
+    )
+    answers = {"loaded": generate(llm, processor)}
+    try:
+        send_weights(llm, other)
+        answers["sent"] = generate(llm, processor)
+    except Exception as error:  # The test says so; the answers above are of use.
+        answers["error"] = f"{type(error).__name__}: {error}"
+    with open(out, "w") as file:
+        json.dump(answers, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
