@@ -78,6 +78,7 @@ CHECKS: dict[str, Check] = {
     "content": _error("Write text with <image> where an image stands, or a list of text and image blocks."),
     "null_block": _error("Write text with <image>: parquet gives every block the keys of all blocks of its column."),
     "empty_turn": _error("Leave the row out."),
+    "tool_calls": _error("Write the call into the content: AvarSFTDataset renders role and content alone."),
     "markers": _error("Name every image once with <image>, in order; spell a marker that is only meant differently."),
     "video": _error("Leave the row out: AvarSFTDataset takes images alone."),
     "video_not_opened": _warning("Videos are counted; they are neither opened nor rendered."),
@@ -232,8 +233,10 @@ def check_messages(messages: Any, kind: Kind, result: RowResult) -> bool:
     for number, message in enumerate(messages):
         blocks = blocks_of(message["content"])
         silent = not any(block["type"] != "text" or block["text"].strip() for block in blocks)
-        # An empty system turn keeps a template from writing its own, and a turn that calls tools may say nothing.
-        if silent and message["role"] != "system" and not message.get("tool_calls"):
+        if kind == "sft" and message.get("tool_calls"):
+            result.add("tool_calls", f"a turn must not have tool_calls; got {_shown(message['tool_calls'])}.")
+        # An empty system turn keeps a template from writing its own; a tool, or a turn that calls one, may say nothing.
+        if silent and message["role"] in ("user", "assistant") and not message.get("tool_calls"):
             what = "response" if message["role"] == "assistant" else f"{message['role']} turn"
             result.add("empty_turn", f"a {what} must say something; got {message['content']!r} as turn {number}.")
     return True
@@ -282,8 +285,12 @@ def check_media(values: dict, messages: list[dict], kind: Kind, result: RowResul
     return stored["image"] + own
 
 
+def _numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(isinstance(x, int | float) for x in value)
+
+
 def _box_problem(box: Any, size: Sequence[float]) -> str | None:
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
+    if not _numbers(box, 4):
         return f"a box must be four numbers (x1, y1, x2, y2); got {_shown(box)}."
     x1, y1, x2, y2 = box
     # Also false where one is not a number.
@@ -317,9 +324,9 @@ def check_rl(values: dict, num_images: int, result: RowResult) -> None:
     info = values.get("extra_info")
     if info is not None and not isinstance(info, dict):
         result.add("extra_info", f"`extra_info` must be a struct; got {_shown(info)}.")
-    elif info and info.get("boxes") is not None:
+    elif info and info.get("boxes") is not None and (num_images or info["boxes"]):
         size = info.get("boxes_size")
-        if isinstance(size, list) and len(size) == 2 and num_images == 1:
+        if _numbers(size, 2) and num_images == 1:
             check_boxes([info["boxes"]], [size], result)
         else:
             result.add(
@@ -351,7 +358,7 @@ class RowChecker:
         result = RowResult()
         messages = values.get(COLUMN[kind])
         sound = check_messages(messages, kind, result)
-        stored = check_media(values, messages if sound else [], kind, result) if sound else []
+        stored = check_media(values, messages, kind, result) if sound else []
         result.num_images = len(stored)
         if kind == "rl":
             check_rl(values, len(stored), result)
@@ -362,7 +369,7 @@ class RowChecker:
         if len(images) < len(stored):
             return result
         if kind == "sft" and "boxes" in values:
-            check_boxes(values["boxes"], [image.size for image in images], result)
+            check_boxes(values["boxes"] if images else values["boxes"] or [], [i.size for i in images], result)
         result.digest = _digest(messages, images)
         if self.rendering is None and messages[0]["role"] != "system":
             result.add("no_system", "there is no system turn.")

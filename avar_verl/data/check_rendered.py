@@ -52,7 +52,6 @@ class Rendering:
         image_processor = self.processor.image_processor
         patch_size, merge_size = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
         self.patch_size = patch_size or 14  # As in both data sets.
-        self.merge_size = merge_size
         self.factor = patch_size * merge_size if patch_size and merge_size else None
         turns = self.role_map.find_turns
         ids = {token for header, _ in turns.headers for token in header} | {*turns.end_ids, tokenizer.eos_token_id}
@@ -78,12 +77,14 @@ class Rendering:
         if kind == "sft" and values.get("enable_thinking") is not None:
             template_kwargs["enable_thinking"] = bool(values["enable_thinking"])
         try:
-            opened = iter([self._resized(value, image) for value, image in zip(stored, images, strict=True)])
+            resized = [self._resized(value, image) for value, image in zip(stored, images, strict=True)]
+            opened = iter(resized)
             turns = []
             for message in messages:
                 blocks = blocks_of(message["content"])
                 blocks = [{**b, "image": next(opened)} if b["type"] == "image" else b for b in blocks]
-                turns.append({**message, "content": blocks})
+                # AvarSFTDataset takes nothing else of a turn; verl's data set and agent loop keep every key.
+                turns.append({**(message if kind == "rl" else {"role": message["role"]}), "content": blocks})
             rendered = render(
                 self.processor, turns, add_generation_prompt=kind == "rl", template_kwargs=template_kwargs
             )
@@ -97,7 +98,8 @@ class Rendering:
             name = "max_length" if kind == "sft" else "max_prompt_length"
             result.add("length", f"a row may have {name}={limit} tokens; got {len(ids_S)}.")
         roles_S = self.role_map(ids_S[None], torch.ones_like(ids_S)[None])[0]
-        self._check_image_tokens(int((roles_S == TokenRole.IMAGE).sum()), rendered.features, len(images), result)
+        num_image_tokens = int((roles_S == TokenRole.IMAGE).sum())
+        self._check_image_tokens(num_image_tokens, rendered.features, [image.size for image in resized], result)
         wanted = [TokenRole.USER, *([TokenRole.RESPONSE] if kind == "sft" else [])]
         for role in wanted:
             if not bool((roles_S == role).any()):
@@ -110,15 +112,15 @@ class Rendering:
         limits = {key: item for key, item in value.items() if key not in KEYS} if isinstance(value, dict) else {}
         return process_image({**limits, "image": image}, image_patch_size=self.patch_size)
 
-    def _check_image_tokens(self, found: int, features: dict, num_images: int, result: RowResult) -> None:
-        if not self.role_map.image_token_ids:  # Cross-attention: no feature replaces a token.
+    def _check_image_tokens(self, found: int, features: dict, sizes: list[tuple[int, int]], result: RowResult) -> None:
+        """`found` placeholders against what the family says of images that the processor saw as (width, height)."""
+        if self.family.cross_attention:  # No feature replaces a token.
             return
-        grids = features.get("image_grid_thw")
-        if grids is not None:
-            promised = int(grids.prod(-1).sum()) // self.merge_size**2
+        if self.family.places is not None:
+            promised = sum(len(places_N4) for places_N4 in self.family.image_places(self.processor, features, sizes))
             if found != promised:
                 result.add(
-                    "image_tokens", f"there must be a placeholder for every image feature; got {found} for {promised}."
+                    "image_tokens", f"every image feature must have its placeholder; got {found} for {promised}."
                 )
-        elif found < num_images or (found and not num_images):
-            result.add("image_tokens", f"images must have placeholders; got {found} for {num_images} images.")
+        elif bool(found) != bool(sizes) or found < len(sizes):
+            result.add("image_tokens", f"every image must have placeholders; got {found} for {len(sizes)} images.")

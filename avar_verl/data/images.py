@@ -253,7 +253,8 @@ def pixel_notes(image: Image.Image) -> list[str]:
         notes.append(f"EXIF orientation {orientation}, which is not applied")
     if frames > 1:
         notes.append(f"{frames} frames, of which the first counts")
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         notes.append(f"transparent pixels, which become {'white' if image.mode == 'RGBA' else 'opaque'}")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         notes.append(f"mode {image.mode}, whose values above 255 all become white")

@@ -102,7 +102,8 @@ class AvarSFTDataset(Dataset):
         config = config or OmegaConf.create()
         if processor is None or getattr(processor, "config", None) is None:
             raise ValueError(
-                f"AvarSFTDataset needs the model's processor, as verl's hf_processor loads it, with its config; got {type(processor).__name__}. "
+                f"AvarSFTDataset needs the model's processor, as verl's hf_processor loads it, with its config; got "
+                f"{type(processor).__name__}. "
                 "Check that the folder holds a processor of a family in avar_verl/families."
             )
         self.processor, self.tokenizer = processor, tokenizer

@@ -5,7 +5,8 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,24 @@ def as_json(results: list[Result], subject: dict[str, Any]) -> str:
     return json.dumps({"subject": subject, "versions": versions, "results": [asdict(r) for r in results]}, indent=1)
 
 
-def run_doctor(model_path: str, out: Path | None, console: Console, **options: Any) -> bool:
-    """`avar doctor`: run, print, write the JSON file. Returns whether no check failed."""
-    # What the libraries say on the way is either a finding or of no use here.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libraries say on the way: it is either a finding, or of no use here."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with console.status("checking ...") as status:
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def run_doctor(model_path: str, out: Path | None, console: Console, **options: Any) -> bool:
+    """`avar doctor`: run, print, write the JSON file. Returns whether no check failed."""
+    with quiet(), console.status("checking ...") as status:
         results = run_checks(
             model_path, on_result=lambda result: status.update(f"{result.name}: {result.status}"), **options
         )

@@ -18,6 +18,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
 from avar_verl.attention.mass import choose_implementation
+from avar_verl.compat.weight_names import checkpoint_name
 from avar_verl.config import QUERY_ROLES
 from avar_verl.engine.inputs import DummyImage, merged_features
 from avar_verl.engine_config import AvarFSDPEngineConfig
@@ -33,8 +34,6 @@ from avar_verl.roles import RoleMap, TokenRole
 # not a mode, because with LoRA the same engine also runs the reference pass, whose masses nobody wants.
 MEASURE_FLAG = "avar_measure"
 VISUAL_OUTPUT = "avar_visual"
-# Families whose packed attention, in verl, is the one that `compat.packed_attention` wraps.
-PACKED_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 
 def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:
@@ -150,14 +149,15 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 f"ulysses_sequence_parallel_size={sp_size}. Set model.use_remove_padding=True."
             )
         model_type = model_config.hf_config.model_type
-        if model_config.use_remove_padding and model_type not in PACKED_FAMILIES:
+        family = get_family(model_type)
+        if model_config.use_remove_padding and family.unpackable:
             raise ValueError(
-                "attention masses of packed micro-batches need an attention of verl's that this plugin wraps; got "
-                f"model_type={model_type!r}, known {PACKED_FAMILIES}. Set model.use_remove_padding=False."
+                f"samples of {model_type} cannot be packed ({family.unpackable}); got use_remove_padding=True. Set "
+                "model.use_remove_padding=False."
             )
         agto, vars_ = engine_config.agto, engine_config.vars
         wants_image_mass = bool((agto and agto.alpha > 0) or (vars_ and vars_.measures))
-        if get_family(model_type).cross_attention and wants_image_mass:
+        if family.cross_attention and wants_image_mass:
             raise ValueError(
                 "L_enhance and r_visual need image and system keys in one softmax; got "
                 f"model_type={model_type!r}, which reads images in cross-attention layers. Set avar.agto.alpha and "
@@ -180,8 +180,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                     full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
                     raise ValueError(
                         "masses need layers in which a response sees the system turn and the image; got layers "
-                        f"{sliding}, whose window of {text_config.sliding_window} tokens moves on. Set avar.agto.layers "
-                        f"and avar.vars.layers to some of {full}."
+                        f"{sliding}, whose window of {text_config.sliding_window} tokens moves on. Set "
+                        f"avar.agto.layers and avar.vars.layers to some of {full}."
                     )
                 if part.layer_weights is not None and len(part.layer_weights) != len(layers):
                     raise ValueError(
@@ -369,6 +369,14 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         if self._family.token_inputs is not None:
             inputs.update(self._family.token_inputs(self.model_config.hf_config, inputs["input_ids"], features))
         return inputs, output_args
+
+    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
+        params, peft_config = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
+        module = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        if hasattr(module, "peft_config"):
+            return params, peft_config
+        name_of = checkpoint_name(module)
+        return ((name_of(name), param) for name, param in params), peft_config
 
     def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)

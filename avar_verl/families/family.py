@@ -26,6 +26,7 @@ class Family:
     places: `places(processor, features, image_sizes) -> [(N, 4), ...]`, for every image the rectangles its tokens stand
         for (`avar_verl.regions`); `image_sizes` are the (width, height) that the processor saw, or None. None: boxes
         cannot be mapped to tokens.
+    unpackable: why its samples cannot be packed into one row (use_remove_padding); None where they can.
     verl_forward: verl replaces the model's forward by one of its own (verl/models/transformers/monkey_patch.py).
     token_inputs: `token_inputs(config, ids_BS, features) -> dict` of model inputs with an entry for every position.
     fill_text_only: `fill_text_only(features of another sample) -> features` of a sample without an image, where the
@@ -41,6 +42,7 @@ class Family:
     coordinates: str | None = None
     cross_attention: bool = False
     places: Callable[[Any, dict, list | None], list[torch.Tensor]] | None = None
+    unpackable: str | None = None
     verl_forward: bool = False
     token_inputs: Callable[[Any, torch.Tensor, dict], dict] | None = None
     fill_text_only: Callable[[dict], dict] | None = None

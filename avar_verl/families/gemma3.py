@@ -46,4 +46,5 @@ FAMILY = Family(
     projectors=("model.multi_modal_projector",),
     token_inputs=token_inputs,
     places=places,
+    unpackable="image tokens of one image see each other, by a mask that knows no packed samples",
 )

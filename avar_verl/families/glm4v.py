@@ -29,4 +29,5 @@ FAMILY = Family(
     coordinates="relative_1000",
     verl_forward=True,
     places=grid_thw_places,
+    unpackable="verl replaces its attention by one that the capture does not see",
 )

@@ -49,4 +49,5 @@ FAMILY = Family(
     cross_attention=True,
     token_inputs=token_inputs,
     fill_text_only=fill_text_only,
+    unpackable="a cross-attention layer would show every image to every sample",
 )

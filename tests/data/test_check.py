@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -87,6 +88,8 @@ FORMS = [
     ("sft", ["messages", 2, "content"], " \n", "empty_turn",
      "a response must say something; got ' \\n' as turn 2."),
     ("rl", ["prompt"], turns("a", ""), "empty_turn", "a user turn must say something; got '' as turn 1."),
+    ("sft", ["messages", 2, "tool_calls"], [{"function": {}}], "tool_calls",
+     "a turn must not have tool_calls; got [{'function': {}}]."),
     ("sft", ["messages", 1, "content"], "What?", "markers",
      "<image> must stand once for every one of `images`; got 0 for 1."),
     ("rl", ["prompt", 1, "content"], "<image><image>What?", "markers",
@@ -130,6 +133,7 @@ FORMS = [
     ("rl", ["extra_info", "boxes_size"], None, "boxes",
      "extra_info['boxes'] must be of the one image of a row, and extra_info['boxes_size'] its (width, height); got 1 "
      "images and None."),
+    ("rl", ["extra_info", "boxes_size"], ["a", "b"], "boxes", "extra_info['boxes'] must be of the one image of a row"),
     ("rl", ["data_source"], DELETE, "data_source", "`data_source` must be text; got None."),
     ("rl", ["data_source"], "", "data_source", "`data_source` must be text; got ''."),
     ("rl", ["reward_model"], DELETE, "ground_truth", "`reward_model` must have a ground_truth; got None."),
@@ -172,10 +176,13 @@ def test_what_is_right_is_not_found(clean):
     assert checker(sft, "sft").findings == []
     blocks = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     assert checker(change(sft, ["messages", 1, "content"], blocks), "sft").findings == []
-    tools = [*turns("Use tools.", "<image>What?", ""), {"role": "tool", "content": "A cat."}]
-    tools[2]["tool_calls"] = [{"function": {"name": "look", "arguments": "{}"}}]
-    tools.append({"role": "assistant", "content": "A cat."})
-    assert checker(change(sft, ["messages"], tools), "sft").findings == []
+    calls = [{"function": {"name": "look", "arguments": "{}"}}]
+    tools = [*turns("Use tools.", "<image>What?", ""), {"role": "tool", "content": ""}, *turns("A", "B")[1:]]
+    tools[2]["tool_calls"] = calls
+    tools.insert(4, {"role": "assistant", "content": "A cat."})
+    assert checker(change(row, ["prompt"], tools), "rl").findings == []
+    text = change(change(row, ["prompt", 1, "content"], "What?"), ["images"], [])
+    assert checker(change(text, ["extra_info", "boxes"], []), "rl").findings == []
     two = change(change(sft, ["messages", 1, "content"], "<image>and<image>?"), ["images"], sft["images"] * 2)
     assert checker(change(two, ["boxes"], [BOX, []]), "sft").findings == []
 
@@ -251,6 +258,19 @@ def test_files_that_cannot_be_read_are_findings(clean, tmp_path):
     console = Console(file=io.StringIO(), width=120)
     report.print(console)
     assert "a.parquet" in console.file.getvalue()
+
+
+def test_every_check_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert [name for name in CHECKS if f"`{name}`" not in text] == []
+
+
+def test_brackets_in_messages_are_shown_as_they_are(clean, tmp_path):
+    row = change(clean["sft"][0], ["boxes"], [[[9.0, 0.0, 9.0, 56.0]]])
+    report = check_files(write(tmp_path / "rows.parquet", [row]), Settings(), progress=False)
+    console = Console(file=io.StringIO(), width=200)
+    report.print(console)
+    assert "got [9.0, 0.0, 9.0, 56.0] in 112 x 112" in console.file.getvalue()
 
 
 def test_kinds(clean, tmp_path):
@@ -348,7 +368,7 @@ def test_templates_and_processors_that_do_not_fit(checker, clean, monkeypatch):
                 "a rendered row must have tokens of the role RESPONSE; got none.",
                 "the row has no system turn, and the chat template writes none."],
         template.replace("<|vision_start|><|image_pad|>", "<|vision_start|>"):
-            ["there must be a placeholder for every image feature; got 0 for 16."],
+            ["every image feature must have its placeholder; got 0 for 16."],
         "{{ raise_exception('roles must alternate') }}": ["TemplateError: roles must alternate"],
     }.items():  # fmt: skip
         monkeypatch.setattr(rendering.processor, "chat_template", text)

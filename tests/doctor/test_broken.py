@@ -60,7 +60,7 @@ def replace_family(monkeypatch, **fields) -> None:
 
 
 def unknown_family(folder, monkeypatch):
-    edit_json(folder / "config.json", model_type="paligemma")
+    edit_json(folder / "config.json", model_type="llava")
 
 
 def no_config(folder, monkeypatch):
@@ -318,7 +318,7 @@ BROKEN = {
         (
             unknown_family,
             "fail",
-            "must be a known family; got 'paligemma'. Known families: gemma3, .*docs/new-model.md",
+            "must be a known family; got 'llava'. Known families: gemma3, .*docs/new-model.md",
         ),
         (no_config, "fail", "Should have a `model_type` key in its config.json"),
     ],
@@ -351,8 +351,12 @@ BROKEN = {
         (broken_template, "fail", "^TemplateError: No."),
     ],
     "roles": [
-        (other_assistant, "fail", "of a assistant text must have the role RESPONSE; got OTHER for 'Most of the left"),
-        (response_in_user_turn, "fail", "text must have the role RESPONSE; got USER for 'Most of the left"),
+        (
+            other_assistant,
+            "fail",
+            "of a text of the assistant must have the role RESPONSE; got OTHER for 'Most of the left",
+        ),
+        (response_in_user_turn, "fail", "assistant must have the role RESPONSE; got USER for 'Most of the left"),
         (
             end_of_a_response_outside,
             "fail",

@@ -26,15 +26,15 @@ def guidance(model_type: str) -> list[str]:
     return [*settings, "avar.agto.layers=[1]", "avar.vars.layers=[1]"] if model_type == "gemma3" else settings
 
 
-def sft_overrides(work: Path, model: Path, data: Path, model_type: str) -> list[str]:
+def sft_overrides(work: Path, model: Path, data: Path, model_type: str, packed: bool) -> list[str]:
     return [
         "machine=cpu_sft",
         f"model.path={model}",
-        "model.use_remove_padding=false",
+        f"model.use_remove_padding={packed}",
         f"data.train_files={data}",
         "data.max_length=1024",
         "data.train_batch_size=4",
-        "data.micro_batch_size_per_gpu=1",
+        f"data.micro_batch_size_per_gpu={2 if packed else 1}",
         "optim.lr=1e-3",
         "avar.agto.query_role=response",
         *guidance(model_type),
@@ -42,7 +42,7 @@ def sft_overrides(work: Path, model: Path, data: Path, model_type: str) -> list[
         "trainer.test_freq=-1",
         "trainer.save_freq=2",
         "checkpoint.save_contents=[hf_model]",
-        f"trainer.default_local_dir={work / 'checkpoints' / model_type}",
+        f"trainer.default_local_dir={work / 'checkpoints' / (model_type + '_packed' * packed)}",
     ]
 
 
@@ -55,12 +55,16 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, models):
     """All families, two steps of four samples on two processes, one sample a micro-batch: while one process has an
-    image, the other often has none. Returns the folder and the errors by family."""
+    image, the other often has none. Then again in packed micro-batches. Returns the folder and the errors by run."""
     work = tmp_path_factory.mktemp("sft")
     spec = []
-    for name, model in models.items():
-        data = family_data.make_sft(work / f"{name}.parquet", 8, name not in WITHOUT_SYSTEM)
-        spec.append({"name": name, "overrides": sft_overrides(work, model, data, name)})
+    # Padded ones first: for packed samples verl patches the attention of Qwen2-VL and Qwen2.5-VL in one go.
+    for packed in (False, True):
+        for name, model in models.items():
+            if not (packed and get_family(name).unpackable):
+                data = family_data.make_sft(work / f"{name}.parquet", 8, name not in WITHOUT_SYSTEM)
+                overrides = sft_overrides(work, model, data, name, packed)
+                spec.append({"name": name + "_packed" * packed, "overrides": overrides})
     (work / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tests.e2e.sft_families", str(work)]
@@ -94,6 +98,17 @@ def test_guided_cold_start_moves_parameters(trained, models, model_type):
         assert any(part in name and "layers.0" in name for name in moved), part
     tower = get_family(model_type).vision_tower.split(".")[-1]
     assert any(tower in name for name in moved), "the vision tower is trained"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("model_type", [name for name in sorted(FAMILIES) if not get_family(name).unpackable])
+def test_packing_changes_nothing(trained, model_type):
+    work, errors = trained
+    assert f"{model_type}_packed" not in errors, errors[f"{model_type}_packed"]
+    padded, packed = (launch.steps(work / f"{model_type}{kind}.jsonl") for kind in ("", "_packed"))
+    for step, record in packed.items():
+        for key in ("train/loss", "train/grad_norm", "avar/enhance", "avar/suppress", "avar/image_share"):
+            assert record[key] == pytest.approx(padded[step][key], rel=1e-3), (step, key)
 
 
 # The policy has learned nothing: half of the responses are called right by their length (see test_grpo_launcher).

@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from avar_verl.demo import photo_grid, tiny_model
@@ -510,6 +511,19 @@ def _fill_zeros(model: torch.nn.Module) -> None:
                     parameter.normal_(std=0.1)
 
 
+def _hub_weights(model) -> dict[str, torch.Tensor]:
+    """The weights as the hub's checkpoints have them, which is what vLLM reads.
+
+    Transformers 5 saves a model that it has not loaded from there under names without a level of SigLIP's and CLIP's,
+    and never transposes the experts of Qwen3-VL back.
+    """
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    weights = revert_weight_conversion(model, model.state_dict())
+    return {
+        name: value.transpose(1, 2).contiguous() if ".experts." in name else value for name, value in weights.items()
+    }
+
+
 def build_tiny(model_type: str, path: Path, seed: int = 0) -> Path:
     """Write a randomly initialised tiny model of a family with its processor and tokenizer into the folder `path`.
 
@@ -543,10 +557,7 @@ def build_tiny(model_type: str, path: Path, seed: int = 0) -> Path:
     processor = PROCESSOR_MAPPING[type(config)](
         **parts, tokenizer=tokenizer, chat_template=_template(spec), **spec.processor
     )
-    # As if it had been loaded from the hub, so that it is saved under the names of the hub's checkpoints: transformers 5
-    # has dropped a level of SigLIP's and CLIP's, which vLLM expects.
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
-    model.save_pretrained(path)
+    model.save_pretrained(path, state_dict=_hub_weights(model), save_original_format=False)
     processor.save_pretrained(path)
     return path
 

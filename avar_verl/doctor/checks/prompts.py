@@ -120,8 +120,8 @@ def check_texts(subject: Subject, name: str, messages: list[dict], ids: list[int
             if len(found) != 1 or found[0] not in allowed:
                 got = " and ".join(role.name for role in found) if found else "no stretch of one role with all of it"
                 raise ValueError(
-                    f"the tokens of a {message['role']} text must have the role {ROLE_OF[message['role']].name}; got "
-                    f"{got} for {text!r} (sample: {name})."
+                    f"the tokens of a text of the {message['role']} must have the role "
+                    f"{ROLE_OF[message['role']].name}; got {got} for {text!r} (sample: {name})."
                 )
             if message["role"] == "assistant":
                 responses.append(text)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from avar_verl.compat import detect, vllm_cpu
 from avar_verl.doctor.check import Skip, check
 from avar_verl.doctor.subject import Subject
 from avar_verl.doctor.vllm_worker import NEW_TOKENS, prompts
@@ -32,9 +33,8 @@ TIMEOUT_S = 1800
 def architecture(subject: Subject) -> str:
     if importlib.util.find_spec("vllm") is None:
         raise Skip("vllm is not installed")
-    from avar_verl.vllm_plugin import register
-
-    register()  # As vLLM's own processes do.
+    if detect.is_active():
+        vllm_cpu.alias_distribution()
     from vllm import ModelRegistry, __version__
 
     names = subject.config.architectures or []

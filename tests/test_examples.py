@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of examples/: what they would launch, composed and validated."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from verl.utils.config import omega_conf_to_dataclass
+
+from avar_verl.engine_config import AvarFSDPEngineConfig
+from avar_verl.families import FAMILIES
+from tests.test_config import recipe
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.sh") if path.name != "common.sh")
+# Stands for torchrun and python: writes its arguments down, and a checkpoint for the next stage.
+RECORDER = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$CALLS/$(basename "$0")"
+for argument in "$@"; do
+    case $argument in trainer.default_local_dir=*) out=${argument#*=};; esac
+done
+mkdir -p "$out" && echo 7 > "$out/latest_checkpointed_iteration.txt"
+"""
+
+
+@pytest.fixture
+def calls(tmp_path):
+    """`calls(script)` -> {"torchrun": arguments, "python": arguments} of the stages it starts."""
+
+    def run(script: str) -> dict[str, list[str]]:
+        for program in ("torchrun", "python"):
+            (tmp_path / program).write_text(RECORDER)
+            (tmp_path / program).chmod(0o755)
+        recorded = tmp_path / "calls"
+        recorded.mkdir()
+        environment = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "CALLS": str(recorded),
+            "TRAIN": "sft.parquet",
+            "OUT": str(tmp_path / "out"),
+        }
+        subprocess.run(["bash", str(EXAMPLES / script)], env=environment, check=True)
+        return {path.name: path.read_text().splitlines() for path in recorded.iterdir()}
+
+    return run
+
+
+def compose(arguments: list[str]):
+    name = arguments[arguments.index("--config-name") + 1]
+    return recipe(name, *arguments[arguments.index("--config-name") + 2 :])
+
+
+def test_there_is_a_script_for_each_row_of_the_table():
+    table = (EXAMPLES / "README.md").read_text()
+    assert SCRIPTS == ["gemma3_12b.sh", "internvl3_5_8b.sh", "llama3_2_11b_vision.sh", "qwen3_vl_8b.sh"]
+    for script in SCRIPTS:
+        (row,) = [line for line in table.splitlines() if f"`{script}`" in line]
+        assert row.split("`")[3] in FAMILIES
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stages_compose_and_hand_over(calls, script, tmp_path):
+    stages = calls(script)
+    cold_start = compose(stages["torchrun"])
+    engine = omega_conf_to_dataclass(cold_start.engine)
+    assert isinstance(engine, AvarFSDPEngineConfig) and engine.agto.guides
+    assert cold_start.data.train_files == "sft.parquet" and cold_start.trainer.n_gpus_per_node == 8
+    if script.startswith("llama"):
+        assert engine.agto.alpha == 0 and set(stages) == {"torchrun"}
+        return
+    grpo = compose(stages["python"])
+    folder = tmp_path / "out" / "cold_start" / "global_step_7" / "huggingface"
+    assert grpo.actor_rollout_ref.model.path == str(folder)
+    assert omega_conf_to_dataclass(grpo.actor_rollout_ref.actor.fsdp_config).vars.lambda_v == 0.3
+    if script.startswith("gemma"):
+        # Every sixth of 48 layers, in both stages.
+        assert list(engine.agto.layers) == list(grpo.avar.vars.layers) == list(range(5, 48, 6))
+        assert not cold_start.model.use_remove_padding and not grpo.actor_rollout_ref.model.use_remove_padding
