@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random Qwen2.5-VL for every test that needs a model."""
+"""Tiny random models: a Qwen2.5-VL for every test that needs a model, and one of each family."""
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from avar_verl.demo import photo_grid
 from avar_verl.demo.tiny_model import build_tiny_model
 from avar_verl.roles import RoleMap
+from tests.families.tiny import build_tiny
 
 torch.set_num_threads(1)
 
@@ -74,3 +76,26 @@ def encode(tiny_processor):
         return tiny_processor(text=texts, images=images, padding=True, padding_side=padding_side, return_tensors="pt")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def family_path(tmp_path_factory):
+    """`family_path(model_type)` -> the folder of the family's tiny model, built once."""
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda model_type: build_tiny(model_type, folder / model_type))
+
+
+@pytest.fixture(scope="session")
+def family_processor(family_path):
+    """`family_processor(model_type)` -> its processor."""
+    return functools.cache(lambda model_type: AutoProcessor.from_pretrained(family_path(model_type)))
+
+
+@pytest.fixture(scope="session")
+def family_model(family_path):
+    """`family_model(model_type)` -> its model in float32, with sdpa, in evaluation mode. Leave it as it is."""
+    return functools.cache(
+        lambda model_type: AutoModelForImageTextToText.from_pretrained(
+            family_path(model_type), attn_implementation="sdpa"
+        ).eval()
+    )

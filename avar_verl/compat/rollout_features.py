@@ -5,7 +5,7 @@ verl throws the processor's output away after the prompt is tokenized, and for e
 without special tokens and runs the processor again on that text (verl/experimental/agent_loop/agent_loop.py:868-918).
 Where the placeholder is a special token no placeholder is left, and the processors of Gemma 3, Idefics3, SmolVLM, LLaVA
 and Llama 3.2 Vision refuse images that the text does not name. An agent loop that puts the features under FEATURES into
-the rollout's extra fields is spared both.
+the rollout's `multi_modal_data`, which verl drops when the rollout is stored, is spared both.
 """
 
 import functools
@@ -22,7 +22,7 @@ def apply(agent_loop) -> None:
 
     @functools.wraps(original)
     def _compute_multi_modal_inputs(self, output, input_ids):
-        features = output.extra_fields.pop(FEATURES, None)
+        features = (output.multi_modal_data or {}).get(FEATURES)
         if features is None:
             return original(self, output, input_ids)
         features = dict(features)

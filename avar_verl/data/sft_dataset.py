@@ -36,11 +36,16 @@ def build_messages(messages: list[dict], images: list, open_one: Callable[[Any],
     """A conversation as blocks, with its images opened where `<image>` stands.
 
     Raises:
-        ValueError: another number of `<image>` markers than images, or a video.
+        ValueError: another number of `<image>` markers than images, a video, or tool calls.
     """
     out, used = [], 0
     for message in messages:
         content = message["content"]
+        if unread := sorted(key for key, value in message.items() if value and key not in ("role", "content")):
+            raise ValueError(
+                f"a message must have a role and content and nothing else; got {unread}. Write tool calls as content, or "
+                "use verl's data set."
+            )
         if isinstance(content, str):
             parts = [part for part in re.split(f"({'|'.join(MARKERS)})", content) if part]
             blocks = [{"type": part[1:-1]} if part in MARKERS else {"type": "text", "text": part} for part in parts]

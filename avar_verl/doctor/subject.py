@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
@@ -60,6 +61,23 @@ def build_random(config, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def check_tokenizer_file(file: Path) -> None:
+    """Whether the installed tokenizers can read the file, if there is one.
+
+    Raises:
+        ValueError: it cannot, as when a newer version has written the file.
+    """
+    if not file.is_file():
+        return
+    try:
+        tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # Broad: of all its errors this library makes a bare Exception.
+        raise ValueError(
+            f"tokenizer.json must be readable by tokenizers {tokenizers.__version__}; got {error}. Take the file of "
+            "the original checkpoint, or the version that has written it."
+        ) from error
+
+
 @dataclass
 class Subject:
     """A model folder and how to examine it.
@@ -95,6 +113,7 @@ class Subject:
         Raises:
             ValueError: verl drops it, as it does after any error, with a warning that is easily missed.
         """
+        check_tokenizer_file(Path(self.path) / "tokenizer.json")
         import verl  # noqa: F401  Reads the plugin entry points, as every training process does.
         from verl.utils import hf_processor
 

@@ -112,5 +112,6 @@ class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
         if self.rendered is not None:
             features = self.rendered.features
             patch_size = getattr(self.processor.image_processor, "patch_size", None)
-            output.extra_fields.update({FEATURES: features, **image_fields(features, patch_size)})
+            output.multi_modal_data = {**(output.multi_modal_data or {}), FEATURES: features}
+            output.extra_fields.update(image_fields(features, patch_size))
         return output

@@ -81,7 +81,7 @@ def test_a_text_only_batch_runs_the_tower_of_glm4v(family_path):
     assert grads and all(not bool(grad.any()) for grad in grads)
 
 
-def test_features_of_a_rollout_are_used_once_and_others_computed():
+def test_features_of_a_rollout_are_used_and_others_computed():
     class Worker:
         processor = SimpleNamespace(get_rope_index=None)
 
@@ -91,12 +91,14 @@ def test_features_of_a_rollout_are_used_once_and_others_computed():
     module = SimpleNamespace(AgentLoopWorker=Worker)
     rollout_features.apply(module)
     features = {"pixel_values": torch.ones(8, 2), "image_grid_thw": torch.tensor([[2, 2, 2]])}
-    output = SimpleNamespace(extra_fields={rollout_features.FEATURES: copy.copy(features), "turns": 1})
-    got = Worker()._compute_multi_modal_inputs(output, None)
-    assert torch.equal(got["pixel_values"], features["pixel_values"])
-    assert got["images_seqlens"].tolist() == [4, 4] and "mm_token_type_ids" in got
-    assert output.extra_fields == {"turns": 1}
-    assert Worker()._compute_multi_modal_inputs(output, None) == {"from": "verl"}
+    output = SimpleNamespace(multi_modal_data={rollout_features.FEATURES: copy.copy(features)})
+    for _ in range(2):  # verl asks for the reward, and again to store the rollout.
+        got = Worker()._compute_multi_modal_inputs(output, None)
+        assert torch.equal(got["pixel_values"], features["pixel_values"])
+        assert got["images_seqlens"].tolist() == [4, 4] and "mm_token_type_ids" in got
+    for other in ({"images": [1]}, None):
+        output = SimpleNamespace(multi_modal_data=other)
+        assert Worker()._compute_multi_modal_inputs(output, None) == {"from": "verl"}
 
 
 def test_every_family_names_its_model_type():

@@ -151,6 +151,7 @@ def maybe_fix_3d_position_ids(data: TensorDict):
             'if multi_modal_inputs.pop("mm_token_type_ids", None) is not None:',
             1,
         ),
+        ("trainer/ppo/v1/agent_loop_tq.py", None, 'field.pop("multi_modal_data", None)', 1),
         (
             "trainer/ppo/v1/agent_loop_tq.py",
             None,

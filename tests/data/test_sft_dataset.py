@@ -92,6 +92,11 @@ def test_truncation_keeps_image_tokens_and_a_response(make, rows):
         ([{"role": "user", "content": "<image>?"}], 1, "must have a response"),
         ([{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "a"}], 0, "got a video"),
         (
+            [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a", "tool_calls": ["f"]}],
+            1,
+            "must have a role and content and nothing else; got \\['tool_calls'\\]",
+        ),
+        (
             [{"role": "user", "content": "<image> <|image_pad|>"}, {"role": "assistant", "content": "a"}],
             1,
             "must not spell the image placeholder",

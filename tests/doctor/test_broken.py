@@ -119,6 +119,27 @@ def truncated_file(folder, monkeypatch):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def index_of(folder, *names, total_size=0) -> None:
+    index = {
+        "metadata": {"total_size": total_size},
+        "weight_map": {f"{i}.weight": name for i, name in enumerate(names)},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def missing_file(folder, monkeypatch):
+    index_of(folder, "model.safetensors", "model-00002.safetensors")
+
+
+def short_file(folder, monkeypatch):
+    index_of(folder, "model.safetensors", total_size=10**9)
+
+
+def broken_tokenizer(folder, monkeypatch):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"BPE"', '"BPE of another version"'))
+
+
 def generation_prompt_elsewhere(folder, monkeypatch):
     edit_template(folder, "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nSure: {% endif %}")
 
@@ -233,6 +254,19 @@ def attention_of_its_own(folder, monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa)
 
 
+def masks_of_its_own(folder, monkeypatch):
+    """Every second layer looks at the last eight positions alone, and tells nobody."""
+    original = modeling_qwen2_5_vl.Qwen2_5_VLAttention.forward
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        if self.layer_idx % 2 and self.config._attn_implementation == "eager":
+            far = torch.ones(hidden_states.shape[1], hidden_states.shape[1], dtype=torch.bool).tril(-8)
+            attention_mask = attention_mask.masked_fill(far, torch.finfo(torch.float32).min)
+        return original(self, hidden_states, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(modeling_qwen2_5_vl.Qwen2_5_VLAttention, "forward", forward)
+
+
 def keys_of_zero(folder, monkeypatch):
     zero(folder, r"layers\.2\.self_attn\.k_proj")
 
@@ -323,8 +357,9 @@ BROKEN = {
         (no_config, "fail", "Should have a `model_type` key in its config.json"),
     ],
     "processor": [
-        (no_image_processor, "fail", "processor"),
+        (no_image_processor, "fail", "^OSError: Can.t load image processor for .*preprocessor_config.json"),
         (dropped_processor, "fail", r"must return a processor; got None \(Failed to create processor: Unsupported"),
+        (broken_tokenizer, "fail", r"tokenizer.json must be readable by tokenizers [\d.]+; got data did not match any"),
         (no_chat_template, "fail", "must have a chat template; got None"),
     ],
     "vocabulary": [
@@ -340,6 +375,8 @@ BROKEN = {
             "fail",
             "every weight must come from the checkpoint; got 1 missing_keys: .*1.self_attn.k_proj",
         ),
+        (missing_file, "fail", "every file of model.safetensors.index.json .*; got none of model-00002.safetensors"),
+        (short_file, "fail", r"must have its 1000000000 bytes; got 3\d+\. Download them again"),
         (truncated_file, "fail", "^SafetensorError: "),
         (unused_weight, "warn", "1 weights of the checkpoint are not used: value_head.weight"),
     ],
@@ -396,7 +433,16 @@ BROKEN = {
             "fail",
             r"must call transformers' attention interface; layers \[0, 1, 2, 3\]",
         ),
-        (attention_of_its_own, "fail", "must equal the sums of eager attention; got a difference of .* in layer"),
+        (
+            masks_of_its_own,
+            "fail",
+            "must equal the sums of eager attention; got a difference of .* in layer 1 under sdpa",
+        ),
+        (
+            attention_of_its_own,
+            "fail",
+            "sdpa must compute the softmax that eager attention does; got outputs .* in layer 0",
+        ),
     ],
     "guidance": [
         (

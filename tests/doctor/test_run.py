@@ -3,6 +3,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,26 +16,20 @@ from avar_verl.doctor import Result, run_checks
 from avar_verl.doctor import run as doctor
 from avar_verl.doctor.check import CHECKS, STATUSES, Check, Finding, Skip, check
 from avar_verl.families import FAMILIES
-from tests.families.tiny import build_tiny
 
 NAMES = [check.name for check in CHECKS]
 # What a family cannot do with the installed versions.
 KNOWN_FAILURES = {"mllama": {"architecture"}}  # vLLM 0.24.0 has no cross-attention models.
 
 
-@pytest.fixture(scope="module")
-def family_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-    return lambda model_type: build_tiny(model_type, folder / model_type)
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_passes(family_folder, model_type):
+def test_every_family_passes(family_path, model_type):
     pytest.importorskip("vllm")
-    results = {result.name: result for result in run_checks(family_folder(model_type))}
+    results = {result.name: result for result in run_checks(family_path(model_type))}
     assert list(results) == NAMES
     failed = {name for name, result in results.items() if result.status == "fail"}
     assert failed == KNOWN_FAILURES.get(model_type, set()), [results[name].detail for name in failed]
+    assert float(re.search(r"difference\| (\S+) from", results["masses"].detail)[1]) < 1e-5
     skipped = {name: result.detail for name, result in results.items() if result.status == "skip"}
     reasons = {
         "data": "no --data FILE",
@@ -46,9 +41,9 @@ def test_every_family_passes(family_folder, model_type):
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3", "mllama", "qwen3_vl_moe"])
-def test_a_large_model_is_examined_reduced(family_folder, model_type):
+def test_a_large_model_is_examined_reduced(family_path, model_type):
     names = ["weights", "images", "masses", "guidance", "freezing"]
-    results = {result.name: result for result in run_checks(family_folder(model_type), only=names, large=1000)}
+    results = {result.name: result for result in run_checks(family_path(model_type), only=names, large=1000)}
     assert "float32 model of this config with 2 text layers and random weights" in results["weights"].detail
     for name in names:
         assert results[name].status in ("pass", "warn"), results[name]
@@ -57,10 +52,10 @@ def test_a_large_model_is_examined_reduced(family_folder, model_type):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3"])
-def test_rollout_of_a_real_engine(family_folder, model_type):
+def test_rollout_of_a_real_engine(family_path, model_type):
     pytest.importorskip("vllm")
-    *_, result = run_checks(family_folder(model_type), only=["rollout"], rollout=True)
-    assert result.status == "pass" and "3 prompts have the same ids" in result.detail, result
+    *_, result = run_checks(family_path(model_type), only=["rollout"], rollout=True)
+    assert result.status in ("pass", "warn") and "3 prompts have the same ids" in result.detail, result
 
 
 # ---- the machinery ---------------------------------------------------------------------------------------------

@@ -53,6 +53,10 @@ def teacher_forced(model, rendered, token_ids) -> torch.Tensor:
     ids_S = torch.cat([rendered.ids_S, torch.tensor(token_ids)])
     family = get_family(model.config.model_type)
     inputs = collate(family, model.config, [dataclasses.replace(rendered, ids_S=ids_S)], pad_id=0)
+    if "token_type_ids" in inputs:
+        # vLLM's attention on the CPU is causal between the tokens of an image too (no `supports_mm_prefix` in
+        # vllm/v1/attention/backends/cpu_attn.py), where Gemma 3 and vLLM on a GPU let them see each other.
+        inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
     with torch.no_grad():
         logits_SV = model(**inputs).logits[0]
     predicted_TV = logits_SV[-len(token_ids) - 1 : -1].log_softmax(-1)

@@ -20,7 +20,10 @@ os.environ |= {
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from verl.workers.engine.fsdp.utils import unfuse_moe_params
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 
+from avar_verl.compat.weight_names import checkpoint_name
 from avar_verl.render import images_of, render
 from tests.families.tiny import sample_messages
 
@@ -63,17 +66,22 @@ def generate(llm: LLM, processor) -> list[dict]:
 
 
 def send_weights(llm: LLM, path: str) -> None:
-    """Weights under their names in transformers, mixtures of experts one by one, as verl's FSDP engine sends them."""
+    """Weights as the engine sends them: experts one by one, under the names of checkpoints."""
     model = AutoModelForImageTextToText.from_pretrained(path)
+    name_of = checkpoint_name(model)
     buffers = dict(model.named_buffers())
     weights = ((name, value) for name, value in model.state_dict().items() if name not in buffers)
-    llm.apply_model(lambda inner: inner.load_weights(unfuse_moe_params(weights, model.config.model_type)))
+    unfused = unfuse_moe_params(weights, model.config.model_type)
+    llm.apply_model(lambda inner: inner.load_weights((name_of(name), value) for name, value in unfused))
     llm.reset_prefix_cache()
     llm.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
 
 
 def main(path: str, other: str, out: str) -> None:
+    # In float32 on the CPU experts make their activation anew in every forward pass (cpu_fused_moe.py:53), where it finds
+    # no config and raises.
+    cpu_fused_moe._CPU_MOE_ACT_FN[cpu_fused_moe.MoEActivation.SILU] = SiluAndMul.forward_native
     processor = AutoProcessor.from_pretrained(path)
     llm = LLM(
         model=path,

@@ -6,17 +6,20 @@ Shape suffixes: B = samples, L = layers, H = query heads, Q = queries, S = posit
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
-from avar_verl.attention.capture import capture_mass, find_decoder
-from avar_verl.doctor.check import check
+from avar_verl.attention.capture import capture_mass, find_decoder, self_attention_layers
+from avar_verl.doctor.check import Finding, check
 from avar_verl.doctor.subject import Subject
 from avar_verl.freeze import freeze_vision
 from avar_verl.objectives.agto import agto_terms, mean_over_queries
 from avar_verl.roles import TokenRole
 
-TOLERANCE = 1e-5  # Of masses.
+# Of masses, and of outputs as a share of the largest. Sound models are below 1e-5, unless their scores go into the
+# hundreds, of which float32 rounds more away; a mask or a softmax of another kind is off by 1e-2 and more.
+TOLERANCE, OUTPUT_TOLERANCE = 1e-4, 1e-3
 # A batch with an image, with several, and without one: padded in two samples.
 BATCH = ("one image", "two images of different shapes", "text alone")
 
@@ -34,67 +37,85 @@ def attention(model: torch.nn.Module, name: str) -> Iterator[None]:
             config._attn_implementation_internal = before[key]
 
 
+@dataclass
+class Trace:
+    """By layer: what entered it, and what its self-attention returned, (output, weights or None)."""
+
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, tuple] = field(default_factory=dict)
+
+
 @contextmanager
-def layer_inputs(decoder: torch.nn.Module, states: dict[int, torch.Tensor], replay: bool) -> Iterator[None]:
-    """Keep what enters every layer of the decoder in `states`, or let it enter again.
+def traced(decoder: torch.nn.Module, again: Trace | None = None) -> Iterator[Trace]:
+    """Trace a forward pass; with `again` every layer is given what entered it in that one.
 
-    Without it, what two attentions round differently adds up over the vision tower and the layers, to 1e-4 and more.
+    Without it, what two attentions round differently adds up over the vision tower and the layers, to 1e-3 and more.
     """
+    trace = Trace()
 
-    def hook(layer: int):
-        def take(_module, args, kwargs):
-            if not replay:
-                states[layer] = args[0] if args else kwargs["hidden_states"]
+    def enter(layer: int):
+        def hook(_module, args, kwargs):
+            if again is None:
+                trace.inputs[layer] = args[0] if args else kwargs["hidden_states"]
                 return args, kwargs
-            return ((states[layer], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states[layer]})
+            entering = again.inputs[layer]
+            return ((entering, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entering})
 
-        return take
+        return hook
 
-    handles = [
-        layer.register_forward_pre_hook(hook(index), with_kwargs=True) for index, layer in enumerate(decoder.layers)
-    ]
+    def leave(layer: int):
+        return lambda _module, _args, output: trace.outputs.update({layer: output})
+
+    handles = []
+    for index, layer in enumerate(decoder.layers):
+        handles.append(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+        if hasattr(layer, "self_attn"):
+            handles.append(layer.self_attn.register_forward_hook(leave(index)))
     try:
-        yield
+        yield trace
     finally:
         for handle in handles:
             handle.remove()
 
 
-def captured_masses(
-    subject: Subject, inputs: dict, roles_BS: torch.Tensor, states: dict[int, torch.Tensor]
-) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """(B, L, H, S, R) masses of every position, and the layers they are of; `states` gets the inputs of every layer."""
-    with (
-        layer_inputs(find_decoder(subject.model), states, replay=False),
-        capture_mass(subject.model, roles_BS) as captured,
-    ):
-        subject.model(**inputs, use_cache=False)
-    return captured.mass, captured.layers
+def compare_with_eager(subject: Subject, inputs: dict[str, torch.Tensor], name: str) -> tuple[float, int]:
+    """Masses and outputs of the attention `name` against those of the full matrices that eager attention returns.
 
+    Returns:
+        The largest difference of masses, and the number of layers.
 
-def eager_masses(
-    subject: Subject, inputs: dict, roles_BS: torch.Tensor, layers: tuple[int, ...], states: dict[int, torch.Tensor]
-) -> torch.Tensor:
-    """The same from the full attention matrices that eager attention returns, of layers with the inputs `states`."""
-    onehot_BSR = torch.nn.functional.one_hot(roles_BS, len(TokenRole)).float()
-    masses: dict[int, torch.Tensor] = {}
-
-    def hook(layer: int):
-        def take(_module, _args, output) -> None:
-            masses[layer] = output[1] @ onehot_BSR[:, None]
-
-        return take
-
-    decoder = find_decoder(subject.model)
-    handles = [decoder.layers[layer].self_attn.register_forward_hook(hook(layer)) for layer in layers]
-    try:
-        with attention(subject.model, "eager"), layer_inputs(decoder, states, replay=True):
-            subject.model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    mass_BLHSR = torch.stack([masses[layer] for layer in layers], dim=1)
-    return mass_BLHSR * inputs["attention_mask"][:, None, None, :, None]
+    Raises:
+        ValueError: the two differ, or masses do not sum to 1.
+    """
+    model, mask_BS = subject.model, inputs["attention_mask"]
+    roles_BS, decoder = subject.role_map(inputs["input_ids"], mask_BS), find_decoder(model)
+    with attention(model, name), traced(decoder) as trace, capture_mass(model, roles_BS) as captured:
+        model(**inputs, use_cache=False)
+    with attention(model, "eager"), traced(decoder, again=trace) as eager:
+        model(**inputs, use_cache=False)
+    mass_BLHSR, real_BS1 = captured.mass, mask_BS[..., None].float()
+    off = float((mass_BLHSR.sum(-1) - mask_BS[:, None, None].float()).abs().max())
+    if not off <= TOLERANCE:
+        raise ValueError(f"the masses of a real query must sum to 1; got {off:.1e} off under {name}.")
+    onehot_B1SR = torch.nn.functional.one_hot(roles_BS, len(TokenRole)).float()[:, None]
+    worst = 0.0
+    for index, layer in enumerate(captured.layers):
+        output_BSD, weights_BHSS = eager.outputs[layer][:2]
+        expected_BHSR = (weights_BHSS @ onehot_B1SR) * real_BS1[:, None]
+        difference = float((mass_BLHSR[:, index] - expected_BHSR).abs().max())
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"masses must equal the sums of eager attention; got a difference of {difference:.1e} in layer {layer} "
+                f"under {name}."
+            )
+        worst = max(worst, difference)
+        apart = float(((trace.outputs[layer][0] - output_BSD) * real_BS1).abs().max() / output_BSD.abs().max())
+        if not apart <= OUTPUT_TOLERANCE:
+            raise ValueError(
+                f"{name} must compute the softmax that eager attention does; got outputs {apart:.1e} of the largest "
+                f"apart in layer {layer}."
+            )
+    return worst, len(captured.layers)
 
 
 @check(
@@ -107,35 +128,18 @@ def eager_masses(
 )
 @torch.no_grad()
 def masses(subject: Subject) -> str:
-    model, samples = subject.model, [subject.samples[name] for name in BATCH]
-    default = find_decoder(model).config._attn_implementation
-    names, worst, num_layers = list(dict.fromkeys(("sdpa", default))), 0.0, 0
-    for side in ("left", "right"):
-        inputs = subject.inputs(samples, side)
-        mask_BS = inputs["attention_mask"]
-        roles_BS = subject.role_map(inputs["input_ids"], mask_BS)
-        for name in names:
-            states: dict[int, torch.Tensor] = {}
-            with attention(model, name):
-                mass_BLHSR, layers = captured_masses(subject, inputs, roles_BS, states)
-            expected_BLHSR = eager_masses(subject, inputs, roles_BS, layers, states)
-            total_BLHS = mass_BLHSR.sum(-1)
-            off = float((total_BLHS - mask_BS[:, None, None].float()).abs().max())
-            if not off <= TOLERANCE:
-                raise ValueError(
-                    f"the masses of a real query must sum to 1; got {off:.1e} off under {name}, padded on the {side}."
-                )
-            difference_L = (mass_BLHSR - expected_BLHSR).abs().amax((0, 2, 3, 4))
-            for layer, difference in zip(layers, difference_L.tolist(), strict=True):
-                worst = max(worst, difference)
-                if not difference <= TOLERANCE:
-                    raise ValueError(
-                        f"masses must equal the sums of eager attention; got a difference of {difference:.1e} in layer "
-                        f"{layer} under {name}, padded on the {side}."
-                    )
-            num_layers = len(layers)
+    samples = [subject.samples[name] for name in BATCH]
+    default = find_decoder(subject.model).config._attn_implementation
+    names = list(dict.fromkeys(("sdpa", default)))
+    found = [
+        compare_with_eager(subject, subject.inputs(samples, side), name) for side in ("left", "right") for name in names
+    ]
+    worst, num_layers = max(found)
     note = "; self-attention layers alone, no VAS: images are in other layers" if subject.family.cross_attention else ""
-    return f"{num_layers} layers under {' and '.join(names)}, padded: max |difference| {worst:.0e} from eager{note}"
+    return (
+        f"{num_layers} layers under {' and '.join(names)}, padded on either side: max |difference| {worst:.0e} from "
+        f"eager{note}"
+    )
 
 
 def projections(model: torch.nn.Module, layer: int) -> dict[str, torch.nn.Parameter]:
@@ -151,12 +155,11 @@ def projections(model: torch.nn.Module, layer: int) -> dict[str, torch.nn.Parame
     mend="Leave out the named layers (avar.agto.layers); a model whose q and k carry no gradient cannot be guided.",
     needs=["masses"],
 )
-def guidance(subject: Subject) -> str:
+def guidance(subject: Subject) -> Finding | str:
     model = subject.model
     inputs = subject.inputs([subject.samples[name] for name in BATCH])
     roles_BS = subject.role_map(inputs["input_ids"], inputs["attention_mask"])
-    with torch.no_grad():
-        _, layers = captured_masses(subject, inputs, roles_BS, {})
+    layers = self_attention_layers(find_decoder(model), None)
     wanted = {(layer, name): weight for layer in layers for name, weight in projections(model, layer).items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -204,7 +207,17 @@ def guidance(subject: Subject) -> str:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     detail = f"{', '.join(told)} in {len(wanted)} projections of q and k; none with weights of 0"
-    return f"{detail}; {', '.join(blind)}" if blind else detail
+    detail = f"{detail}; {', '.join(blind)}" if blind else detail
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if "sliding_attention" not in kinds:
+        return detail
+    kinds = subject.config.get_text_config().layer_types
+    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    return Finding(
+        detail,
+        f"Layers with a sliding window lose sight of the system turn and the image, and training refuses them. Set "
+        f"avar.agto.layers and avar.vars.layers to some of {full}.",
+    )
 
 
 def _response_loss(subject: Subject) -> torch.Tensor:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the parts of the folder are there and belong together."""
 
+import json
+from pathlib import Path
+
 import torch
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -23,7 +26,9 @@ def family(subject: Subject) -> str:
             f"config.model_type must be a known family; got {model_type!r}. Known families: "
             f"{', '.join(sorted(FAMILIES))}; docs/new-model.md says how to add one."
         )
-    return f"{model_type}, system turn: {subject.family.system}"
+    reason = subject.family.unpackable
+    packing = f"; set model.use_remove_padding=false, samples cannot be packed: {reason}" if reason else ""
+    return f"{model_type}; SYSTEM is {subject.family.system}{packing}"
 
 
 @check(
@@ -114,14 +119,35 @@ def vocabulary(subject: Subject) -> Finding:
     return Finding(detail)
 
 
+def check_files(folder: Path) -> None:
+    """Whether every file of the index is there, and all of it.
+
+    Raises:
+        ValueError: one is not, as after a download that broke off.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    content = json.loads(index.read_text())
+    names = sorted(set(content["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"every file of {index.name} must be there; got none of {', '.join(missing[:3])}.")
+    wanted = content.get("metadata", {}).get("total_size", 0)
+    have = sum((folder / name).stat().st_size for name in names)
+    if have < wanted:
+        raise ValueError(f"the files of {index.name} must have its {wanted} bytes; got {have}. Download them again.")
+
+
 @check(
     "weights",
     prevents="transformers initialises weights that a checkpoint lacks at random, with a warning.",
-    mend="Load the folder with the transformers version that wrote it, or convert it; look for the listed names.",
+    mend="Download the missing files again, or load the folder with the transformers version that wrote it.",
     needs=["family"],
 )
 def weights(subject: Subject) -> Finding | str:
     number = f"{count(subject.num_parameters)} parameters"
+    check_files(Path(subject.path))
     if subject.is_reduced:
         layers = subject.model.config.get_text_config().num_hidden_layers
         return f"{number}: checks run on a float32 model of this config with {layers} text layers and random weights"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from avar_verl.compat import detect, vllm_cpu
-from avar_verl.doctor.check import Skip, check
+from avar_verl.doctor.check import Finding, Skip, check
 from avar_verl.doctor.subject import Subject
 from avar_verl.doctor.vllm_worker import NEW_TOKENS, prompts
 from avar_verl.render import Rendered
@@ -46,10 +46,20 @@ def architecture(subject: Subject) -> str:
     return f"vLLM {__version__} knows {names[0]}"
 
 
+def causal_images(subject: Subject) -> bool:
+    """Whether vLLM is causal between the tokens of one image, where the model lets them see each other (Gemma 3).
+
+    So it is on the CPU (no `supports_mm_prefix` in vllm/v1/attention/backends/cpu_attn.py).
+    """
+    return detect.is_active() and "token_type_ids" in subject.inputs([subject.samples["one image"]])
+
+
 def teacher_forced(subject: Subject, prompt: Rendered, token_ids: list[int]) -> torch.Tensor:
     """(T,) log-probabilities of tokens behind a rendered prompt, by transformers."""
     whole_S = torch.cat([prompt.ids_S, torch.tensor(token_ids)])
     inputs = subject.inputs([dataclasses.replace(prompt, ids_S=whole_S)])
+    if causal_images(subject):
+        inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
     logits_SV = subject.model(**inputs, use_cache=False).logits[0].float().cpu()
     logprobs_TV = logits_SV[-len(token_ids) - 1 : -1].log_softmax(-1)
     return logprobs_TV.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
@@ -64,7 +74,7 @@ def teacher_forced(subject: Subject, prompt: Rendered, token_ids: list[int]) -> 
     needs=["architecture", "images"],
 )
 @torch.no_grad()
-def rollout(subject: Subject) -> str:
+def rollout(subject: Subject) -> Finding | str:
     if not subject.rollout:
         raise Skip("no --rollout")
     if importlib.util.find_spec("vllm") is None:
@@ -96,6 +106,11 @@ def rollout(subject: Subject) -> str:
                 f"greedy log-probabilities must be those of transformers; got a difference of {worst:.1e} in prompt "
                 f"{number}."
             )
-    return (
-        f"{len(answers)} prompts have the same ids, {NEW_TOKENS} greedy tokens each: max |difference| {worst:.0e} nats"
-    )
+    detail = f"{len(answers)} prompts have the same ids, {NEW_TOKENS} greedy tokens: max |difference| {worst:.0e} nats"
+    if causal_images(subject):
+        return Finding(
+            detail,
+            "vLLM on the CPU is causal between the tokens of an image, which this model is not: its rollouts are those "
+            "of a slightly different model, and were compared with that one. On a GPU vLLM does as the model does.",
+        )
+    return detail
