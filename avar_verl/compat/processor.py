@@ -8,6 +8,7 @@ after any error, it warns and returns None, and verl goes on to train on text al
 
 import functools
 import sys
+import warnings
 from typing import Any
 
 from avar_verl.families import FAMILIES
@@ -19,21 +20,20 @@ def apply(tokenizer_module) -> None:
 
     @functools.wraps(original)
     def hf_processor(name_or_path, **kwargs) -> Any:
-        from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
+        from transformers import AutoConfig, AutoProcessor
 
-        processor = original(name_or_path, **kwargs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            processor = original(name_or_path, **kwargs)
         if processor is not None:
             return processor
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         if config.model_type not in FAMILIES:
+            for warning in caught:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             return None
+        # Its errors name the missing file.
         processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
-        if isinstance(processor, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"a {config.model_type} model needs its processor, without which verl trains on text alone; got "
-                f"{type(processor).__name__} from {name_or_path!r}. Copy processor_config.json or "
-                "preprocessor_config.json of the checkpoint into the folder."
-            )
         processor.config = config  # As verl does, for whatever reads it.
         return processor
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from avar_verl.families import FAMILIES, get_family
@@ -17,6 +18,8 @@ from tests.families.tiny import build_tiny
 # No system turn in their chat templates.
 WITHOUT_SYSTEM = ("gemma3",)
 # vLLM 0.24 has no Llama 3.2 Vision.
+# On the language model alone: verl's default, all-linear, has the vision tower in it.
+LORA = ["model.lora_rank=4", "model.lora_alpha=8", "model.target_modules='.*language_model.*[qkvo]_proj'"]
 ROLLOUTS = [name for name in sorted(FAMILIES) if name != "mllama"]
 
 
@@ -65,6 +68,8 @@ def trained(tmp_path_factory, models):
                 data = family_data.make_sft(work / f"{name}.parquet", 8, name not in WITHOUT_SYSTEM)
                 overrides = sft_overrides(work, model, data, name, packed)
                 spec.append({"name": name + "_packed" * packed, "overrides": overrides})
+    overrides = sft_overrides(work, models["internvl"], work / "internvl.parquet", "internvl", packed=False)
+    spec.append({"name": "lora", "overrides": [*overrides, *LORA, f"trainer.default_local_dir={work / 'lora'}"]})
     (work / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tests.e2e.sft_families", str(work)]
@@ -109,6 +114,21 @@ def test_packing_changes_nothing(trained, model_type):
     for step, record in packed.items():
         for key in ("train/loss", "train/grad_norm", "avar/enhance", "avar/suppress", "avar/image_share"):
             assert record[key] == pytest.approx(padded[step][key], rel=1e-3), (step, key)
+
+
+@pytest.mark.e2e
+def test_lora_trains_adapters_of_the_language_model(trained, models):
+    work, errors = trained
+    assert "lora" not in errors, errors["lora"]
+    assert launch.steps(work / "lora.jsonl")[2]["avar/guided_samples"] == 2
+    before = AutoModelForImageTextToText.from_pretrained(models["internvl"]).state_dict()
+    after = load_file(work / "lora" / "global_step_2" / "huggingface" / "model.safetensors")
+    after = {name.removeprefix("base_model.model.").replace(".base_layer", ""): t for name, t in after.items()}
+    adapters = {name: tensor for name, tensor in after.items() if "lora_" in name}
+    assert adapters and all("language_model" in name for name in adapters)
+    assert all(bool(tensor.any()) for name, tensor in adapters.items() if "lora_B" in name), "B starts as zeros"
+    for name in after.keys() - adapters.keys():
+        assert torch.equal(after[name], before[name].to(after[name].dtype)), name
 
 
 # The policy has learned nothing: half of the responses are called right by their length (see test_grpo_launcher).
