@@ -15,31 +15,39 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _vas(args: argparse.Namespace) -> None:
-    import pandas
-    from verl.utils.dataset.vision_utils import process_image
+    from rich.console import Console
 
-    from avar_verl.measure import Checkpoint, Item, measure_vas
+    if args.vas_command == "compare":
+        from avar_verl.vas.compare import run_compare
 
-    rows = pandas.read_parquet(args.data)
-    rows = rows.head(args.n) if args.n else rows
-    items = []
-    for number, row in rows.iterrows():
-        messages = list(row["messages"])
-        if [message["role"] for message in messages] != ["user", "assistant"]:
-            raise ValueError(
-                f"avar vas reads one question and one response a row; got roles "
-                f"{[message['role'] for message in messages]} in row {number} of {args.data}. Keep such rows alone."
-            )
-        images = tuple(process_image(dict(image)) for image in row["images"])
-        items.append(Item(messages[0]["content"].replace("<image>", ""), images, messages[1]["content"]))
-    checkpoint = Checkpoint.load(args.model, device=args.device)
-    result = {}
-    for query, sums in measure_vas(checkpoint, items, batch_size=args.batch_size).items():
-        result[query] = {**sums.summary(), "num_samples": sums.num_samples, "num_skipped": sums.num_skipped}
-        line = "  ".join(f"{key} {value:.4g}" for key, value in result[query].items())
-        print(f"{query:9s} {line}")
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1))
+        run_compare(args.files, args.scores, Path(args.out) if args.out else None, Console())
+        return
+    from avar_verl.measure import QUERIES
+    from avar_verl.vas.run import VasSettings, default_device, run_vas
+    from avar_verl.vas.show import print_summary
+
+    missing = [name for name in ("--model", "--data") if getattr(args, name[2:]) is None]
+    if missing:
+        raise ValueError(f"a measurement needs a model and data; got no {' and no '.join(missing)}. See avar vas --help.")
+    settings = VasSettings(
+        model=args.model,
+        data=args.data,
+        split=args.split,
+        columns=dict(pair.partition("=")[::2] for pair in args.columns),
+        n=args.n,
+        queries=tuple(QUERIES) if args.query == "both" else (args.query,),
+        layers=None if args.layers is None else tuple(args.layers),
+        max_new_tokens=args.max_new_tokens if args.generate else None,
+        system=args.system,
+        device=args.device or default_device(),
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        ray_workers=args.ray,
+        show=args.show,
+        words=None if args.words is None else tuple(args.words),
+    )
+    out = Path(args.out) if args.out else None
+    print_summary(run_vas(settings, out), out, Console())
 
 
 def _rewards_score(args: argparse.Namespace) -> None:
@@ -87,7 +95,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: `avar demo`, `avar vas`, `avar rewards score`, `avar data check`, `avar doctor`."""
+    """The command line: `avar demo`, `avar vas`, `avar rewards score`, `avar data check`, `avar doctor`, ...."""
     top = argparse.ArgumentParser(prog="avar", description="AVAR on verl.")
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -97,14 +105,35 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--settings", default="{}", metavar="JSON", help="fields of DemoSettings to replace")
     demo.set_defaults(run=_demo)
 
-    vas = commands.add_parser("vas", help="Visual Attention Score of a checkpoint on a parquet file of responses")
-    vas.add_argument("--model", required=True, help="Hugging Face folder")
-    vas.add_argument("--data", required=True, help="parquet file with the columns messages and images, as for SFT")
+    vas = commands.add_parser(
+        "vas", help="Visual Attention Score of a checkpoint, with a report (docs/vas.md); `avar vas compare` of several"
+    )
+    vas.add_argument("--model", help="Hugging Face folder or name")
+    vas.add_argument("--data", help="parquet or jsonl file as for SFT or RL, or a folder of them, or a hub data set")
+    vas.add_argument("--split", help="of a hub data set")
+    vas.add_argument(
+        "--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="of data with other columns: question=query"
+    )
     vas.add_argument("--n", type=int, default=0, help="only the first N rows (default: all)")
+    vas.add_argument("--query", choices=("user", "response", "both"), default="both", help="(default: %(default)s)")
+    vas.add_argument("--layers", type=int, nargs="+", help="(default: all)")
+    vas.add_argument("--generate", action="store_true", help="measure responses that the model generates, greedily")
+    vas.add_argument("--max-new-tokens", type=int, default=1024, help="with --generate (default: %(default)s)")
+    vas.add_argument("--system", metavar="TEXT", help="system turn of conversations that have none")
     vas.add_argument("--batch-size", type=int, default=8)
-    vas.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
-    vas.add_argument("--out", help="write the numbers to this JSON file too")
+    vas.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    vas.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    vas.add_argument("--ray", type=int, default=0, metavar="N", help="N workers on a Ray cluster (default: none)")
+    vas.add_argument("--show", type=int, default=4, metavar="N", help="samples whose words are shown in the report")
+    vas.add_argument("--words", nargs="+", help="words to show (default: those that look most at the image)")
+    vas.add_argument("--out", metavar="DIR", help="folder for vas.json, report.html and the records; resumes in it")
     vas.set_defaults(run=_vas)
+    compare = vas.add_subparsers(dest="vas_command", metavar="compare").add_parser(
+        "compare", help="checkpoints beside each other, and VAS against benchmark scores"
+    )
+    compare.add_argument("files", nargs="+", metavar="[NAME=]VAS.JSON", help="the first one is what others differ from")
+    compare.add_argument("--scores", metavar="CSV", help="a column `name`, and one for every benchmark")
+    compare.add_argument("--out", metavar="DIR", help="folder for compare.json and compare.html")
 
     rewards = commands.add_parser("rewards", help="try a reward function on recorded rollouts")
     score = rewards.add_subparsers(dest="rewards_command", required=True).add_parser(
@@ -147,6 +176,14 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--only", nargs="+", metavar="CHECK", help="these checks, and those that they need")
     doctor.add_argument("--out", help="write the results to this JSON file")
     doctor.set_defaults(run=_doctor)
+
+    from avar_verl.evaluation.command import add_parser
+
+    add_parser(commands)
+
+    from avar_verl.synth.commands import add_parser
+
+    add_parser(commands)
     return top
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a checkpoint: attention masses of given responses, and answers of its own.
 
-Plain transformers; no verl, no vllm.
+Plain transformers; no verl, no vllm. Any family: a conversation becomes ids and features by `render`, and a batch by
+`collate`, as in training. What `avar vas` is made of: `avar_verl.vas`.
 
 Shape suffixes:
-    B = samples, S = positions, Q = selected queries, L = layers, H = query heads, R = token roles, I = image tokens
+    B = samples, S = positions, Q = selected queries, L = layers, H = query heads, R = token roles, I = image tokens,
+    G = key groups
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +19,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from avar_verl.attention import capture_mass
+from avar_verl.families import Family, get_family
 from avar_verl.objectives.vas import VasSums, vas_sums
+from avar_verl.render import Rendered, collate, render
 from avar_verl.roles import RoleMap, TokenRole
 
 QUERIES = {"user": TokenRole.USER, "response": TokenRole.RESPONSE}
@@ -30,6 +34,12 @@ class Item:
     prompt: str
     images: tuple[Image.Image, ...]
     response: str
+
+    def messages(self, response: str | None) -> list[dict]:
+        """The conversation, images first; without an answer where `response` is None."""
+        content = [*({"type": "image", "image": image} for image in self.images), {"type": "text", "text": self.prompt}]
+        question = {"role": "user", "content": content}
+        return [question] if response is None else [question, {"role": "assistant", "content": response}]
 
 
 @dataclass(frozen=True)
@@ -45,26 +55,27 @@ class Checkpoint:
         """Load a Hugging Face folder.
 
         Raises:
-            ValueError: a family that `RoleMap` does not know.
+            ValueError: a family that `RoleMap` does not know, or a folder without a processor.
         """
         processor = AutoProcessor.from_pretrained(path)
+        if not hasattr(processor, "tokenizer"):  # AutoProcessor falls back to the tokenizer.
+            raise ValueError(
+                f"a checkpoint must have a processor for images; got {type(processor).__name__} alone from {path}. Copy "
+                "processor_config.json or preprocessor_config.json of the original checkpoint into the folder."
+            )
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         return cls(model.to(device).eval(), processor, RoleMap.from_pretrained(processor, model.config))
 
-    def inputs(self, items: Sequence[Item], responses: Sequence[str] | None, padding_side: str) -> dict:
-        """Processor inputs of a batch: prompts alone with the header of the answer, or followed by `responses`."""
-        texts = []
-        for index, item in enumerate(items):
-            content = [*({"type": "image"} for _ in item.images), {"type": "text", "text": item.prompt}]
-            messages = [{"role": "user", "content": content}]
-            if responses is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": responses[index]}]})
-            texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=responses is None))
-        images = [image for item in items for image in item.images] or None
-        encoded = self.processor(
-            text=texts, images=images, padding=True, padding_side=padding_side, return_tensors="pt"
-        )
-        return encoded.to(self.model.device)
+    @property
+    def family(self) -> Family:
+        return get_family(self.model.config.model_type)
+
+    def collate(self, samples: Sequence[Rendered], padding_side: str = "right") -> dict[str, torch.Tensor]:
+        """Model inputs of a batch, on the model's device, images in the model's type."""
+        pad_id = self.processor.tokenizer.pad_token_id
+        inputs = collate(self.family, self.model.config, samples, 0 if pad_id is None else pad_id, padding_side)
+        device, dtype = self.model.device, self.model.dtype
+        return {key: x.to(device, dtype if x.is_floating_point() else x.dtype) for key, x in inputs.items()}
 
 
 def batches(items: Sequence, size: int, label: str) -> Iterable[tuple[int, Sequence]]:
@@ -74,14 +85,40 @@ def batches(items: Sequence, size: int, label: str) -> Iterable[tuple[int, Seque
 
 
 @torch.no_grad()
+def generate_ids(checkpoint: Checkpoint, prompts: Sequence[Rendered], max_new_tokens: int) -> list[list[int]]:
+    """Greedy responses to one batch of prompts (rendered with the header of the answer), as token ids.
+
+    A response ends with the token that has stopped it. Image placeholders are never generated. What the checkpoint's
+    generation config says beside sampling holds (Qwen2.5-VL: a repetition penalty).
+
+    Raises:
+        ValueError: a batch in a family that cannot be padded on the left.
+    """
+    if checkpoint.family.cross_attention and len(prompts) > 1:
+        raise ValueError(
+            "a family that reads images in cross-attention layers generates one response at a time (transformers 5.9 "
+            f"loses its masks under left padding); got a batch of {len(prompts)}. Use batch_size=1."
+        )
+    inputs = checkpoint.collate(prompts, "left")
+    model = checkpoint.model
+    forbidden = list(checkpoint.role_map.image_token_ids) or None
+    ids_BS = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=forbidden)
+    stops = model.generation_config.eos_token_id
+    stops = set([stops] if isinstance(stops, int) else stops or ())
+    out = []
+    for ids in ids_BS[:, inputs["input_ids"].shape[1] :].tolist():
+        end = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
+        out.append(ids[:end])
+    return out
+
+
 def generate(checkpoint: Checkpoint, items: Sequence[Item], max_new_tokens: int, batch_size: int = 32) -> list[str]:
-    """Greedy responses, decoded without special tokens."""
+    """Greedy responses, decoded without special tokens (`generate_ids`)."""
     out = []
     for _, batch in batches(items, batch_size, "generate"):
-        inputs = checkpoint.inputs(batch, None, "left")
-        ids = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new_ids = ids[:, inputs["input_ids"].shape[1] :]
-        out += checkpoint.processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+        prompts = [render(checkpoint.processor, item.messages(None), add_generation_prompt=True) for item in batch]
+        ids = generate_ids(checkpoint, prompts, max_new_tokens)
+        out += checkpoint.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return out
 
 
@@ -97,7 +134,8 @@ def measure_vas(
     responses = [item.response for item in items] if responses is None else responses
     total: dict[str, VasSums] = {}
     for start, batch in batches(items, batch_size, "VAS"):
-        inputs = checkpoint.inputs(batch, responses[start : start + len(batch)], "right")
+        answered = zip(batch, responses[start : start + len(batch)], strict=True)
+        inputs = checkpoint.collate([render(checkpoint.processor, item.messages(text)) for item, text in answered])
         roles_BS = checkpoint.role_map(inputs["input_ids"], inputs["attention_mask"])
         with capture_mass(checkpoint.model, roles_BS, query_role=tuple(QUERIES.values())) as captured:
             checkpoint.model(**inputs, use_cache=False)
@@ -110,6 +148,46 @@ def measure_vas(
 
 
 @torch.no_grad()
+def attention_to_image_tokens(
+    checkpoint: Checkpoint,
+    rendered: Rendered,
+    roles_S: torch.Tensor,
+    chosen_S: torch.Tensor,
+    layers: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Attention of every chosen query to every image token of one sample, (Q, I) float32, mean over layers and heads.
+
+    Args:
+        chosen_S: bool, the queries.
+        layers: default all.
+
+    Raises:
+        ValueError: nothing chosen, or no image.
+    """
+    image_S = roles_S == TokenRole.IMAGE
+    num_image = int(image_S.sum())
+    if not num_image or not bool(chosen_S.any()):
+        raise ValueError(
+            f"image attention needs image tokens and selected queries; got {num_image} and {int(chosen_S.sum())}. "
+            "Check the sample and what `select` matches."
+        )
+    # One key group for every image token, group 0 for all other keys.
+    groups_S = image_S.long().cumsum(0) * image_S
+    query_roles_S = torch.where(chosen_S, TokenRole.RESPONSE, TokenRole.OTHER)
+    device = checkpoint.model.device
+    with capture_mass(
+        checkpoint.model,
+        query_roles_S[None].to(device),
+        layers=layers,
+        query_role=TokenRole.RESPONSE,
+        reduction=lambda mass_BHQG, _: mass_BHQG[0, :, :, 1:].mean(0),
+        key_groups=groups_S[None].to(device),
+        num_groups=num_image + 1,
+    ) as captured:
+        checkpoint.model(**checkpoint.collate([rendered]), use_cache=False)
+    return torch.stack(captured.per_layer()).mean(0).cpu()
+
+
 def image_attention(
     checkpoint: Checkpoint, item: Item, response: str, select: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
@@ -121,27 +199,19 @@ def image_attention(
     Raises:
         ValueError: nothing selected, or no image.
     """
-    inputs = checkpoint.inputs([item], [response], "right")
-    ids_BS = inputs["input_ids"]
-    roles_BS = checkpoint.role_map(ids_BS, inputs["attention_mask"])
-    image_BS = roles_BS == TokenRole.IMAGE
-    chosen_S = select(ids_BS[0])
-    num_image = int(image_BS.sum())
-    if not num_image or not bool(chosen_S.any()):
-        raise ValueError(
-            f"image attention needs image tokens and selected queries; got {num_image} and {int(chosen_S.sum())}. "
-            "Check the sample and what `select` matches."
-        )
-    # One key group for every image token, group 0 for all other keys.
-    groups_BS = image_BS.long().cumsum(1) * image_BS
-    query_roles_BS = torch.where(chosen_S[None], TokenRole.RESPONSE, TokenRole.OTHER)
-    with capture_mass(
-        checkpoint.model,
-        query_roles_BS,
-        query_role=TokenRole.RESPONSE,
-        key_groups=groups_BS,
-        num_groups=num_image + 1,
-    ) as captured:
-        checkpoint.model(**inputs, use_cache=False)
-    mass_BLHQG = torch.stack(captured.per_layer(), dim=1)
-    return mass_BLHQG[0, ..., 1:].mean((0, 1, 2))
+    rendered = render(checkpoint.processor, item.messages(response))
+    ids_S = rendered.ids_S
+    roles_S = checkpoint.role_map(ids_S[None], torch.ones_like(ids_S)[None])[0]
+    return attention_to_image_tokens(checkpoint, rendered, roles_S, select(ids_S)).mean(0)
+
+
+__all__ = [
+    "QUERIES",
+    "Checkpoint",
+    "Item",
+    "attention_to_image_tokens",
+    "generate",
+    "generate_ids",
+    "image_attention",
+    "measure_vas",
+]

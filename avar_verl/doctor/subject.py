@@ -179,6 +179,8 @@ class Subject:
         """Load it anew when it is next asked for: for a check that changes it, or needs its memory."""
         self.__dict__.pop("_loaded", None)
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> Rendered:
         """A conversation as ids and features."""

@@ -202,6 +202,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         if isinstance(self.engine_config, AvarFSDPEngineConfig):
             tower, projector = self.engine_config.freeze_vision_tower, self.engine_config.freeze_projector
             freeze_vision(module, self.model_config.hf_config.model_type, tower, projector)
+            if self._family is not None and self._family.prepare is not None:
+                self._family.prepare(module)
         return module
 
     def _build_model_optimizer(self):

@@ -31,6 +31,7 @@ class Family:
     token_inputs: `token_inputs(config, ids_BS, features) -> dict` of model inputs with an entry for every position.
     fill_text_only: `fill_text_only(features of another sample) -> features` of a sample without an image, where the
         first dimension of features is the sample; None where it is the image.
+    prepare: `prepare(model)`, what a loaded model needs before its first batch; None: nothing.
     """
 
     model_types: tuple[str, ...]
@@ -46,6 +47,7 @@ class Family:
     verl_forward: bool = False
     token_inputs: Callable[[Any, torch.Tensor, dict], dict] | None = None
     fill_text_only: Callable[[dict], dict] | None = None
+    prepare: Callable[[torch.nn.Module], None] | None = None
 
     def role_map(self, tokenizer, config) -> RoleMap:
         """`RoleMap` of a model of this family.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama 3.2 Vision. Images are read in cross-attention layers, text in self-attention layers.
 
-A softmax of a cross-attention layer has image keys alone, so the image mass there is 1 for every token behind an image
-and 0 before it, and the system mass is 0; in a self-attention layer it is the other way round. No softmax has both, so
+A softmax of a cross-attention layer has image keys alone, so the image mass there is 1 and the system mass is 0; in a
+self-attention layer it is the other way round. No softmax has both, so
 image mass over system mass is not defined, L_enhance is a constant, and r_visual does not exist. `<|image|>` is a token
 of its turn: no feature replaces it.
 """
@@ -39,6 +39,30 @@ def fill_text_only(like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return features
 
 
+def hide_images_from_rows_without(model: torch.nn.Module) -> None:
+    """Make a token that sees no image read none, as in the model's reference implementation.
+
+    Transformers unmasks the row of such a token (models/mllama/modeling_mllama.py:73 in 5.9.0) and multiplies what the
+    MLP adds by 0, but not what the attention adds. So tokens before an image, and whole samples beside others that have
+    images, read the mean of all images that the batch pads to, and a sample depends on the batch it is in.
+    """
+    from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, MllamaCrossAttentionDecoderLayer):
+            continue
+        rows = {}
+
+        def remember(_layer, _args, kwargs, rows=rows):
+            rows["mask"] = kwargs["full_text_row_masked_out_mask"]
+
+        def mask(_attention, _args, output, rows=rows):
+            return output if rows["mask"] is None else (output[0] * rows["mask"][:, 0], *output[1:])
+
+        layer.register_forward_pre_hook(remember, with_kwargs=True)
+        layer.cross_attn.register_forward_hook(mask)
+
+
 FAMILY = Family(
     model_types=("mllama",),
     turns=LLAMA3,
@@ -49,5 +73,6 @@ FAMILY = Family(
     cross_attention=True,
     token_inputs=token_inputs,
     fill_text_only=fill_text_only,
+    prepare=hide_images_from_rows_without,
     unpackable="a cross-attention layer would show every image to every sample",
 )

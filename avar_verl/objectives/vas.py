@@ -7,6 +7,7 @@ companions are reported beside it everywhere: image share in [0, 1], ratio of me
 Shape suffixes: B = samples, L = layers, H = query heads, Q = queries, R = token roles
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,12 @@ from avar_verl.roles import TokenRole
 
 # Bands of the paper for 7B models (arXiv 2603.03825): below 10 narrow, 10 to 15 wide, above 15 panoramic.
 BANDS = ((10.0, "narrow"), (15.0, "wide"), (float("inf"), "panoramic"))
+STATISTICS = ("vas", "vas_median", "ratio_of_means", "log_ratio", "image_share", "image_mass", "system_mass")
+
+
+def band(vas: float) -> str | None:
+    """The paper's band of a VAS; None for one that is not finite."""
+    return next(name for bound, name in BANDS if vas < bound) if math.isfinite(vas) else None
 
 
 def image_share(mass: torch.Tensor) -> torch.Tensor:
@@ -26,6 +33,27 @@ def image_share(mass: torch.Tensor) -> torch.Tensor:
 def attention_ratio(mass: torch.Tensor) -> torch.Tensor:
     """m_image / m_system, in [0, inf]; (..., R) -> (...). inf where the system mass is 0, nan where both are."""
     return mass[..., TokenRole.IMAGE] / mass[..., TokenRole.SYSTEM]
+
+
+def vas_statistics(
+    ratio_LH: torch.Tensor, share_LH: torch.Tensor, image_LH: torch.Tensor, system_LH: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The `STATISTICS` of means over queries by layer and head, (..., L, H) -> (...) each.
+
+    `vas`, the paper's mean over layers, heads and queries of the ratio; `vas_median`, the median over layers and heads
+    of the mean ratio; `ratio_of_means`, mean image mass over mean system mass; `log_ratio`, its natural logarithm;
+    `image_share`; `image_mass`; `system_mass`. A ratio is inf where its denominator is 0, nan where both masses are.
+    """
+    image, system = image_LH.mean((-2, -1)), system_LH.mean((-2, -1))
+    return {
+        "vas": ratio_LH.mean((-2, -1)),
+        "vas_median": ratio_LH.flatten(-2).quantile(0.5, dim=-1),
+        "ratio_of_means": image / system,
+        "log_ratio": (image / system).log(),
+        "image_share": share_LH.mean((-2, -1)),
+        "image_mass": image,
+        "system_mass": system,
+    }
 
 
 @dataclass(frozen=True)
@@ -62,9 +90,7 @@ class VasSums:
         )
 
     def summary(self) -> dict[str, float]:
-        """`vas` (the paper's mean over layers, heads and queries of the ratio), `vas_median` (median over layers and
-        heads of the mean ratio), `ratio_of_means`, `log_ratio` (natural log of it), `image_share`, `image_mass`,
-        `system_mass`.
+        """`vas_statistics` over all queries.
 
         Raises:
             ValueError: no sample counted.
@@ -74,19 +100,8 @@ class VasSums:
                 f"VAS needs samples with an image, a system turn and a query; got none in {self.num_skipped} samples. "
                 "Check the chat template and the query role."
             )
-        ratio_LH = self.ratio_LH / self.num_queries
-        image, system = float(self.image_LH.mean()) / self.num_queries, float(self.system_LH.mean()) / self.num_queries
-        # A tensor divides by 0 as `attention_ratio` does: inf, or nan where both are 0.
-        ratio_of_means = float(torch.tensor(image, dtype=torch.float64) / system)
-        return {
-            "vas": float(ratio_LH.mean()),
-            "vas_median": float(ratio_LH.flatten().quantile(0.5)),
-            "ratio_of_means": ratio_of_means,
-            "log_ratio": float(torch.tensor(ratio_of_means, dtype=torch.float64).log()),
-            "image_share": float(self.share_LH.mean()) / self.num_queries,
-            "image_mass": image,
-            "system_mass": system,
-        }
+        sums = (self.ratio_LH, self.share_LH, self.image_LH, self.system_LH)
+        return {name: float(value) for name, value in vas_statistics(*(x / self.num_queries for x in sums)).items()}
 
 
 def vas_sums(mass_BLHQR: torch.Tensor, key_roles_BS: torch.Tensor, valid_BQ: torch.Tensor) -> VasSums:

@@ -174,7 +174,9 @@ class ModelConfig:
             value = getattr(self, name)
             _check(value >= 0, f"{name} of {self.model} must be >= 0", value, "Use 0 for none.")
         _check(self.chars_per_token > 0, "chars_per_token must be > 0", self.chars_per_token, "3.5 suits English.")
-        _check(self.pixels_per_token >= 1, "pixels_per_token must be >= 1", self.pixels_per_token, "784 is Qwen2.5-VL's.")
+        _check(
+            self.pixels_per_token >= 1, "pixels_per_token must be >= 1", self.pixels_per_token, "784 is Qwen2.5-VL's."
+        )
 
     def cost(self, input_tokens: float, output_tokens: float) -> float:
         """US dollars."""
@@ -296,8 +298,12 @@ class GatesConfig:
             _check(0 <= getattr(self, name) <= 1, f"gates.{name} must be in [0, 1]", getattr(self, name), "Mend it.")
         words = (self.min_words, self.max_words)
         _check(self.max_words >= max(1, self.min_words), "gates.max_words must be >= min_words", words, "Raise it.")
-        _check(0 < self.duplicate_jaccard <= 1, "duplicate_jaccard must be in (0, 1]", self.duplicate_jaccard, "Try 0.8.")
-        _check(0 <= self.duplicate_distance <= 64, "duplicate_distance must be 0..64", self.duplicate_distance, "Try 4.")
+        _check(
+            0 < self.duplicate_jaccard <= 1, "duplicate_jaccard must be in (0, 1]", self.duplicate_jaccard, "Try 0.8."
+        )
+        _check(
+            0 <= self.duplicate_distance <= 64, "duplicate_distance must be 0..64", self.duplicate_distance, "Try 4."
+        )
 
 
 @dataclass(kw_only=True)
@@ -393,7 +399,9 @@ class SynthConfig:
         for name, endpoint in self.endpoints.items():
             ok = endpoint.in_flight >= self.ray.workers
             _check(ok, f"in_flight of {name} must be at least ray.workers", endpoint.in_flight, "Raise it.")
-        _check(self.budget_usd is None or self.budget_usd > 0, "budget_usd must be null or > 0", self.budget_usd, "Raise.")
+        _check(
+            self.budget_usd is None or self.budget_usd > 0, "budget_usd must be null or > 0", self.budget_usd, "Raise."
+        )
 
     def stage(self, name: str) -> StageConfig:
         """Stage `name` of STAGES."""
@@ -415,7 +423,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SynthConfig:
     from yaml import YAMLError
 
     try:
-        node = OmegaConf.merge(OmegaConf.structured(SynthConfig), OmegaConf.load(path), OmegaConf.from_dotlist([*overrides]))
+        node = OmegaConf.merge(
+            OmegaConf.structured(SynthConfig), OmegaConf.load(path), OmegaConf.from_dotlist([*overrides])
+        )
         return OmegaConf.to_object(node)
     except FileNotFoundError as error:
         raise ValueError(f"--config must be a YAML file; got {path}: {error.strerror}. Check the path.") from error

@@ -114,9 +114,11 @@ def make_picture(value: Any, *, root: str | None = None, allow_urls: bool = Fals
 
 def _own_bytes(value: Any, root: str | None) -> tuple[bytes, str]:
     """The encoded file of an image and its format, as far as it is at hand; (b"", "") if not."""
-    held = next((value[key] for key in ("bytes", "image", "path") if value.get(key) is not None), None) if (
-        isinstance(value, Mapping)
-    ) else value
+    held = (
+        next((value[key] for key in ("bytes", "image", "path") if value.get(key) is not None), None)
+        if (isinstance(value, Mapping))
+        else value
+    )
     if isinstance(held, str) and re.match(r"(data:|https?://)", held):
         return b"", ""
     if isinstance(held, str):
@@ -155,7 +157,7 @@ def _boxes(value: Any, pictures: Sequence[Picture]) -> tuple[tuple[Box, ...], ..
     if value is None:
         return ()
     value = [[] if boxes is None else boxes for boxes in value]
-    if len(pictures) == 1 and value and all(isinstance(box[0], int | float) for box in value if box):
+    if len(pictures) == 1 and any(box and isinstance(box[0], int | float) for box in value):
         value = [value]  # the layout of GRPO rows: the boxes of the one image
     if len(value) != len(pictures):
         raise ValueError(f"boxes must be a list for every image; got {len(value)} for {len(pictures)}. Mend the row.")

@@ -91,7 +91,9 @@ def render(stage: StageConfig, item: Item, coordinates: str, earlier: dict[str, 
         try:
             content = "".join(prompt.template.blocks[role](context)).strip()
         except TemplateError as error:
-            raise ValueError(f"prompt {prompt.name} must render; got: {error}. It can use {sorted(variables)}.") from error
+            raise ValueError(
+                f"prompt {prompt.name} must render; got: {error}. It can use {sorted(variables)}."
+            ) from error
         messages.append({"role": role, "content": content})
     return messages
 

@@ -59,7 +59,9 @@ class Failure:
     final: bool
 
 
-def call_key(model: str, prompt: str, messages: Sequence[dict[str, str]], pictures: Sequence[str], sampling: dict) -> str:
+def call_key(
+    model: str, prompt: str, messages: Sequence[dict[str, str]], pictures: Sequence[str], sampling: dict
+) -> str:
     """Hash of what an answer depends on: model, prompt version, the messages (so the input and what earlier stages have
     written), hashes of the pictures that are sent, sampling parameters."""
     content = [model, prompt, messages, list(pictures), sampling]
@@ -124,7 +126,7 @@ class Store:
         self.reserved = max(0.0, self.reserved - released)
 
     def reserve(self, usd: float) -> str:
-        """Ask for the dollars that a call may cost at most: "yes", "wait" (calls on their way may leave enough), "no"."""
+        """Ask for the dollars of a call: "yes", "no", or "wait" while calls on their way may leave enough."""
         if self.budget is None or self.spent + self.reserved + usd <= self.budget:
             self.reserved += usd
             return "yes"

@@ -115,6 +115,12 @@ def test_a_check_needs_a_name_of_its_own_and_checks_before_it(name, needs):
     assert [check.name for check in CHECKS] == NAMES
 
 
+def test_the_page_lists_every_check():
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert rows[1:] == [f"| {check.name} | {check.prevents} | {check.mend} |" for check in CHECKS]
+
+
 # ---- the command -----------------------------------------------------------------------------------------------
 
 

@@ -378,7 +378,8 @@ GLM4V = Spec(
             "rope_theta": 1000.0,
             "partial_rotary_factor": 0.5,
             "mrope_section": [2, 3, 3],
-        }
+        },
+        "attention_bias": True,  # As the checkpoint's config; vLLM reads it, transformers takes it for granted.
     },
     vision={
         **NATIVE_TOWER,

@@ -79,8 +79,8 @@ def send_weights(llm: LLM, path: str) -> None:
 
 
 def main(path: str, other: str, out: str) -> None:
-    # In float32 on the CPU experts make their activation anew in every forward pass (cpu_fused_moe.py:53), where it finds
-    # no config and raises.
+    # In float32 on the CPU experts make their activation anew in every forward pass (cpu_fused_moe.py:53), where it
+    # finds no config and raises.
     cpu_fused_moe._CPU_MOE_ACT_FN[cpu_fused_moe.MoEActivation.SILU] = SiluAndMul.forward_native
     processor = AutoProcessor.from_pretrained(path)
     llm = LLM(

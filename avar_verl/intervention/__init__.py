@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training-free intervention: more attention to the image, less to the system turn, by rescaling keys.
+
+`spec` says what an intervention is, `transformers_hook` and `vllm_hook` do it, `answers` generates with either, `sweep`
+compares settings.
+"""
+
+from avar_verl.intervention.spec import InterventionSpec
+from avar_verl.intervention.transformers_hook import generate, intervene
+
+__all__ = ["InterventionSpec", "generate", "intervene"]

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The intervention in vLLM 0.24 (V1 engine, V1 model runner): keys are scaled as they enter the key/value cache.
+
+An engine is told that requests may ask for it, and which setting is the default of those that do not:
+
+    LLM(model, additional_config={"avar_intervention": True})
+    vllm serve MODEL --additional-config '{"avar_intervention": "alpha_img=0.15,alpha_sys=0.4"}'
+
+A request asks with `SamplingParams(extra_args={"avar_intervene": "alpha_img=0.15"})`, over HTTP with `"vllm_xargs":
+{"avar_intervene": "alpha_img=0.15"}`. Requests of one batch may have different settings.
+
+Two patches, which `avar_verl.vllm_plugin` applies when vLLM imports the module:
+
+1. `InputProcessor.process_inputs` (vllm/v1/engine/input_processor.py:242): the one way from a prompt to an engine
+   request. Placeholders are expanded, an error reaches whoever asked, and the cache salt can still be set.
+2. `GPUModelRunner.initialize_kv_cache` (vllm/v1/worker/gpu_model_runner.py:7309), which the CPU's runner inherits: the
+   model is loaded and no CUDA graph has been captured.
+
+An engine that was not told gets nothing but a look-up in `extra_args` a request. In one that was, a `KeyScaler` takes
+part in the runner's `_prepare_inputs` (gpu_model_runner.py:1889), which knows the tokens of the step, and stands before
+`do_kv_cache_update` and `forward` of every layer's `AttentionImpl` (vllm/model_executor/layers/attention/attention.py,
+`unified_kv_cache_update`, `unified_attention_with_output`): inside vLLM's opaque operators, so compiled graphs are
+those of vLLM. Both get the key as the model made it, and a backend may write it to the cache in either or both
+(cpu_attn.py does), so both get the scaled one. What a token is scaled by stands in buffers of fixed address; a captured
+CUDA graph holds the multiplication and reads them, everything else multiplies only in steps that have tokens to scale.
+
+Blocks of the prefix cache hold scaled keys, so the setting is part of the request's cache salt. (A response is never
+scaled. If it becomes part of a later prompt and spells a system turn or a placeholder, those blocks, if still cached,
+stay as they are.)
+
+Shape suffixes: L = layers of this rank, T = tokens of a step, G = settings of a step by role, K = key/value heads of
+this rank, D = head size
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from avar_verl.families import get_family
+from avar_verl.intervention.spec import InterventionSpec, scale_keys
+from avar_verl.roles import RoleMap, TokenRole
+
+ENGINE_KEY = "avar_intervention"
+REQUEST_KEY = "avar_intervene"
+# In extra_args of a request under way: [first, stop, role] of the prompt's tokens that are scaled.
+RUNS_KEY = "avar_key_runs"
+
+
+# ---- for whoever starts an engine or sends a request --------------------------------------------------------------
+
+
+def engine_arguments(default: InterventionSpec | str | None = None) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` (or `AsyncEngineArgs`) that let requests ask for the intervention.
+
+    Args:
+        default: what requests get that ask for nothing; None leaves them alone.
+
+    >>> engine_arguments("alpha_img=0.15")
+    {'additional_config': {'avar_intervention': 'alpha_img=0.15,alpha_sys=0.0'}}
+    """
+    spec = InterventionSpec.of(default)
+    return {"additional_config": {ENGINE_KEY: True if spec.is_identity else str(spec)}}
+
+
+def request_arguments(spec: InterventionSpec | str | None) -> dict[str, Any]:
+    """`extra_args` of `SamplingParams`, and the `vllm_xargs` of an HTTP request, that ask for a setting.
+
+    None asks for nothing, so it gets the engine's default; `InterventionSpec()` asks to be left alone.
+
+    >>> request_arguments("alpha_img=0.15")
+    {'avar_intervene': 'alpha_img=0.15,alpha_sys=0.0'}
+    """
+    return {} if spec is None else {REQUEST_KEY: str(InterventionSpec.of(spec))}
+
+
+# ---- the process that takes requests ------------------------------------------------------------------------------
+
+
+def engine_default(additional_config: Any) -> InterventionSpec | None:
+    """What an engine does by default, None if it was not started for the intervention.
+
+    Raises:
+        ValueError: a value that is neither true nor a spec.
+    """
+    value = additional_config.get(ENGINE_KEY) if isinstance(additional_config, dict) else None
+    if value is None or value is False:
+        return None
+    if value is True:
+        return InterventionSpec()
+    if not isinstance(value, str):
+        raise ValueError(
+            f"additional_config[{ENGINE_KEY!r}] must be true or a spec; got {value!r}. Use "
+            "avar_verl.intervention.vllm_hook.engine_arguments."
+        )
+    return InterventionSpec.parse(value)
+
+
+def requested(extra_args: dict | None, default: InterventionSpec | None) -> InterventionSpec:
+    """What a request gets: what it asks for, else what the engine does by default.
+
+    Raises:
+        ValueError: a spec that cannot be read, or one in an engine that was not started for it.
+    """
+    text = (extra_args or {}).get(REQUEST_KEY)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{REQUEST_KEY} must be the text of a spec; got {text!r}. Write alpha_img=0.15.")
+    spec = default or InterventionSpec() if text is None else InterventionSpec.parse(text)
+    if default is None and not spec.is_identity:
+        raise ValueError(
+            f"an intervention needs an engine that was started for it; got {REQUEST_KEY}={text!r} in one that was not. "
+            f'Start it with additional_config={{"{ENGINE_KEY}": true}}.'
+        )
+    return spec
+
+
+def key_runs(roles_S: Sequence[int], spec: InterventionSpec) -> list[list[int]]:
+    """[first, stop, role] of the consecutive tokens of a role whose keys the spec changes, in order.
+
+    >>> key_runs([1, 1, 3, 2, 2, 2, 3], InterventionSpec(alpha_img=0.15))
+    [[3, 6, 2]]
+    """
+    changed = {TokenRole.IMAGE: spec.alpha_img != 0, TokenRole.SYSTEM: spec.alpha_sys != 0}
+    runs: list[list[int]] = []
+    for position, role in enumerate(roles_S):
+        if not changed.get(role, False):
+            continue
+        if runs and runs[-1][1:] == [position, role]:
+            runs[-1][1] += 1
+        else:
+            runs.append([position, position + 1, int(role)])
+    return runs
+
+
+def plan_request(request: Any, spec: InterventionSpec, role_map: RoleMap, model_config: Any) -> None:
+    """Tell the workers which keys of a request to scale, and keep its blocks of the prefix cache apart.
+
+    Raises:
+        ValueError: layers or heads that the model does not have or that cannot be chosen, a prompt of embeddings, or
+            one that arrives in parts.
+    """
+    spec.chosen_layers(model_config.get_total_num_hidden_layers())
+    spec.key_factors(model_config.model_arch_config.total_num_attention_heads, model_config.get_total_num_kv_heads())
+    if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
+        what = "one that arrives in parts" if request.resumable else "embeddings"
+        raise ValueError(
+            f"an intervention reads the roles of a prompt from its token ids; got {what}. Send text or token ids, all "
+            "at once."
+        )
+    ids_1S = torch.tensor([request.prompt_token_ids])
+    runs = key_runs(role_map(ids_1S, torch.ones_like(ids_1S))[0].tolist(), spec)
+    params = request.sampling_params
+    rest = {key: value for key, value in (params.extra_args or {}).items() if key != REQUEST_KEY}
+    params.extra_args = {**rest, **request_arguments(spec), RUNS_KEY: runs}
+    request.cache_salt = f"{request.cache_salt or ''}|{REQUEST_KEY}:{spec}"
+
+
+def patch_input_processor(module: Any) -> None:
+    """Plan requests where vLLM makes them. Idempotent."""
+    cls = module.InputProcessor
+    original = cls.process_inputs
+    if hasattr(original, "_avar_intervention"):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(self, *args, **kwargs):
+        request = original(self, *args, **kwargs)
+        params = request.sampling_params
+        if params is None:  # Pooling.
+            return request
+        if RUNS_KEY in (params.extra_args or {}):
+            raise ValueError(f"{RUNS_KEY} belongs to the engine; got it in a request. Send {REQUEST_KEY} alone.")
+        default = engine_default(self.vllm_config.additional_config)
+        spec = requested(params.extra_args, default)
+        if not spec.is_identity:
+            if not hasattr(self, "_avar_role_map"):
+                self._avar_role_map = RoleMap.from_pretrained(self.get_tokenizer(), self.model_config.hf_config)
+            plan_request(request, spec, self._avar_role_map, self.model_config)
+        return request
+
+    process_inputs._avar_intervention = True
+    cls.process_inputs = process_inputs
+
+
+# ---- the processes that compute -----------------------------------------------------------------------------------
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse engines in which the tokens of a step are not where `KeyScaler` looks for them, or keys go another way.
+
+    Raises:
+        ValueError: with the option to leave out.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    refused = {
+        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": vllm_config.use_v2_model_runner,
+        "speculative_config": vllm_config.speculative_config is not None,
+        "kv_transfer_config": vllm_config.kv_transfer_config is not None,
+        "enable_dbo or ubatch_size": parallel.use_ubatching,
+        "prefill_context_parallel_size": parallel.prefill_context_parallel_size > 1,
+        "enable_sleep_mode": model.enable_sleep_mode,
+        "fuse_rope_kvcache": bool(vllm_config.compilation_config.pass_config.fuse_rope_kvcache),
+        "multi-head latent attention (another model)": model.use_mla,
+    }
+    found = [name for name, is_on in refused.items() if is_on]
+    if found:
+        raise ValueError(
+            f"an engine with {ENGINE_KEY} must run without {', '.join(refused)}; got {', '.join(found)}. Leave it out."
+        )
+    if get_family(model.hf_config.model_type).cross_attention:
+        raise ValueError(
+            "the intervention weighs image keys against other keys of the same softmax; got "
+            f"{model.hf_config.model_type}, which reads images in cross-attention layers. Use a model that reads them "
+            "in its self-attention."
+        )
+
+
+def check_layer(name: str, layer: Any) -> None:
+    """Refuse layers whose logits are not linear in the keys they are given.
+
+    Raises:
+        ValueError: a cap on the logits, a bias by position, or keys of another layer.
+    """
+    for what, found in (
+        ("logits_soft_cap", getattr(layer.impl, "logits_soft_cap", None)),
+        ("alibi_slopes", getattr(layer.impl, "alibi_slopes", None)),
+        ("kv_sharing_target_layer_name", layer.kv_sharing_target_layer_name),
+    ):
+        if found is not None and not (isinstance(found, int | float) and found == 0):
+            raise ValueError(
+                f"rescaling keys rescales logits only in plain attention; got {what}={found} in {name}. Use another "
+                "model."
+            )
+
+
+def head_of_rank(head: int, rank: int, size: int, num_kv_heads: int, num_of_rank: int) -> int:
+    """The model's key/value head that is `head` of a tensor-parallel rank: vLLM cuts heads in order and, with more
+    ranks than heads, repeats each one.
+
+    >>> [head_of_rank(head, 1, 2, 4, 2) for head in range(2)], [head_of_rank(0, rank, 4, 2, 1) for rank in range(4)]
+    ([2, 3], [0, 0, 1, 1])
+    """
+    return (rank * num_of_rank + head) * num_kv_heads // (size * num_of_rank)
+
+
+class KeyScaler:
+    """Scales keys in one model runner.
+
+    `index_T` says which row of `table_LGK` a token of the step has; row 0 is 1. Both are written anew in every step
+    that has tokens to scale, and read by every layer.
+    """
+
+    def __init__(self, runner: Any):
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+        from vllm.model_executor.layers.attention.attention import Attention
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        check_engine(runner.vllm_config)
+        model_config = runner.model_config
+        self.runner = runner
+        context = runner.compilation_config.static_forward_context  # Experts are in it too.
+        named = {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase)}
+        layers = {extract_layer_index(name): (name, layer) for name, layer in named.items() if type(layer) is Attention}
+        first, stop = model_config.get_layers_start_end_indices(runner.vllm_config.parallel_config)
+        if sorted(layers) != list(range(first, stop)) or len(layers) != len(named):
+            raise ValueError(
+                f"every layer with a key/value cache must be a self-attention layer of the decoder, one for each of "
+                f"{first} to {stop - 1}; got {sorted(named)}. Use another model."
+            )
+        self.numbers = sorted(layers)
+        self.num_layers = model_config.get_total_num_hidden_layers()
+        self.num_heads = model_config.model_arch_config.total_num_attention_heads
+        self.num_kv_heads = model_config.get_total_num_kv_heads()
+        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        num_of_rank = layers[first][1].num_kv_heads
+        self.heads = [head_of_rank(head, rank, size, self.num_kv_heads, num_of_rank) for head in range(num_of_rank)]
+        self.index_T = runner._make_buffer(runner.max_num_tokens, dtype=torch.int64)
+        # No step has more requests than this, each with a setting of its own for two roles.
+        num_rows = 1 + 2 * runner.max_num_reqs
+        self.table_LGK = runner._make_buffer(len(layers), num_rows, num_of_rank, dtype=torch.float32)
+        self.table_LGK.np[:, 0] = 1.0
+        self.table_LGK.copy_to_gpu()
+        self.active = False
+        self.rows_of = functools.lru_cache(maxsize=1024)(self._rows_of)
+        self._prepare_inputs = runner._prepare_inputs
+        runner._prepare_inputs = self.prepare_inputs
+        for at, number in enumerate(self.numbers):
+            check_layer(*layers[number])
+            self._stand_before(layers[number][1].impl, at)
+
+    def _rows_of(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Where this rank's chosen layers are in the table, and (K, R) factors of this rank's heads."""
+        spec = InterventionSpec.parse(text)
+        chosen = set(spec.chosen_layers(self.num_layers))
+        factors_KR = spec.key_factors(self.num_heads, self.num_kv_heads)[self.heads].numpy()
+        return [at for at, number in enumerate(self.numbers) if number in chosen], factors_KR
+
+    def _stand_before(self, impl: Any, at: int) -> None:
+        """`impl` gets scaled keys, in whichever of its methods they come."""
+        forward, update = impl.forward, getattr(impl, "do_kv_cache_update", None)
+
+        def scaled_forward(layer, query, key, *args, **kwargs):
+            return forward(layer, query, self.scale(at, key), *args, **kwargs)
+
+        def scaled_update(layer, key, *args, **kwargs):
+            return update(layer, self.scale(at, key), *args, **kwargs)
+
+        impl.forward = scaled_forward
+        if update is not None:
+            impl.do_kv_cache_update = scaled_update
+
+    def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        """`GPUModelRunner._prepare_inputs`, and then the rows of this step's tokens."""
+        out = self._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        batch = self.runner.input_batch
+        num_reqs = batch.num_reqs
+        # Of most steps all tokens are responses.
+        if self.active or (batch.num_computed_tokens_cpu[:num_reqs] < batch.num_prompt_tokens[:num_reqs]).any():
+            extra_args = [
+                params.extra_args if (params := self.runner.requests[name].sampling_params) is not None else None
+                for name in batch.req_ids
+            ]
+            self.write(extra_args, batch.num_computed_tokens_cpu[:num_reqs], num_scheduled_tokens)
+        return out
+
+    def write(self, extra_args: Sequence[dict | None], num_computed: np.ndarray, num_scheduled: np.ndarray) -> None:
+        """Fill the buffers for a step with these requests, the tokens of each behind those of the one before."""
+        rows: dict[str, int] = {}
+        index_T, table_LGK = self.index_T.np, self.table_LGK.np
+        was_active, self.active = self.active, False
+        index_T[:] = 0  # Also behind the last token, where vLLM pads.
+        start = 0
+        for extra, computed, count in zip(extra_args, num_computed.tolist(), num_scheduled.tolist(), strict=True):
+            for first, stop, role in (extra or {}).get(RUNS_KEY, ()):
+                first, stop = max(first, computed), min(stop, computed + count)
+                if first < stop:
+                    text = extra[REQUEST_KEY]
+                    row = rows.setdefault(text, 1 + 2 * len(rows)) + (role == TokenRole.SYSTEM)
+                    index_T[start + first - computed : start + stop - computed] = row
+                    self.active = True
+            start += count
+        for text, row in rows.items():
+            layers, factors_KR = self.rows_of(text)
+            for offset, role in enumerate((TokenRole.IMAGE, TokenRole.SYSTEM)):
+                table_LGK[:, row + offset] = 1.0
+                table_LGK[layers, row + offset] = factors_KR[:, role]
+        if self.active:
+            self.table_LGK.copy_to_gpu()
+        if self.active or was_active:
+            self.index_T.copy_to_gpu()
+
+    def scale(self, at: int, key_TKD: torch.Tensor | None) -> torch.Tensor | None:
+        """The keys of a step in the layer that is `at` in the table.
+
+        A captured CUDA graph is replayed in steps of either kind, so it always multiplies.
+        """
+        if key_TKD is None:
+            return None
+        if not self.active and not (key_TKD.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return key_TKD
+        factors_TK = self.table_LGK.gpu[at].index_select(0, self.index_T.gpu[: key_TKD.shape[0]])
+        return scale_keys(key_TKD, factors_TK[..., None])
+
+
+def patch_model_runner(module: Any) -> None:
+    """Give a runner its `KeyScaler` where the engine was started for the intervention. Idempotent."""
+    cls = module.GPUModelRunner
+    original = cls.initialize_kv_cache
+    if hasattr(original, "_avar_intervention"):
+        return
+
+    @functools.wraps(original)
+    def initialize_kv_cache(self, kv_cache_config, is_profiling=False):
+        original(self, kv_cache_config, is_profiling)
+        wanted = engine_default(self.vllm_config.additional_config) is not None
+        if wanted and not is_profiling and not hasattr(self, "avar_key_scaler"):
+            self.avar_key_scaler = KeyScaler(self)
+
+    initialize_kv_cache._avar_intervention = True
+    cls.initialize_kv_cache = initialize_kv_cache

@@ -1,0 +1,516 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`avar synth run` on Ray Data: passes over the items that fill the cache, then one that judges and writes.
+
+    files --read--> items --(map_batches: CallStages, one event loop a worker)--> cache       endpoints
+    files --read--> items --open requests--> build_processor(vLLM) --> cache                   a local engine
+    files --read--> items --(map_batches: Judge)--> driver, in order --> records, sft, rl
+
+The cache is one actor on the driver's node with the folder's database. Endpoints are called by an actor of ours, not by
+`HttpRequestProcessorConfig`: docs/synth.md says what that one lacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from avar_verl.data.table import count_rows
+from avar_verl.synth.chain import Request, Worker, advance, groups, served
+from avar_verl.synth.config import SynthConfig
+from avar_verl.synth.duplicates import Overlap
+from avar_verl.synth.gates import Verdict, judge
+from avar_verl.synth.items import input_files, pack, read_items, unpack
+from avar_verl.synth.output import Writer
+from avar_verl.synth.prompts import load_prompt
+from avar_verl.synth.store import Call, Failure, Store
+
+BLOCK_ROWS = 32
+# Batches of BLOCK_ROWS items that a worker has begun; calls are limited by the endpoints, this only feeds them.
+BATCHES = 32
+JUDGE_ROWS = 64
+POLL_S = 1.0
+# Attempts of a local engine: it is not asked again, since the same request fails the same way.
+ENGINE_ATTEMPTS = 1
+
+
+class StoppedError(RuntimeError):
+    """The run cannot go on; what is paid for is in the cache."""
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+_SCHEMA = pa.schema([("id", pa.string()), ("item", pa.string()), ("blobs", pa.list_(pa.binary()))])
+
+
+class ItemSource(Datasource):
+    """Items of a config as a Ray data source, a read task for each file."""
+
+    def __init__(self, config: SynthConfig, limit: int = 0):
+        super().__init__()
+        self.config, self.limit = config, limit
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Bytes of the files."""
+        return sum(os.path.getsize(file) for file in input_files(self.config.input))
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        """One task a file; with a limit one for all of them."""
+        files = input_files(self.config.input)
+        parts = [files] if self.limit else [[file] for file in files]
+        config, limit = self.config, self.limit
+
+        def task(part: list[str]) -> ReadTask:
+            metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=part)
+            return ReadTask(lambda: _blocks(config, part, limit), metadata, schema=_SCHEMA)
+
+        return [task(part) for part in parts]
+
+
+def _blocks(config: SynthConfig, files: list[str], limit: int) -> Iterator[pa.Table]:
+    rows = []
+    for item in read_items(config.input, files, limit):
+        rows.append(pack(item))
+        if len(rows) == BLOCK_ROWS:
+            yield pa.Table.from_pylist(rows, _SCHEMA)
+            rows = []
+    if rows:
+        yield pa.Table.from_pylist(rows, _SCHEMA)
+
+
+def _rows(batch: pa.Table) -> list[dict[str, Any]]:
+    return batch.to_pylist()
+
+
+# ---- the cache across processes --------------------------------------------------------------------------------
+
+
+class RemoteStore:
+    """The cache actor as `chain.AsyncStore`. Whatever comes up while a request to the actor is on its way goes along
+    with the next one, so answers are committed in groups, each before it is used."""
+
+    def __init__(self, actor: Any):
+        self.actor = actor
+        self.gets: list[tuple[str, asyncio.Future]] = []
+        self.puts: list[tuple[Call | Failure, float, asyncio.Future]] = []
+        self.getting = self.putting = False
+
+    async def get(self, key: str) -> Call | Failure | None:
+        """The record under a key."""
+        future = asyncio.get_running_loop().create_future()
+        self.gets.append((key, future))
+        if not self.getting:
+            self.getting = True
+            asyncio.ensure_future(self._get_all())
+        return await future
+
+    async def _get_all(self) -> None:
+        await asyncio.sleep(0)
+        while self.gets:
+            batch, self.gets = self.gets, []
+            await _settle(batch, self._found(batch))
+        self.getting = False
+
+    async def _found(self, batch: list) -> list:
+        found = await self.actor.get.remote(list({key for key, _ in batch}))
+        return [found.get(key) for key, _ in batch]
+
+    async def put(self, record: Call | Failure, released: float) -> None:
+        """Write a record; it is on the disk when this returns."""
+        future = asyncio.get_running_loop().create_future()
+        self.puts.append((record, released, future))
+        if not self.putting:
+            self.putting = True
+            asyncio.ensure_future(self._put_all())
+        await future
+
+    async def _put_all(self) -> None:
+        await asyncio.sleep(0)
+        while self.puts:
+            batch, self.puts = self.puts, []
+            await _settle(batch, self._written(batch))
+        self.putting = False
+
+    async def _written(self, batch: list) -> list:
+        await self.actor.put.remote([record for record, _, _ in batch], sum(released for _, released, _ in batch))
+        return [None] * len(batch)
+
+    async def reserve(self, usd: float) -> str:
+        """As `Store.reserve`."""
+        return await self.actor.reserve.remote(usd)
+
+
+async def _settle(batch: list[tuple], results: Any) -> None:
+    """Give every waiting call its result, or all of them the error of the request to the actor."""
+    futures = [entry[-1] for entry in batch]
+    try:
+        values = await results
+    except ray.exceptions.RayError as error:
+        for future in futures:
+            future.set_exception(error)
+        return
+    for future, value in zip(futures, values, strict=True):
+        if not future.cancelled():
+            future.set_result(value)
+
+
+# ---- what runs in Ray's workers ----------------------------------------------------------------------------------
+
+
+class CallStages:
+    """Async actor of a pass over endpoints: every item of a batch goes through its stages by itself."""
+
+    def __init__(self, config: SynthConfig, store: Any, overlap: Overlap | None):
+        self.config, self.actor, self.overlap = config, store, overlap
+        self.worker: Worker | None = None
+
+    async def __call__(self, batch: pa.Table) -> dict[str, list]:
+        if self.worker is None:
+            self.worker = Worker(self.config, RemoteStore(self.actor))
+        items = [unpack(row) for row in _rows(batch)]
+        wanted = [item for item in items if not (self.overlap and not item.problem and self.overlap.find(item))]
+        stopped = await asyncio.gather(*(self.worker.process(item) for item in wanted))
+        return {"items": [len(items)], "stopped": [next((why for why in stopped if why), "")]}
+
+
+class Judge:
+    """Actor of the last pass: verdicts by the cache."""
+
+    def __init__(self, config: SynthConfig, store: Any, overlap: Overlap | None):
+        self.config, self.actor, self.overlap = config, store, overlap
+
+    def __call__(self, batch: pa.Table) -> dict[str, list]:
+        rows = _rows(batch)
+        found = asyncio.run(self._judge(rows))
+        return {**{name: [row[name] for row in rows] for name in ("item", "blobs")}, "verdict": found}
+
+    async def _judge(self, rows: list[dict]) -> list[str]:
+        store = RemoteStore(self.actor)
+        return await asyncio.gather(*(self._one(row, store) for row in rows))
+
+    async def _one(self, row: dict, store: RemoteStore) -> str:
+        item = unpack(row)
+        why = self.overlap.find(item) if self.overlap and not item.problem else ""
+        if why:
+            return json.dumps(vars(Verdict(failed={"overlap": why})))
+        if item.problem:
+            return json.dumps(vars(Verdict(failed={"input": item.problem})))
+        return json.dumps(vars(judge(self.config, item, await advance(self.config, item, store.get))))
+
+
+# ---- the driver --------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run of `avar synth run` in its folder."""
+
+    def __init__(self, config: SynthConfig, limit: int, console: Console):
+        self.config, self.limit, self.console = config, limit, console
+        self.folder = Path(config.out)
+        for stage in ("describe", "reason", "integrate"):
+            load_prompt(config.stage(stage).prompt)
+        for name, endpoint in config.endpoints.items():
+            if endpoint.api_key_env is not None and not os.environ.get(endpoint.api_key_env):
+                raise ValueError(
+                    f"endpoint {name} needs its key in ${endpoint.api_key_env}; got none. Export it, on every node."
+                )
+        self.files = input_files(config.input)
+        total = count_rows([Path(file) for file in self.files])
+        self.total = min(total, limit) if total is not None and limit else total
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lists = config.gates.overlap_lists if "overlap" not in config.gates.disabled else []
+        self.overlap = Overlap(lists, config.gates.duplicate_distance) if lists else None
+
+    def run(self) -> dict[str, Any]:
+        """All passes. Returns the summary; what it is written to is in `commands`.
+
+        Raises:
+            StoppedError: a dead endpoint, or a budget that is spent.
+        """
+        begin = time.monotonic()
+        start_ray(self.config)
+        try:
+            node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            )
+            actor = ray.remote(num_cpus=0, max_concurrency=1, scheduling_strategy=node)(Store)
+            self.store = actor.remote(str(self.folder / "cache.sqlite"), self.config.budget_usd)
+            try:
+                ray.get(self.store.begin.remote())
+            except ray.exceptions.RayActorError as error:
+                cause = getattr(error, "cause", None) or error
+                raise ValueError(_last_line(str(cause))) from error
+            for stages in groups(self.config):
+                if served(self.config, stages):
+                    self._call(stages)
+                else:
+                    self._engine(stages[0])
+            summary = self._judge()
+            summary["calls"] = ray.get(self.store.by_stage.remote())
+            summary["run"] = {**ray.get(self.store.totals.remote()), "seconds": time.monotonic() - begin}
+            return summary
+        finally:
+            if self.config.ray.address == "local":
+                ray.shutdown()
+
+    def _items(self) -> ray.data.Dataset:
+        return ray.data.read_datasource(ItemSource(self.config, self.limit))
+
+    def _call(self, stages: tuple[str, ...]) -> None:
+        """A pass over endpoints."""
+        dataset = self._items().map_batches(
+            CallStages,
+            fn_constructor_args=(self.config, self.store, self.overlap),
+            batch_size=BLOCK_ROWS,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                size=self.config.ray.workers,
+                max_tasks_in_flight_per_actor=2 * BATCHES,
+                max_concurrent_calls_per_actor=BATCHES,
+            ),
+            num_cpus=0,
+        )
+        begin = time.monotonic()
+        with self._bar(f"call {', '.join(stages)}") as advance_bar:
+            for row in dataset.iter_rows():
+                if row["stopped"]:
+                    raise StoppedError(f"{row['stopped']} What is paid for is in {self.folder}; run again to go on.")
+                advance_bar(row["items"])
+        self._line(", ".join(stages), begin)
+
+    def _engine(self, stage: str) -> None:
+        """A pass of a local engine over the requests that are open."""
+        from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+        engine = self.config.model(stage).engine
+        begin = time.monotonic()
+        open_rows = self._items().map_batches(
+            OpenRequests,
+            fn_constructor_args=(self.config, self.store, self.overlap, stage),
+            batch_size=BLOCK_ROWS,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=0,
+        )
+        processor = build_processor(
+            vLLMEngineProcessorConfig(
+                model_source=engine.model_source,
+                engine_kwargs=dict(engine.engine_kwargs),
+                batch_size=engine.batch_size,
+                concurrency=engine.concurrency,
+                accelerator_type=engine.accelerator_type,
+                should_continue_on_error=True,
+                prepare_multimodal_stage={"enabled": self.config.stage(stage).sees_images},
+            ),
+            preprocess=_engine_request,
+            postprocess=_engine_answer,
+        )
+        done = processor(open_rows).map_batches(
+            StoreAnswers,
+            fn_constructor_args=(self.config, self.store, stage),
+            batch_size=engine.batch_size,
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=0,
+        )
+        with self._bar(f"engine {stage}", None) as advance_bar:
+            for row in done.iter_rows():
+                advance_bar(row["items"])
+        self._line(stage, begin)
+
+    def _judge(self) -> dict[str, Any]:
+        """The last pass: verdicts in the order of the inputs, into the files."""
+        dataset = self._items().map_batches(
+            Judge,
+            fn_constructor_args=(self.config, self.store, self.overlap),
+            batch_size=JUDGE_ROWS,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=1, max_size=max(1, int(ray.cluster_resources().get("CPU", 1)))),
+        )
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        writer, done, begin = Writer(self.folder, self.config), False, time.monotonic()
+        try:
+            with self._bar("judge and write") as advance_bar:
+                for row in dataset.iter_rows():
+                    writer.add(unpack(row), Verdict(**json.loads(row["verdict"])))
+                    advance_bar(1)
+            done = True
+        finally:
+            context.execution_options.preserve_order = False
+            summary = writer.close(keep=done)
+        self.console.print(
+            f"judge: {summary['inputs']} inputs, {summary['accepted']} accepted, {summary['rejected']} rejected, "
+            f"{time.monotonic() - begin:.0f} s",
+            highlight=False,
+        )
+        return summary
+
+    def _line(self, name: str, begin: float) -> None:
+        totals = ray.get(self.store.totals.remote())
+        self.console.print(
+            f"{name}: {totals['new_calls']} new answers, {totals['hits']} from the cache, {totals['failures']} failed, "
+            f"{totals['usd']:.4g} USD so far, {time.monotonic() - begin:.0f} s",
+            highlight=False,
+        )
+
+    def _bar(self, name: str, total: int | None = 0) -> _Bar:
+        return _Bar(name, self.total if total == 0 else total, self.store, self.console)
+
+
+class _Bar:
+    """A progress bar over items, with the counters of the cache beside it."""
+
+    def __init__(self, name: str, total: int | None, store: Any, console: Console):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[more]}"), console=console)
+        self.task = self.progress.add_task(name, total=total, more="")
+        self.store, self.next_poll = store, 0.0
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.progress.start()
+        return self._advance
+
+    def _advance(self, items: int) -> None:
+        self.progress.advance(self.task, items)
+        if time.monotonic() > self.next_poll:
+            self.next_poll = time.monotonic() + POLL_S
+            totals = ray.get(self.store.totals.remote())
+            more = f"{totals['new_calls']} calls, {totals['failures']} failed, {totals['usd']:.3g} USD"
+            self.progress.update(self.task, more=more)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.stop()
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if "one run at a time" in line]
+    return lines[-1].removeprefix("ValueError: ") if lines else text
+
+
+def start_ray(config: SynthConfig) -> None:
+    """Start Ray on this machine, or join a cluster."""
+    local = config.ray.address == "local"
+    if local:
+        # Ray's core prints an error for every actor of Ray Data (ray-project/ray#53727); errors that stop anything come
+        # as exceptions.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Without it actors with num_cpus=0 would still be spread over no CPU; two let a read task and a judge run.
+    cpus = {"num_cpus": max(2, config.ray.num_cpus or os.cpu_count() or 1)} if local else {}
+    ray.init(
+        address=config.ray.address,
+        include_dashboard=False if local else None,
+        log_to_driver=False,
+        logging_level="ERROR",
+        **cpus,
+    )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+# ---- a local engine ----------------------------------------------------------------------------------------------
+
+
+class OpenRequests:
+    """Actor that gives the open requests of a stage, each key once."""
+
+    def __init__(self, config: SynthConfig, store: Any, overlap: Overlap | None, stage: str):
+        self.config, self.actor, self.overlap, self.stage = config, store, overlap, stage
+        self.seen: set[str] = set()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        items = [unpack(row) for row in _rows(batch)]
+        items = [item for item in items if not item.problem and not (self.overlap and self.overlap.find(item))]
+        requests = [request for request in asyncio.run(self._open(items)) if self._is_new(request)]
+        rows = [
+            {
+                "key": request.key,
+                "id": request.item.id,
+                # As JSON: Arrow would give every block of a message the keys of all others.
+                "body": json.dumps(request.body()),
+                "input_tokens": request.input_tokens,
+            }
+            for request in requests
+        ]
+        schema = pa.schema(
+            [("key", pa.string()), ("id", pa.string()), ("body", pa.string()), ("input_tokens", pa.int64())]
+        )
+        return pa.Table.from_pylist(rows, schema)
+
+    def _is_new(self, request: Request | None) -> bool:
+        if request is None or request.stage != self.stage or request.key in self.seen:
+            return False
+        self.seen.add(request.key)
+        return True
+
+    async def _open(self, items: Iterable) -> list[Request | None]:
+        store = RemoteStore(self.actor)
+        found = await asyncio.gather(*(advance(self.config, item, store.get) for item in items))
+        return [progress.request for progress in found]
+
+
+def _engine_request(row: dict[str, Any]) -> dict[str, Any]:
+    body = json.loads(row["body"])
+    sampling = {key: value for key, value in body.items() if key not in ("model", "messages")}
+    return {"messages": body["messages"], "sampling_params": {**sampling, "detokenize": False}}
+
+
+def _engine_answer(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "key": row["key"],
+        "text": row["generated_text"],
+        "input_tokens": row["num_input_tokens"],
+        "output_tokens": row["num_generated_tokens"],
+        "max_tokens": row["sampling_params"]["max_tokens"],
+        "id": row["id"],
+        "body": row["body"],
+    }
+
+
+class StoreAnswers:
+    """Actor that writes the answers of an engine into the cache."""
+
+    def __init__(self, config: SynthConfig, store: Any, stage: str):
+        self.config, self.actor, self.stage = config, store, stage
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
+        keys = list(batch["key"])
+        rows = [{name: values[number] for name, values in batch.items()} for number in range(len(keys))]
+        ray.get(self.actor.put.remote([self._record(row) for row in rows], 0.0))
+        return {"items": [len(rows)]}
+
+    def _record(self, row: dict[str, Any]) -> Call | Failure:
+        error = row.get("__inference_error__", "")
+        if error:
+            return Failure(row["key"], row["id"], self.stage, str(error)[:500], ENGINE_ATTEMPTS, False)
+        tokens = int(row["output_tokens"])
+        finish = "length" if tokens >= int(row["max_tokens"]) else "stop"
+        model = self.config.model(self.stage)
+        prompt = load_prompt(self.config.stage(self.stage).prompt)
+        return Call(
+            key=row["key"],
+            item=row["id"],
+            stage=self.stage,
+            model=model.model,
+            prompt=f"{prompt.name} ({prompt.digest})",
+            text=str(row["text"]),
+            finish=finish,
+            input_tokens=int(row["input_tokens"]),
+            output_tokens=tokens,
+            usd=model.cost(int(row["input_tokens"]), tokens),
+            attempts=ENGINE_ATTEMPTS,
+            seconds=0.0,
+            created=time.time(),
+        )

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A measurement on the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from avar_verl.objectives.vas import BANDS, STATISTICS
+
+
+def number(value: float | str, digits: int = 4) -> str:
+    """A number of any size, in few characters."""
+    return f"{float(value):.{digits}g}"
+
+
+def estimate(part: Mapping[str, Any]) -> str:
+    """`value [low, high]`, without the interval where there is none."""
+    text = number(part["value"])
+    return text if part["low"] is None else f"{text} [{number(part['low'], 3)}, {number(part['high'], 3)}]"
+
+
+def print_summary(summary: Mapping[str, Any], out: Path | None, console: Console) -> None:
+    """A column for every query role, a row for every statistic, and where the files are."""
+    queries = summary["queries"]
+    table = Table(title=f"VAS of {summary['model']}", title_justify="left")
+    table.add_column("95 % interval: bootstrap over samples")
+    for name in queries:
+        table.add_column(f"{name} tokens", justify="right")
+    for key in STATISTICS:
+        table.add_row(key, *(estimate(query["overall"][key]) for query in queries.values()))
+    table.add_row("band of the paper", *(query["band"] or "none" for query in queries.values()))
+    table.add_row("samples", *(str(query["num_samples"]) for query in queries.values()))
+    for reason in sorted({reason for query in queries.values() for reason in query["skipped"]}):
+        table.add_row(f"skipped: {reason}", *(str(query["skipped"].get(reason, 0)) for query in queries.values()))
+    console.print(table)
+    bounds = ", ".join(f"{name} below {bound:g}" for bound, name in BANDS[:-1])
+    console.print(f"bands (user tokens of 7B models): {bounds}, {BANDS[-1][1]} above")
+    if out is not None:
+        console.print(f"report: {out / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kill a run of `avar synth` at a random moment, run again, and read in the servers' logs what was paid for twice.
+
+    python -m examples.synth.kill_and_resume --work /tmp/vard --n 500
+
+Two example servers, 10 % wrong answers, 5 % errors. Every process of the run is killed (SIGKILL) after a random number
+of answers. Prints one JSON object; exit code 1 if a call was repeated whose answer was in the cache, a wrong answer was
+accepted, or an input is missing. An answer that has left the server when the kill comes, and is not in the cache yet, is
+lost: `left_ms` says how long before at most.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import defaultdict
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+
+from examples.synth.inputs import write_inputs
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "recipes" / "avar" / "synth" / "photo_grid.yaml"
+
+
+def free_port() -> int:
+    """A port that nobody has."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(work: Path, name: str, *options: str):
+    """An example server in a process of its own: (port, process)."""
+    port = free_port()
+    command = [sys.executable, "-m", "examples.synth.server", "--port", str(port), "--log", str(work / f"{name}.jsonl")]
+    with (work / f"{name}.txt").open("a") as text:
+        process = subprocess.Popen([*command, *options], stdout=text, stderr=subprocess.STDOUT, cwd=ROOT)
+        try:
+            deadline = time.monotonic() + 120
+            while answered(port) is None:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"server {name} must come up; got:\n{(work / f'{name}.txt').read_text()}")
+                time.sleep(0.2)
+            yield port, process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def answered(port: int) -> int | None:
+    """Answers that a server has given, None if it does not listen."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as reply:
+            return json.load(reply)["answered"]
+    except OSError:
+        return None
+
+
+def synth(work: Path, ports: dict[str, int], *overrides: str) -> list[str]:
+    """Command of a run."""
+    return [
+        *(sys.executable, "-m", "avar_verl.cli", "synth", "run", "--config", str(CONFIG)),
+        f"out={work / 'out'}",
+        f"input.files=[{work / 'inputs.parquet'}]",
+        *(f"endpoints.{name}.url=http://127.0.0.1:{port}/v1" for name, port in ports.items()),
+        *overrides,
+    ]
+
+
+def kill_tree(process: subprocess.Popen) -> float:
+    """SIGKILL a process and all that it has started, Ray's workers too; the time of it."""
+    parent = psutil.Process(process.pid)
+    family = [parent, *parent.children(recursive=True)]
+    now = time.time()
+    for victim in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.send_signal(signal.SIGKILL)
+    process.wait()
+    return now
+
+
+def read_logs(work: Path) -> list[dict]:
+    """Attempts of both servers."""
+    return [json.loads(line) for path in sorted(work.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def cached(work: Path) -> int:
+    """Answers in the cache of a run that is dead."""
+    database = sqlite3.connect(work / "out" / "cache.sqlite")
+    try:
+        return database.execute("SELECT COUNT(*) FROM calls").fetchone()[0]
+    finally:
+        database.close()
+
+
+def repeated(log: list[dict], killed: float) -> dict[str, float]:
+    """Calls that were made before the kill and once more after it: without an answer when it came, or with one that had
+    left the server at most `left_ms` before it."""
+    by_key = defaultdict(list)
+    for entry in log:
+        by_key[entry["key"]].append(entry)
+    out = {
+        "answered_before": 0,
+        "in_flight_at_kill": 0,
+        "repeated_unanswered": 0,
+        "repeated_answered": 0,
+        "left_ms": 0.0,
+    }
+    for entries in by_key.values():
+        before = [entry for entry in entries if entry["start"] < killed]
+        after = [entry for entry in entries if entry["start"] >= killed]
+        done = [entry for entry in before if entry["status"] == 200]
+        # Without an answer when it ended, or ended after the kill: nobody was there to read it.
+        open_ones = [entry for entry in before if entry["end"] >= killed]
+        out["answered_before"] += any(entry["end"] < killed for entry in done)
+        out["in_flight_at_kill"] += bool(open_ones)
+        if after and open_ones:
+            out["repeated_unanswered"] += 1
+        elif after and done:
+            out["repeated_answered"] += 1
+            out["left_ms"] = max(out["left_ms"], 1000 * (killed - max(entry["end"] for entry in done)))
+    return out
+
+
+def wrong_items(log: list[dict]) -> int:
+    """Requests whose answer was made wrong."""
+    return len({entry["key"] for entry in log if entry["wrong"] and entry["status"] == 200})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder, to be made")
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=None, help="of the moment of the kill (default: random)")
+    parser.add_argument("--latency", type=float, default=0.05)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True)
+    write_inputs(args.work / "inputs.parquet", args.n)
+    options = ("--n", str(args.n), "--latency", str(args.latency))
+    with server(args.work, "vision", *options) as (vision, _), server(args.work, "language", *options) as (language, _):
+        ports = {"vision": vision, "language": language}
+        command = synth(args.work, ports, *args.overrides)
+        stop_at = random.Random(args.seed).randint(args.n // 4, int(2.5 * args.n))
+        with (args.work / "run.log").open("w") as text:
+            process = subprocess.Popen(command, stdout=text, stderr=subprocess.STDOUT, cwd=ROOT)
+            while (answered(vision) or 0) + (answered(language) or 0) < stop_at:
+                if process.poll() is not None:
+                    raise RuntimeError(f"the run ended before it was killed\n{(args.work / 'run.log').read_text()}")
+                time.sleep(0.02)
+            killed = kill_tree(process)
+            time.sleep(1.0)
+            in_cache = cached(args.work)
+            begin = time.monotonic()
+            code = subprocess.run(command, stdout=text, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+        seconds = time.monotonic() - begin
+    if code:
+        raise RuntimeError(f"the second run must succeed\n{(args.work / 'run.log').read_text()}")
+    log = read_logs(args.work)
+    rows = pq.read_table(args.work / "out" / "records.parquet", columns=["gate", "failed"]).to_pylist()
+    summary = json.loads((args.work / "out" / "summary.json").read_text())
+    again = repeated(log, killed)
+    out = {
+        "inputs": len(rows),
+        "accepted": sum(not row["gate"] for row in rows),
+        "rejected": {gate: part["first"] for gate, part in summary["gates"].items() if part["first"]},
+        "killed_after_answers": stop_at,
+        "attempts": len(log),
+        "attempts_by_status": {str(s): sum(e["status"] == s for e in log) for s in (200, 429, 500, 0)},
+        "calls_answered": len({entry["key"] for entry in log if entry["status"] == 200}),
+        "in_cache_after_kill": in_cache,
+        **again,
+        "wrong_answers_given": wrong_items(log),
+        "rejected_as_wrong": sum("answer" in json.loads(row["failed"]) for row in rows),
+        "second_run_seconds": round(seconds, 1),
+    }
+    print(json.dumps(out, indent=1))
+    # Every answer that had reached the cache is one that was not asked for again, and the other way round.
+    paid_once = again["answered_before"] - again["repeated_answered"] == in_cache
+    ok = out["inputs"] == args.n and paid_once and out["wrong_answers_given"] == out["rejected_as_wrong"]
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

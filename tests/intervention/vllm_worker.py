@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM answers under interventions, in a process of its own: `python -m tests.intervention.vllm_worker MODEL OUT`.
+
+Two engines, one after the other: one that was not started for the intervention, and one that was, with chunked prefill
+(fewer tokens a step than a prompt has) and prefix caching.
+"""
+
+import gc
+import json
+import os
+import sys
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+from transformers import AutoProcessor
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from avar_verl.intervention.vllm_hook import engine_arguments, request_arguments
+from avar_verl.render import images_of, render
+from tests.families.tiny import sample_messages
+
+NEW_TOKENS = 6
+MAX_BATCHED_TOKENS = 48
+BLOCK_SIZE = 16
+BOTH = "alpha_img=0.35,alpha_sys=0.6"
+PART = "alpha_img=-0.5,alpha_sys=-0.4,layers=1,heads=2-3"
+NOTHING = "alpha_img=0,layers=0"
+# (prompt, setting) of requests that are in the engine at the same time; None asks for nothing.
+BATCH = ((0, None), (0, BOTH), (1, PART), (0, PART), (1, BOTH), (2, "alpha_sys=0.6"), (1, None), (0, NOTHING))
+PLAIN = ((0, None), (1, None), (2, None))
+# The same prompt again and again: a setting finds the blocks of its own alone, here how many tokens of them.
+AGAIN = ((None, 0), (BOTH, 0), (BOTH, 32), ("alpha_img=0.36,alpha_sys=0.6", 0), (None, 32), (NOTHING, 32), (BOTH, 32))
+# More than the cache has blocks for, so that some are preempted and computed anew, with what they had answered.
+CROWD = ((1, BOTH), (1, PART), (1, BOTH), (1, None))
+CROWD_TOKENS = 32
+NUM_BLOCKS = 24
+REFUSED = (
+    ("alpha_img=x", "must be a number"),
+    ("alpha_img=1,layers=40", "layers must be among"),
+    ("alpha_img=1,heads=0", "must be chosen together"),
+)
+
+
+def prompts() -> list[list[dict]]:
+    """Conversations with one image, with two, and without; answered none."""
+    return [
+        sample_messages(1, system=True, answered=False),
+        sample_messages(2, system=True, turns=2, seed=3, answered=False),
+        sample_messages(0, system=True, seed=5, answered=False),
+    ]
+
+
+def generate(llm: LLM, processor, requests, n: int = 1, max_tokens: int = NEW_TOKENS) -> list[dict]:
+    """For every request its expanded ids, how many of them were cached, generated ids and their log-probabilities."""
+    conversations = prompts()
+    texts, params = [], []
+    for index, spec in requests:
+        messages = conversations[index]
+        prompt = {"prompt_token_ids": render(processor, messages, add_generation_prompt=True).prompt_ids}
+        if images := images_of(messages):
+            prompt["multi_modal_data"] = {"image": images}
+        texts.append(TokensPrompt(**prompt))
+        params.append(
+            SamplingParams(
+                n=n,
+                temperature=0.0 if n == 1 else 1.0,
+                seed=0,
+                max_tokens=max_tokens,
+                logprobs=0,
+                ignore_eos=True,
+                extra_args=request_arguments(spec),
+            )
+        )
+    answers = []
+    for output in llm.generate(texts, params, use_tqdm=False):
+        for completion in output.outputs:
+            steps = zip(completion.logprobs, completion.token_ids, strict=True)
+            answers.append(
+                {
+                    "prompt_ids": list(output.prompt_token_ids),
+                    "num_cached": output.num_cached_tokens,
+                    "token_ids": list(completion.token_ids),
+                    "logprobs": [step[token].logprob for step, token in steps],
+                }
+            )
+    return answers
+
+
+def start(path: str, **arguments) -> LLM:
+    return LLM(
+        model=path,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=160,
+        num_gpu_blocks_override=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=4,
+        limit_mm_per_prompt={"image": 2, "video": 0},
+        skip_mm_profiling=True,
+        seed=0,
+        **arguments,
+    )
+
+
+def refusal(llm: LLM, processor, spec: str) -> str:
+    try:
+        generate(llm, processor, [(0, spec)])
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def count_preemptions(llm: LLM, counts: list) -> None:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    original = scheduler._preempt_request
+
+    def preempt(request, *args, **kwargs):
+        counts.append(request.num_computed_tokens)
+        return original(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt
+
+
+def main(path: str, out: str, *parts: str) -> None:
+    processor = AutoProcessor.from_pretrained(path)
+    settings = {"max_num_batched_tokens": MAX_BATCHED_TOKENS, "enable_prefix_caching": True}
+    answers = {}
+    if "stock" in parts:
+        llm = start(path, **settings)
+        answers |= {
+            "stock": generate(llm, processor, PLAIN),
+            "not started for it": refusal(llm, processor, BOTH),
+            "stock, nothing": generate(llm, processor, [(0, NOTHING)]),
+        }
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    llm = start(path, **settings, **engine_arguments())
+    answers["batch"] = generate(llm, processor, BATCH)
+    answers["refused"] = [refusal(llm, processor, spec) for spec, _ in REFUSED]
+    answers["several"] = generate(llm, processor, [(1, BOTH)], n=3)
+    llm.reset_prefix_cache()
+    answers["again"] = [generate(llm, processor, [(0, spec)])[0] for spec, _ in AGAIN]
+    llm.reset_prefix_cache()
+    answers["plain"] = generate(llm, processor, PLAIN)
+    answers["preempted"] = []
+    count_preemptions(llm, answers["preempted"])
+    answers["crowd"] = generate(llm, processor, CROWD, max_tokens=CROWD_TOKENS)
+    with open(out, "w") as file:
+        json.dump(answers, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
