@@ -28,7 +28,7 @@ def _vas(args: argparse.Namespace) -> None:
 
     missing = [name for name in ("--model", "--data") if getattr(args, name[2:]) is None]
     if missing:
-        raise ValueError(f"a measurement needs a model and data; got no {' and no '.join(missing)}. See avar vas --help.")
+        raise ValueError(f"a measurement needs a model and data; got no {' and no '.join(missing)}. Add it.")
     settings = VasSettings(
         model=args.model,
         data=args.data,

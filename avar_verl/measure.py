@@ -60,8 +60,8 @@ class Checkpoint:
         processor = AutoProcessor.from_pretrained(path)
         if not hasattr(processor, "tokenizer"):  # AutoProcessor falls back to the tokenizer.
             raise ValueError(
-                f"a checkpoint must have a processor for images; got {type(processor).__name__} alone from {path}. Copy "
-                "processor_config.json or preprocessor_config.json of the original checkpoint into the folder."
+                f"a checkpoint must have a processor for images; got {type(processor).__name__} alone from {path}. "
+                "Copy processor_config.json or preprocessor_config.json of the original checkpoint into the folder."
             )
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         return cls(model.to(device).eval(), processor, RoleMap.from_pretrained(processor, model.config))

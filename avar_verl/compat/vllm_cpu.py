@@ -9,6 +9,9 @@
    (vllm/model_executor/layers/linear.py:213-215 -> layers/utils.py:228 `dispatch_cpu_unquantized_gemm`), so verl's
    weight sync, which loads into `named_parameters()`, finds nothing to load into. Keeping
    `torch.nn.functional.linear` over the live parameter is vLLM's own fallback (layers/utils.py:315).
+3. In float32 the experts of a mixture make their activation layer anew in every forward pass
+   (vllm/model_executor/layers/fused_moe/cpu_fused_moe.py:53), where no config is set, and vLLM dies while it warms up
+   ("Current vLLM config is not set"). The layer's static function is what the lambda there would call.
 """
 
 import importlib.metadata
@@ -79,3 +82,9 @@ def keep_linear_weights() -> None:
 
     dispatch_cpu_unquantized_gemm._avar_cpu = True
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def name_moe_activation(cpu_fused_moe) -> None:
+    """Call the activation of experts without making its layer, in the freshly imported module `cpu_fused_moe`."""
+    activations = cpu_fused_moe._CPU_MOE_ACT_FN
+    activations[cpu_fused_moe.MoEActivation.SILU] = cpu_fused_moe.SiluAndMul.forward_native

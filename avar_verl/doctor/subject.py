@@ -159,10 +159,13 @@ class Subject:
     @cached_property
     def _loaded(self) -> tuple[torch.nn.Module, dict]:
         if self.is_reduced:
-            return build_random(reduced(self.config)).to(self.device).eval(), {}
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            self.path, dtype=torch.float32, output_loading_info=True
-        )
+            model, info = build_random(reduced(self.config)), {}
+        else:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                self.path, dtype=torch.float32, output_loading_info=True
+            )
+        if self.family.prepare is not None:  # As the engine does.
+            self.family.prepare(model)
         return model.to(self.device).eval(), info
 
     @property

@@ -56,7 +56,7 @@ def read_records(folder: Path, gate: str | None = None) -> Iterator[dict[str, An
 
 
 def pick(folder: Path, n: int, gate: str | None = None) -> list[dict[str, Any]]:
-    """At most n records, accepted ones and those of each gate in turn, each group spread over the file."""
+    """At most n records in the order of the file: accepted ones, and those of each gate by turns, spread over it."""
     with pq.ParquetFile(folder / "records.parquet") as file:
         gates = [g for batch in file.iter_batches(columns=["gate"]) for g in batch.column(0).to_pylist()]
     groups = defaultdict(list)
@@ -73,8 +73,7 @@ def pick(folder: Path, n: int, gate: str | None = None) -> list[dict[str, Any]]:
             if queue and len(wanted) < n:
                 wanted.append(queue.pop(0))
     chosen = set(wanted)
-    found = {number: record for number, record in enumerate(read_records(folder)) if number in chosen}
-    return [found[number] for number in wanted]
+    return [record for number, record in enumerate(read_records(folder)) if number in chosen]
 
 
 def _spread(numbers: Sequence[int], n: int) -> list[int]:

@@ -2,9 +2,9 @@
 """`avar vas compare`: checkpoints beside each other, and VAS against benchmark scores.
 
 Differences are paired where two measurements share samples (same row, same prompt): both are computed from the same
-draws of the shared samples, so what a sample does to both cancels. A correlation is over checkpoints; its interval is the
-percentile bootstrap over them. Draws in which it is not defined, since they hold fewer than two distinct values, are left
-out and counted.
+draws of the shared samples, so what a sample does to both cancels. A correlation is over checkpoints; its interval is
+the percentile bootstrap over them. Draws in which it is not defined, since they hold one distinct value, are left out
+and counted. Of a handful of checkpoints such an interval is too narrow: where they stand in order, so does every draw.
 
 Shape suffixes: N = samples or checkpoints, D = draws, the first of which takes each once
 """
@@ -240,7 +240,7 @@ def compare(
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for at, column in enumerate(columns):
-        table.add_column(column, justify="right" if at else "left")
+        table.add_column(column, justify="right" if at else "left", no_wrap=not at)
     return table
 
 
@@ -263,9 +263,8 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
         for name in entry["difference"].keys() - found.keys():
             console.print(f"{name} shares no sample with {result['names'][0]}: no paired difference of {query} tokens")
         for key, by_benchmark in entry.get("correlation", {}).items():
-            table = _table(
-                f"{key} of {query} tokens against scores", ["", "Pearson", "Spearman", "models", "undefined"]
-            )
+            columns = ["", "Pearson", "Spearman", "checkpoints", "undefined draws"]
+            table = _table(f"{key} of {query} tokens against scores", columns)
             for benchmark, part in by_benchmark.items():
                 cells = [estimate(part["pearson"]), estimate(part["spearman"])]
                 table.add_row(benchmark, *cells, str(part["num_models"]), str(part["undefined"]))

@@ -58,7 +58,7 @@ def curve_figures(measurements: Sequence[Measurement], query: str) -> list[Marku
 
 
 def scatter_figures(result: Mapping[str, Any], query: str) -> list[dict[str, Any]]:
-    """For every correlated statistic the scatter plot with the last benchmark, which is the mean where there are some."""
+    """For every correlated statistic the scatter plot with the last benchmark: the mean, where there are several."""
     if result["scores"] is None:
         return []
     entry, colors = result["queries"][query], _colors(result["names"])

@@ -63,8 +63,10 @@ class Line:
 
 def _log_axis(axis) -> None:
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=7))
-    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e5 else f"{value:g}")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
+    axis.set_major_formatter(
+        lambda value, _: f"{value:,.0f}" if 1 <= value < 1e4 else f"{value:.0e}".replace("e+", "e")
+    )
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -223,9 +225,10 @@ def scatter_figure(
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(3.6, 2.7))
         axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.96, "bottom": 0.17, "top": 0.96})
-        for title, color, x, y in points:
+        for at, (title, color, x, y) in enumerate(sorted(points, key=lambda point: point[2])):
             axes.plot([x], [y], "o", markersize=5, color=color)
-            axes.annotate(title, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+            # Above and below by turns, since neighbours may have nearly the same place.
+            axes.annotate(title, (x, y), (4, (-11, 5)[at % 2]), textcoords="offset points", fontsize=8)
         axes.margins(0.18)
         if log_x:
             axes.set_xscale("log")

@@ -20,7 +20,7 @@ SETTINGS = (
     *("model", "data", "split", "columns", "queries", "layers", "max_new_tokens", "system", "dtype", "device"),
     *("num_rows", "bootstrap"),
 )
-DIGITS = {"image_share": 3, "image_mass": 3, "system_mass": 3, "mass_per_token": 5}
+DIGITS = {"log_ratio": 3, "image_share": 3, "image_mass": 3, "system_mass": 3, "mass_per_token": 5}
 
 
 def estimate_text(part: Mapping[str, Any], digits: int = 2) -> str:
@@ -78,8 +78,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         blind = query["num_queries_before_image"]
         if blind:
             out.append(
-                f"{blind} of {query['num_queries']} {name} tokens stand before the first image and cannot see it: their "
-                "ratio and share are 0, as in the paper's definition."
+                f"{blind} of {query['num_queries']} {name} tokens stand before the first image and cannot see it: "
+                "their ratio and share are 0, as in the paper's definition."
             )
     if not out:
         out.append("No sample was left out.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`avar vas`: measure, summarize, report.
 
-A folder holds one measurement: `settings.json`, `records.jsonl` (a line a sample, appended as it is measured), and, made
-from these at the end, `vas.json`, `words.json` and `report.html`.
+A folder holds one measurement: `settings.json`, `records.jsonl` (a line a sample, appended as it is measured), and,
+made from these at the end, `vas.json`, `words.json` and `report.html`.
 """
 
 import hashlib
@@ -204,7 +204,7 @@ def summarize(
 
 
 def run_vas(settings: VasSettings, out: Path | None) -> dict[str, Any]:
-    """Measure and, with a folder `out`, keep records and write `vas.json` and `report.html`; returns what vas.json holds.
+    """Measure and, with a folder `out`, keep records and write the report; returns what `vas.json` holds.
 
     Raises:
         ValueError: naming the row, the file or the setting that cannot be measured.

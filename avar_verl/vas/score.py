@@ -49,7 +49,7 @@ def measurable_layers(family: Family, config, layers: Sequence[int] | None) -> t
         full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
         raise ValueError(
             f"VAS needs layers in which a query sees the system turn and the image; got layers {sliding}, whose window "
-            f"of {text_config.sliding_window} tokens moves on. Pass --layers {' '.join(map(str, full))}, or some of them."
+            f"of {text_config.sliding_window} tokens moves on. Pass --layers with some of {' '.join(map(str, full))}."
         )
     return chosen
 
@@ -162,7 +162,7 @@ class Scorer:
         placeholders = sorted(set(response_ids) & set(self.checkpoint.role_map.image_token_ids))
         if placeholders:
             raise ValueError(
-                f"a response must not hold image placeholders, for which there is no image; got the ids {placeholders}. "
+                f"a response must not hold image placeholders, which have no image; got the ids {placeholders}. "
                 "Generate without them (avar_verl.rollout.agent_loop.forbid), or leave the row out."
             )
         ids_S = torch.cat([prompt.ids_S, prompt.ids_S.new_tensor(response_ids)])

@@ -17,16 +17,16 @@ def number(value: float | str, digits: int = 4) -> str:
 
 
 def estimate(part: Mapping[str, Any]) -> str:
-    """`value [low, high]`, without the interval where there is none."""
+    """The value and, in a second line, its interval where there is one; for rich, which reads a bare bracket."""
     text = number(part["value"])
-    return text if part["low"] is None else f"{text} [{number(part['low'], 3)}, {number(part['high'], 3)}]"
+    return text if part["low"] is None else f"{text}\n\\[{number(part['low'], 3)}, {number(part['high'], 3)}]"
 
 
 def print_summary(summary: Mapping[str, Any], out: Path | None, console: Console) -> None:
     """A column for every query role, a row for every statistic, and where the files are."""
     queries = summary["queries"]
     table = Table(title=f"VAS of {summary['model']}", title_justify="left")
-    table.add_column("95 % interval: bootstrap over samples")
+    table.add_column("\\[95 % interval]", no_wrap=True)
     for name in queries:
         table.add_column(f"{name} tokens", justify="right")
     for key in STATISTICS:

@@ -3,8 +3,8 @@
 
 Every number is a function of sums over the queries of all samples that count. Its interval is the percentile bootstrap
 over samples (Efron): samples are drawn with replacement, as many as there are, `draws` times, the number is computed
-from the sums of each draw, and the interval is that between the quantiles 0.025 and 0.975. Queries of a sample depend on
-each other, so samples are drawn, not queries. Of one sample there is no interval.
+from the sums of each draw, and the interval is that between the quantiles 0.025 and 0.975. Queries of a sample depend
+on each other, so samples are drawn, not queries. Of one sample there is no interval.
 
 Shape suffixes: N = samples, D = draws, the first of which takes every sample once; L = layers, H = query heads,
     P = bins of positions, X = anything
@@ -133,9 +133,9 @@ def summarize_query(
     if not kept:
         counts = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise ValueError(
-            f"VAS needs samples with an image, a system turn and a query; got none for {name} queries in {len(records)} "
-            f"samples ({counts}). Give the rows what they lack (--system writes a system turn), or measure other "
-            "queries (--query)."
+            f"VAS needs samples with an image, a system turn and a query; got none for {name} queries in "
+            f"{len(records)} samples ({counts}). Give the rows what they lack (--system writes a system turn), or "
+            "measure other queries (--query)."
         )
     parts = [record[name] for record in kept]
     counts_DN = bootstrap.counts(len(parts))

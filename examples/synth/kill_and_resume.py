@@ -4,9 +4,9 @@
     python -m examples.synth.kill_and_resume --work /tmp/vard --n 500
 
 Two example servers, 10 % wrong answers, 5 % errors. Every process of the run is killed (SIGKILL) after a random number
-of answers. Prints one JSON object; exit code 1 if a call was repeated whose answer was in the cache, a wrong answer was
-accepted, or an input is missing. An answer that has left the server when the kill comes, and is not in the cache yet, is
-lost: `left_ms` says how long before at most.
+of answers. Prints one JSON object; exit code 1 if a call was repeated whose answer was in the cache, a wrong answer
+was accepted, or an input is missing. An answer that has left the server when the kill comes and is not in the cache
+yet is lost: `left_ms` says how long before the kill it had left, at most.
 """
 
 import argparse

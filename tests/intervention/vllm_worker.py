@@ -38,9 +38,9 @@ PLAIN = ((0, None), (1, None), (2, None))
 # The same prompt again and again: a setting finds the blocks of its own alone, here how many tokens of them.
 AGAIN = ((None, 0), (BOTH, 0), (BOTH, 32), ("alpha_img=0.36,alpha_sys=0.6", 0), (None, 32), (NOTHING, 32), (BOTH, 32))
 # More than the cache has blocks for, so that some are preempted and computed anew, with what they had answered.
-CROWD = ((1, BOTH), (1, PART), (1, BOTH), (1, None))
+CROWD = ((1, BOTH), (1, PART), (1, None), (1, "alpha_sys=0.6"))
 CROWD_TOKENS = 32
-NUM_BLOCKS = 24
+NUM_BLOCKS = 26
 REFUSED = (
     ("alpha_img=x", "must be a number"),
     ("alpha_img=1,layers=40", "layers must be among"),

@@ -55,7 +55,7 @@ def swap(old: str, new: str) -> str:
         ("answer", GOOD, "rocket"),
         (
             "anchors",
-            "A cat sits on a bench. Wait, let me check once more whether it is a cat: it has two ears and a tail, so it "
+            "A cat sits on a bench. Wait, let me check once more whether it is a cat: two ears and a tail, so it "
             "must be one. Nothing else comes into question here. So the answer is the cat.",
             "cat",
         ),
@@ -66,7 +66,7 @@ def swap(old: str, new: str) -> str:
         ("length", "In the image [0, 0, 56, 56] a cat. Wait, check the picture [56, 0, 112, 56] again: yes.", "cat"),
         (
             "language",
-            "Auf dem Bild zeigt das Feld links oben [0, 0, 56, 56] eine Katze, die auf einer Bank sitzt. Rechts daneben "
+            "Auf dem Bild zeigt das Feld links oben [0, 0, 56, 56] eine Katze, die auf einer Bank sitzt. Rechts dann "
             "[56, 0, 112, 56] steigt eine Rakete auf. Wait, let me look back at the picture: die Katze hat Ohren und "
             "einen Schwanz, also ist es eine. Die Antwort lautet deshalb Katze.",
             "cat",

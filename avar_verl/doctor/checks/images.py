@@ -59,7 +59,7 @@ def _logits(subject: Subject, samples: list[Rendered]) -> torch.Tensor:
     needs=["vocabulary", "weights"],
 )
 @torch.no_grad()
-def images(subject: Subject) -> Finding | str:
+def images(subject: Subject) -> str:
     samples = subject.samples
     counts = []
     for name, sample in samples.items():
@@ -80,7 +80,7 @@ def images(subject: Subject) -> Finding | str:
             raise ValueError(f"logits must be finite; got others in sample {name!r}.")
         difference = (batch_BSV[row, : len(alone_SV)] - alone_SV).abs().max() / alone_SV.abs().max()
         apart, last_V[name] = max(apart, float(difference)), alone_SV[-1]
-        if not apart <= BATCH_TOLERANCE and not subject.family.cross_attention:
+        if not apart <= BATCH_TOLERANCE:
             raise ValueError(
                 f"a sample must have the same logits alone and in a batch; got {apart:.1e} of the largest between them "
                 f"in sample {name!r}."
@@ -97,17 +97,7 @@ def images(subject: Subject) -> Finding | str:
                 f"in sample {name!r}."
             )
     fit = f"{', '.join(map(str, counts))} image tokens = features; " if counts else "no feature replaces a token; "
-    detail = f"{fit}batch and single logits differ by {apart:.0e}, other images change them by {min(changes):.0e}"
-    if apart > BATCH_TOLERANCE:
-        # transformers 5.9.0, models/mllama/modeling_mllama.py:73: a row that is hidden from all images gets a mask of
-        # zeros, and its attention output, unlike that of the MLP behind it, is not multiplied by 0.
-        return Finding(
-            detail,
-            "In transformers' cross-attention, tokens before an image, and samples without one, read all images that "
-            "the batch pads to. Put one sample in a micro-batch (use_dynamic_bsz=false, micro batch size 1), or rows "
-            "with the same number of images.",
-        )
-    return detail
+    return f"{fit}batch and single logits differ by {apart:.0e}, other images change them by {min(changes):.0e}"
 
 
 @check(
