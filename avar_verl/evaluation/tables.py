@@ -105,17 +105,18 @@ def comparison_table(name_a: str, name_b: str, comparisons: Mapping[str, Compari
 
 
 def read_vas(path: Path, query: str = "user") -> float:
-    """VAS over `query` tokens in a file that `avar vas --out` has written.
+    """VAS over `query` tokens in the vas.json of `avar vas`; nan where it is not finite, which JSON says as null.
 
     Raises:
         ValueError: no such file, or no VAS for this query in it.
     """
     if not path.is_file():
-        raise ValueError(f"--vas must name files that avar vas --out has written; got no file {path}. Check the path.")
-    found = json.loads(path.read_text()).get(query)
-    if not isinstance(found, dict) or not isinstance(found.get("vas"), int | float):
-        raise ValueError(f"{path} must hold {query}.vas; got {found!r}. Measure it with avar vas --query {query}.")
-    return float(found["vas"])
+        raise ValueError(f"--vas must name files that avar vas has written; got no file {path}. Check the path.")
+    queries = json.loads(path.read_text()).get("queries", {})
+    if query not in queries:
+        raise ValueError(f"{path} must hold VAS of {query} tokens; got {sorted(queries)}. Measure it with avar vas.")
+    value = queries[query]["overall"]["vas"]["value"]
+    return math.nan if value is None else float(value)
 
 
 def ablation_rows(

@@ -129,11 +129,13 @@ def print_gates(summary: dict, console: Console) -> None:
 def print_calls(summary: dict, console: Console) -> None:
     """Table of the calls of all runs."""
     table = Table(title=f"{summary['run']['new_calls']} new answers in {summary['run']['seconds']:.0f} s; of all runs:")
-    for name in ("stage", "model", "prompt", "answers", "attempts", "tokens in", "tokens out", "USD"):
-        table.add_column(name, justify="left" if name in ("stage", "model", "prompt") else "right")
-    for stage, model, prompt, calls, tokens_in, tokens_out, usd, attempts in summary["calls"]:
-        table.add_row(stage, model, prompt, *(f"{n:,}" for n in (calls, attempts, tokens_in, tokens_out)), f"{usd:.4f}")
+    for name in ("stage", "answers", "attempts", "tokens in", "tokens out", "USD"):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    for stage, _, _, calls, tokens_in, tokens_out, usd, attempts in summary["calls"]:
+        table.add_row(stage, *(f"{n:,}" for n in (calls, attempts, tokens_in, tokens_out)), f"{usd:.4f}")
     console.print(table)
+    for stage, model, prompt, *_ in summary["calls"]:
+        console.print(f"{stage}: {model}, {prompt}", highlight=False)
 
 
 def _inspect(args: argparse.Namespace) -> None:

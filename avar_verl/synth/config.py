@@ -133,6 +133,9 @@ class EngineConfig:
     accelerator_type: Optional[str] = None
     """Kind of GPU in a Ray cluster, such as H100; null: any."""
 
+    placement_group_config: Optional[dict[str, Any]] = None
+    """Ray resources of an engine; null: a GPU for each of its workers. {bundle_per_worker: {CPU: 1}} is a CPU."""
+
     def __post_init__(self):
         for name in ("batch_size", "concurrency"):
             value = getattr(self, name)

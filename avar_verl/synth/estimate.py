@@ -112,14 +112,15 @@ def _add(
 def print_estimate(config: SynthConfig, found: Estimate, spent: float, console: Console) -> None:
     """A table of the stages and a line of totals."""
     table = Table(title=f"{found.inputs} inputs, {found.skipped} unusable, {found.ended} done already")
-    for name in ("stage", "model", "calls", "cached", "tokens in", "tokens out", "USD", "at most USD", "length from"):
-        table.add_column(name, justify="left" if name in ("stage", "model", "length from") else "right")
+    for name in ("stage", "calls", "cached", "tokens in", "tokens out", "USD", "at most"):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for stage, part in found.stages.items():
-        source = f"{part.measured} answers" if part.measured else "expected_tokens"
         numbers = (part.calls, part.cached, part.input_tokens, part.output_tokens)
-        dollars = (f"{part.usd:.4f}", f"{part.most_usd:.4f}")
-        table.add_row(stage, config.model(stage).model, *(f"{n:,}" for n in numbers), *dollars, source)
+        table.add_row(stage, *(f"{n:,}" for n in numbers), f"{part.usd:.4f}", f"{part.most_usd:.4f}")
     console.print(table)
+    for stage, part in found.stages.items():
+        source = f"the mean of {part.measured} answers" if part.measured else "expected_tokens"
+        console.print(f"{stage}: {config.model(stage).model}, length by {source}", highlight=False)
     calls = sum(part.calls for part in found.stages.values())
     most = sum(part.most_usd for part in found.stages.values())
     line = f"{calls:,} calls, {found.usd:.4f} USD, at most {most:.4f}; {spent:.4f} spent already"

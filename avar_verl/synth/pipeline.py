@@ -12,6 +12,7 @@ The cache is one actor on the driver's node with the folder's database. Endpoint
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ from avar_verl.synth.gates import Verdict, judge
 from avar_verl.synth.items import input_files, pack, read_items, unpack
 from avar_verl.synth.output import Writer
 from avar_verl.synth.prompts import load_prompt
-from avar_verl.synth.store import Call, Failure, Store
+from avar_verl.synth.store import JOURNAL, Call, Failure, Journal, Store
 
 BLOCK_ROWS = 32
 # Batches of BLOCK_ROWS items that a worker has begun; calls are limited by the endpoints, this only feeds them.
@@ -101,8 +102,8 @@ class RemoteStore:
     """The cache actor as `chain.AsyncStore`. Whatever comes up while a request to the actor is on its way goes along
     with the next one, so answers are committed in groups, each before it is used."""
 
-    def __init__(self, actor: Any):
-        self.actor = actor
+    def __init__(self, actor: Any, journal: Journal | None = None):
+        self.actor, self.journal = actor, journal
         self.gets: list[tuple[str, asyncio.Future]] = []
         self.puts: list[tuple[Call | Failure, float, asyncio.Future]] = []
         self.getting = self.putting = False
@@ -129,6 +130,8 @@ class RemoteStore:
 
     async def put(self, record: Call | Failure, released: float) -> None:
         """Write a record; it is on the disk when this returns."""
+        if self.journal is not None and isinstance(record, Call):
+            self.journal.add(record)
         future = asyncio.get_running_loop().create_future()
         self.puts.append((record, released, future))
         if not self.putting:
@@ -178,7 +181,8 @@ class CallStages:
 
     async def __call__(self, batch: pa.Table) -> dict[str, list]:
         if self.worker is None:
-            self.worker = Worker(self.config, RemoteStore(self.actor))
+            journal = Journal(Path(self.config.out) / JOURNAL)
+            self.worker = Worker(self.config, RemoteStore(self.actor, journal))
         items = [unpack(row) for row in _rows(batch)]
         wanted = [item for item in items if not (self.overlap and not item.problem and self.overlap.find(item))]
         stopped = await asyncio.gather(*(self.worker.process(item) for item in wanted))
@@ -217,7 +221,9 @@ class Run:
     """A run of `avar synth run` in its folder."""
 
     def __init__(self, config: SynthConfig, limit: int, console: Console):
-        self.config, self.limit, self.console = config, limit, console
+        # Workers may start in another folder.
+        self.config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
+        self.limit, self.console = limit, console
         self.folder = Path(config.out)
         for stage in ("describe", "reason", "integrate"):
             load_prompt(config.stage(stage).prompt)
@@ -258,8 +264,10 @@ class Run:
                 else:
                     self._engine(stages[0])
             summary = self._judge()
+            totals = ray.get(self.store.totals.remote())
+            ray.get(self.store.adopt.remote())
             summary["calls"] = ray.get(self.store.by_stage.remote())
-            summary["run"] = {**ray.get(self.store.totals.remote()), "seconds": time.monotonic() - begin}
+            summary["run"] = {**totals, "seconds": time.monotonic() - begin}
             return summary
         finally:
             if self.config.ray.address == "local":
@@ -311,6 +319,7 @@ class Run:
                 batch_size=engine.batch_size,
                 concurrency=engine.concurrency,
                 accelerator_type=engine.accelerator_type,
+                placement_group_config=engine.placement_group_config,
                 should_continue_on_error=True,
                 prepare_multimodal_stage={"enabled": self.config.stage(stage).sees_images},
             ),

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+JOURNAL = "journal"
+"""Folder of the journals, beside the database."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
@@ -68,6 +72,28 @@ def call_key(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+class Journal:
+    """Answers of one process as they arrive: a line each, given to the system at once, without waiting for the disk.
+
+    The commit of the cache takes some milliseconds, which a process that is killed may not have; a line that was written
+    outlives it. `Store.begin` takes the lines into the cache.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / f"{os.uname().nodename}-{os.getpid()}.jsonl", "ab", buffering=0)
+
+    def add(self, call: Call) -> None:
+        """Write an answer."""
+        self.file.write(json.dumps(asdict(call)).encode() + b"\n")
+
+
+def read_journal(folder: Path) -> list[Call]:
+    """The answers in the journals of a folder; a line that a kill has cut off is none."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
+    return [Call(**json.loads(line)) for line in lines if line.endswith(b"\n")]
+
+
 class Store:
     """The open database of a folder.
 
@@ -91,11 +117,25 @@ class Store:
             raise ValueError(
                 f"one run at a time may use a folder; got {path}: {error}. Wait for the other run, or stop it."
             ) from error
-        self.spent = self.db.execute("SELECT COALESCE(SUM(usd), 0) FROM calls").fetchone()[0]
+        self.spent = self._sum()
         self.new_calls = self.hits = 0
 
+    def _sum(self) -> float:
+        return self.db.execute("SELECT COALESCE(SUM(usd), 0) FROM calls").fetchone()[0]
+
+    def adopt(self) -> None:
+        """Take in what processes that were killed have left in their journals beside the database, and delete these."""
+        folder = Path(self.path).parent / JOURNAL
+        calls = read_journal(folder)
+        known = self.get([call.key for call in calls])
+        self.put([call for call in calls if not isinstance(known.get(call.key), Call)])
+        for path in folder.glob("*.jsonl"):
+            path.unlink()
+        self.spent, self.new_calls, self.hits = self._sum(), 0, 0
+
     def begin(self) -> None:
-        """Start of a run: what may have failed by chance is forgotten."""
+        """Start of a run: journals are taken in, and what may have failed by chance is forgotten."""
+        self.adopt()
         self.db.execute("DELETE FROM failures WHERE final = 0")
 
     def get(self, keys: Sequence[str]) -> dict[str, Call | Failure]:

@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
+from avar_verl.synth.store import JOURNAL, read_journal
 from examples.synth.inputs import write_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -96,10 +97,11 @@ def read_logs(work: Path) -> list[dict]:
 
 
 def cached(work: Path) -> int:
-    """Answers in the cache of a run that is dead."""
+    """Answers in the cache of a run that is dead, and in its journals."""
     database = sqlite3.connect(work / "out" / "cache.sqlite")
     try:
-        return database.execute("SELECT COUNT(*) FROM calls").fetchone()[0]
+        keys = {key for (key,) in database.execute("SELECT key FROM calls")}
+        return len(keys | {call.key for call in read_journal(work / "out" / JOURNAL)})
     finally:
         database.close()
 

@@ -2,6 +2,7 @@
 """Summaries, the comparison of folders and the ablation table."""
 
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -111,7 +112,9 @@ def test_ablation_command(tmp_path, monkeypatch, capsys):
         for name, bits in (("base", "10000"), ("vard", "11000"), ("agto", "11100"), ("vars", "11110"))
     ]
     for number, folder in enumerate(folders[:3]):
-        (folder / "vas.json").write_text(json.dumps({"user": {"vas": 1.5 + number}, "response": {"vas": 9}}))
+        values = {"user": 1.5 + number, "response": 9.0}
+        queries = {name: {"overall": {"vas": {"value": value}}} for name, value in values.items()}
+        (folder / "vas.json").write_text(json.dumps({"queries": queries}))
     text = run_cli(monkeypatch, capsys, "ablation", *folders, "--json", tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["mean"] for row in rows] == [0.2, 0.4, 0.6, 0.8]
@@ -146,6 +149,8 @@ def test_ablation_refuses(tmp_path):
         ablation_rows([run, run, run, other], [None] * 4)
     with pytest.raises(ValueError, match="got no file"):
         read_vas(tmp_path / "none.json")
-    (tmp_path / "vas.json").write_text('{"user": {}}')
-    with pytest.raises(ValueError, match="must hold user.vas; got {}"):
+    null = {"queries": {"response": {"overall": {"vas": {"value": None}}}}}
+    (tmp_path / "vas.json").write_text(json.dumps(null))
+    assert math.isnan(read_vas(tmp_path / "vas.json", "response"))
+    with pytest.raises(ValueError, match="must hold VAS of user tokens; got \\['response'\\]"):
         read_vas(tmp_path / "vas.json")

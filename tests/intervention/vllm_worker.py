@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM answers under interventions, in a process of its own: `python -m tests.intervention.vllm_worker MODEL OUT`.
+"""What vLLM answers under interventions: `python -m tests.intervention.vllm_worker OUT MODEL...`.
 
-Two engines, one after the other: one that was not started for the intervention, and one that was, with chunked prefill
-(fewer tokens a step than a prompt has) and prefix caching.
+Engines one after the other: for every model one that was started for the intervention, with chunked prefill (fewer
+tokens a step than a prompt has) and prefix caching, and for the first model one that was not.
+
+vLLM's start runs this module a second time, in a process that reads CPU flags, so what takes long to import is imported
+in functions.
 """
 
 import gc
@@ -17,14 +20,6 @@ os.environ |= {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-
-from transformers import AutoProcessor
-from vllm import LLM, SamplingParams, TokensPrompt
-from vllm.distributed import cleanup_dist_env_and_memory
-
-from avar_verl.intervention.vllm_hook import engine_arguments, request_arguments
-from avar_verl.render import images_of, render
-from tests.families.tiny import sample_messages
 
 NEW_TOKENS = 6
 MAX_BATCHED_TOKENS = 48
@@ -49,7 +44,9 @@ REFUSED = (
 
 
 def prompts() -> list[list[dict]]:
-    """Conversations with one image, with two, and without; answered none."""
+    """Conversations with one image, with two, and without; the last question is not answered."""
+    from tests.families.tiny import sample_messages
+
     return [
         sample_messages(1, system=True, answered=False),
         sample_messages(2, system=True, turns=2, seed=3, answered=False),
@@ -57,8 +54,13 @@ def prompts() -> list[list[dict]]:
     ]
 
 
-def generate(llm: LLM, processor, requests, n: int = 1, max_tokens: int = NEW_TOKENS) -> list[dict]:
+def generate(llm, processor, requests, n: int = 1, max_tokens: int = NEW_TOKENS) -> list[dict]:
     """For every request its expanded ids, how many of them were cached, generated ids and their log-probabilities."""
+    from vllm import SamplingParams, TokensPrompt
+
+    from avar_verl.intervention.vllm_hook import request_arguments
+    from avar_verl.render import images_of, render
+
     conversations = prompts()
     texts, params = [], []
     for index, spec in requests:
@@ -93,7 +95,9 @@ def generate(llm: LLM, processor, requests, n: int = 1, max_tokens: int = NEW_TO
     return answers
 
 
-def start(path: str, **arguments) -> LLM:
+def start(path: str, **arguments):
+    from vllm import LLM
+
     return LLM(
         model=path,
         dtype="float32",
@@ -102,6 +106,8 @@ def start(path: str, **arguments) -> LLM:
         num_gpu_blocks_override=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
         max_num_seqs=4,
+        max_num_batched_tokens=MAX_BATCHED_TOKENS,
+        enable_prefix_caching=True,
         limit_mm_per_prompt={"image": 2, "video": 0},
         skip_mm_profiling=True,
         seed=0,
@@ -109,7 +115,7 @@ def start(path: str, **arguments) -> LLM:
     )
 
 
-def refusal(llm: LLM, processor, spec: str) -> str:
+def refusal(llm, processor, spec: str) -> str:
     try:
         generate(llm, processor, [(0, spec)])
     except ValueError as error:
@@ -117,7 +123,7 @@ def refusal(llm: LLM, processor, spec: str) -> str:
     return "none"
 
 
-def count_preemptions(llm: LLM, counts: list) -> None:
+def count_preemptions(llm, counts: list) -> None:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     original = scheduler._preempt_request
 
@@ -128,32 +134,47 @@ def count_preemptions(llm: LLM, counts: list) -> None:
     scheduler._preempt_request = preempt
 
 
-def main(path: str, out: str, *parts: str) -> None:
-    processor = AutoProcessor.from_pretrained(path)
-    settings = {"max_num_batched_tokens": MAX_BATCHED_TOKENS, "enable_prefix_caching": True}
-    answers = {}
-    if "stock" in parts:
-        llm = start(path, **settings)
-        answers |= {
-            "stock": generate(llm, processor, PLAIN),
-            "not started for it": refusal(llm, processor, BOTH),
-            "stock, nothing": generate(llm, processor, [(0, NOTHING)]),
-        }
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+def stock(llm, processor) -> dict:
+    return {
+        "plain": generate(llm, processor, PLAIN),
+        "refused": refusal(llm, processor, BOTH),
+        "nothing": generate(llm, processor, [(0, NOTHING)]),
+    }
 
-    llm = start(path, **settings, **engine_arguments())
-    answers["batch"] = generate(llm, processor, BATCH)
-    answers["refused"] = [refusal(llm, processor, spec) for spec, _ in REFUSED]
-    answers["several"] = generate(llm, processor, [(1, BOTH)], n=3)
+
+def intervened(llm, processor) -> dict:
+    answers = {
+        "batch": generate(llm, processor, BATCH),
+        "refused": [refusal(llm, processor, spec) for spec, _ in REFUSED],
+        "several": generate(llm, processor, [(1, BOTH)], n=3),
+        "preempted": [],
+    }
     llm.reset_prefix_cache()
     answers["again"] = [generate(llm, processor, [(0, spec)])[0] for spec, _ in AGAIN]
     llm.reset_prefix_cache()
     answers["plain"] = generate(llm, processor, PLAIN)
-    answers["preempted"] = []
     count_preemptions(llm, answers["preempted"])
     answers["crowd"] = generate(llm, processor, CROWD, max_tokens=CROWD_TOKENS)
+    return answers
+
+
+def main(out: str, *paths: str) -> None:
+    from transformers import AutoProcessor
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from avar_verl.intervention.vllm_hook import engine_arguments
+
+    answers = {}
+    for path in paths:
+        processor = AutoProcessor.from_pretrained(path)
+        parts = {"intervened": (intervened, engine_arguments())} | ({} if answers else {"stock": (stock, {})})
+        answers[path] = {}
+        for name, (ask, arguments) in parts.items():
+            llm = start(path, **arguments)
+            answers[path][name] = ask(llm, processor)
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
     with open(out, "w") as file:
         json.dump(answers, file)
 

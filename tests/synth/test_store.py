@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from avar_verl.synth.store import Call, Failure, Store, call_key
+from avar_verl.synth.store import JOURNAL, Call, Failure, Journal, Store, call_key
 
 
 def call(key: str, usd: float = 0.0, stage: str = "describe", tokens: int = 10) -> Call:
@@ -105,3 +105,16 @@ def test_spent_counts_earlier_runs(tmp_path, budget):
     store.close()
     again = Store(tmp_path / "cache.sqlite", budget)
     assert again.reserve(2.0) == ("yes" if budget is None else "no")
+
+
+def test_journals_of_the_dead_are_taken_in(tmp_path):
+    store = Store(tmp_path / "cache.sqlite")
+    store.put([call("a", 1.0)])
+    journal = Journal(tmp_path / JOURNAL)
+    for key in ("a", "b"):
+        journal.add(call(key, 2.0))
+    journal.file.write(b'{"key": "cut o')
+    store.begin()
+    assert sorted(store.get(["a", "b"])) == ["a", "b"] and store.get(["a"])["a"].usd == 1.0
+    assert store.totals()["usd"] == 3.0 and store.totals()["new_calls"] == 0
+    assert not list((tmp_path / JOURNAL).iterdir())

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of tiny models, conversations, and the masses of a full attention matrix."""
+
+import functools
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from avar_verl.measure import Checkpoint
+from avar_verl.render import as_blocks
+from avar_verl.roles import RoleMap
+from avar_verl.vas.rows import Conversation
+from tests.families.tiny import sample_messages
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(family_processor, family_model):
+    """`family_checkpoint(model_type)` -> `Checkpoint` of its tiny model."""
+
+    @functools.cache
+    def load(model_type: str) -> Checkpoint:
+        model, processor = family_model(model_type), family_processor(model_type)
+        return Checkpoint(model, processor, RoleMap.from_pretrained(processor, model.config))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def eager_checkpoint(family_path, family_checkpoint):
+    """`eager_checkpoint(model_type)` -> the same model with attention that returns its matrix."""
+
+    @functools.cache
+    def load(model_type: str) -> Checkpoint:
+        model = AutoModelForImageTextToText.from_pretrained(family_path(model_type), attn_implementation="eager").eval()
+        same = family_checkpoint(model_type)
+        return Checkpoint(model, same.processor, same.role_map)
+
+    return load
+
+
+def conversation(
+    n_images: int = 1, turns_count: int = 1, *, turns: bool = True, seed: int = 0, **kwargs
+) -> Conversation:
+    """One that `rows.conversation` could have made: photographs, a system turn, reference answers."""
+    messages = sample_messages(n_images, **{"system": True, **kwargs}, turns=turns_count, seed=seed)
+    messages = [{**message, "content": as_blocks(message["content"])} for message in messages]
+    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    return Conversation(messages, answer, None, turns=turns, template_kwargs={})
+
+
+def attention_matrix(checkpoint: Checkpoint, sample, layers) -> torch.Tensor:
+    """(L, H, S, S) float64 attention of one sample, alone."""
+    with torch.no_grad():
+        out = checkpoint.model(**checkpoint.collate([sample.rendered]), use_cache=False, output_attentions=True)
+    return torch.stack([out.attentions[layer][0] for layer in layers]).double()
