@@ -105,7 +105,7 @@ def comparison_table(name_a: str, name_b: str, comparisons: Mapping[str, Compari
 
 
 def read_vas(path: Path, query: str = "user") -> float:
-    """VAS over `query` tokens in the vas.json of `avar vas`; nan where it is not finite, which JSON says as null.
+    """VAS over `query` tokens in the vas.json of `avar vas`, which holds numbers that are not finite as text.
 
     Raises:
         ValueError: no such file, or no VAS for this query in it.
@@ -115,8 +115,7 @@ def read_vas(path: Path, query: str = "user") -> float:
     queries = json.loads(path.read_text()).get("queries", {})
     if query not in queries:
         raise ValueError(f"{path} must hold VAS of {query} tokens; got {sorted(queries)}. Measure it with avar vas.")
-    value = queries[query]["overall"]["vas"]["value"]
-    return math.nan if value is None else float(value)
+    return float(queries[query]["overall"]["vas"]["value"])
 
 
 def ablation_rows(

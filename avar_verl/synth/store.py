@@ -75,8 +75,8 @@ def call_key(
 class Journal:
     """Answers of one process as they arrive: a line each, given to the system at once, without waiting for the disk.
 
-    The commit of the cache takes some milliseconds, which a process that is killed may not have; a line that was written
-    outlives it. `Store.begin` takes the lines into the cache.
+    The commit of the cache takes some milliseconds, which a process that is killed may not have; a line that was
+    written outlives it. `Store.begin` takes the lines into the cache.
     """
 
     def __init__(self, folder: Path):

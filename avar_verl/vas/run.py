@@ -24,7 +24,7 @@ from avar_verl.measure import QUERIES
 from avar_verl.vas import rows as data_rows
 from avar_verl.vas.records import RecordFile, check_settings, dumps, write_json
 from avar_verl.vas.score import measurable_layers
-from avar_verl.vas.statistics import Bootstrap, by_sample, summarize_query
+from avar_verl.vas.statistics import LEVEL, Bootstrap, by_sample, summarize_query
 from avar_verl.vas.work import DTYPES, LocalWorkers, RayWorkers, Work, batched
 
 FORMAT = 1
@@ -195,7 +195,7 @@ def summarize(
         "device": settings.device,
         "layers": list(layers),
         "num_rows": len(records),
-        "bootstrap": {"draws": bootstrap.num_draws, "seed": bootstrap.seed, "level": 0.95},
+        "bootstrap": {"draws": bootstrap.num_draws, "seed": bootstrap.seed, "level": LEVEL},
         "seconds": seconds,
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "queries": {name: summarize_query(name, records, layers, bootstrap) for name in settings.queries},

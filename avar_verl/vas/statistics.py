@@ -22,7 +22,7 @@ import torch
 from avar_verl.objectives.vas import STATISTICS, band, vas_statistics
 from avar_verl.vas.score import BIN_STARTS, SUMS
 
-LEVEL = 0.95
+LEVEL, QUANTILES = 0.95, (0.025, 0.975)
 # What has a meaning for means over the heads of a layer: a median over heads needs the heads.
 MEAN_STATISTICS = tuple(name for name in STATISTICS if name != "vas_median")
 HEAD_STATISTICS = ("vas", "image_share", "image_mass", "system_mass")
@@ -57,7 +57,7 @@ def interval(value_DX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tupl
         return None, None
     sorted_DX = drawn_DX.sort(dim=0).values
     ends = []
-    for level in ((1 - LEVEL) / 2, (1 + LEVEL) / 2):
+    for level in QUANTILES:
         index = min(max(math.ceil(level * len(sorted_DX)) - 1, 0), len(sorted_DX) - 1)
         ends.append(sorted_DX[index].where(~drawn_DX.isnan().any(0), math.nan))
     return ends[0], ends[1]

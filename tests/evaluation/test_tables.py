@@ -149,8 +149,8 @@ def test_ablation_refuses(tmp_path):
         ablation_rows([run, run, run, other], [None] * 4)
     with pytest.raises(ValueError, match="got no file"):
         read_vas(tmp_path / "none.json")
-    null = {"queries": {"response": {"overall": {"vas": {"value": None}}}}}
-    (tmp_path / "vas.json").write_text(json.dumps(null))
-    assert math.isnan(read_vas(tmp_path / "vas.json", "response"))
+    infinite = {"queries": {"response": {"overall": {"vas": {"value": "inf"}}}}}
+    (tmp_path / "vas.json").write_text(json.dumps(infinite))
+    assert math.isinf(read_vas(tmp_path / "vas.json", "response"))
     with pytest.raises(ValueError, match="must hold VAS of user tokens; got \\['response'\\]"):
         read_vas(tmp_path / "vas.json")

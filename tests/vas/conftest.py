@@ -54,3 +54,20 @@ def attention_matrix(checkpoint: Checkpoint, sample, layers) -> torch.Tensor:
     with torch.no_grad():
         out = checkpoint.model(**checkpoint.collate([sample.rendered]), use_cache=False, output_attentions=True)
     return torch.stack([out.attentions[layer][0] for layer in layers]).double()
+
+
+def leaves(value) -> list:
+    """What stands in nested dicts and lists, in a fixed order."""
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value) for leaf in leaves(value[key])]
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
+
+
+def assert_same(one, other, rel: float = 1e-5) -> None:
+    """Nested dicts and lists with the same keys, texts and, up to rounding, numbers."""
+    assert one.keys() == other.keys()
+    for key in one:
+        pairs = list(zip(leaves(one[key]), leaves(other[key]), strict=True))
+        numbers = [pair for pair in pairs if isinstance(pair[0], int | float) and isinstance(pair[1], int | float)]
+        assert [mine for mine, _ in numbers] == pytest.approx([theirs for _, theirs in numbers], rel=rel), key
+        assert all(mine == theirs for mine, theirs in pairs if (mine, theirs) not in numbers), key

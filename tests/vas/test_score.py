@@ -13,23 +13,11 @@ from avar_verl.render import render
 from avar_verl.roles import TokenRole
 from avar_verl.vas.rows import Conversation
 from avar_verl.vas.score import BIN_STARTS, SUMS, Scorer, measurable_layers
-from tests.vas.conftest import attention_matrix, conversation
+from tests.vas.conftest import assert_same, attention_matrix, conversation
 
 # Gemma 3's other layer has a window.
 LAYERS = {"gemma3": (1,)}
 MEASURED = tuple(name for name in FAMILIES if name != "mllama")
-
-
-def leaves(value) -> list[float]:
-    if isinstance(value, dict):
-        return [leaf for key in sorted(value) for leaf in leaves(value[key])]
-    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
-
-
-def assert_same(one, other, rel: float = 1e-5) -> None:
-    assert one.keys() == other.keys()
-    for key in one:
-        assert leaves(one[key]) == pytest.approx(leaves(other[key]), rel=rel), key
 
 
 def reference(checkpoint, sample, layers) -> dict:
@@ -49,9 +37,10 @@ def reference(checkpoint, sample, layers) -> dict:
         rows = []
         for query in queries:
             by_image = [matrix_LHSS[:, :, query, columns].sum(-1) for columns in images]
-            image, sys = sum(by_image), matrix_LHSS[:, :, query, system].sum(-1)
-            rows.append({"ratio": image / sys, "share": image / (image + sys), "image": image, "system": sys,
-                         "by_image": by_image})  # fmt: skip
+            image, system_mass = sum(by_image), matrix_LHSS[:, :, query, system].sum(-1)
+            share = image / (image + system_mass)
+            row = {"ratio": image / system_mass, "share": share, "image": image, "system": system_mass}
+            rows.append({**row, "by_image": by_image})
         part = {key: sum(row[key] for row in rows).tolist() for key in SUMS}
         part["queries"] = len(queries)
         part["before_image"] = sum(query < images[0][0] for query in queries)

@@ -140,8 +140,8 @@ def test_intervals_narrow_with_the_root_of_the_samples():
 
 
 def test_what_is_not_finite_stays_in_its_draws():
-    counts = torch.tensor([[1.0, 1.0, 1.0], [3.0, 0.0, 0.0], [0.0, 2.0, 1.0], [2.0, 0.0, 1.0]])
-    values = torch.tensor([[1.0, 1.0], [math.inf, 2.0], [3.0, math.nan]])
+    counts = torch.tensor([[1.0, 1.0, 1.0], [3.0, 0.0, 0.0], [0.0, 2.0, 1.0], [2.0, 0.0, 1.0]]).double()
+    values = torch.tensor([[1.0, 1.0], [math.inf, 2.0], [3.0, math.nan]]).double()
     total = totals(counts, values)
     assert total[:, 0].tolist() == [math.inf, 3.0, math.inf, 5.0]
     assert math.isnan(total[0, 1]) and total[1, 1] == 3.0 and math.isnan(total[2, 1]) and math.isnan(total[3, 1])
