@@ -245,61 +245,51 @@ def head_of_rank(head: int, rank: int, size: int, num_kv_heads: int, num_of_rank
     return (rank * num_of_rank + head) * num_kv_heads // (size * num_of_rank)
 
 
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether what happens to the tensor goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class KeyScaler:
     """Scales keys in one model runner.
 
-    `index_T` says which row of `table_LGK` a token of the step has; row 0 is 1. Both are written anew in every step
-    that has tokens to scale, and read by every layer.
+    Args:
+        layers: the model's numbers of this rank's layers, ascending.
+        heads: the model's key/value heads that this rank has.
+        num_layers, num_heads, num_kv_heads: of the whole model.
+        index_T: buffer (T,) of int64; says which row of the table a token of the step has. Row 0 is 1.
+        table_LGK: buffer (L, G, K) of float32, with a row for each of two roles of as many requests as a step can have.
+
+    Buffers are vLLM's `CpuGpuBuffer`. They are written anew in every step that has tokens to scale.
     """
 
-    def __init__(self, runner: Any):
-        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-        from vllm.model_executor.layers.attention.attention import Attention
-        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-        from vllm.model_executor.models.utils import extract_layer_index
-
-        check_engine(runner.vllm_config)
-        model_config = runner.model_config
-        self.runner = runner
-        context = runner.compilation_config.static_forward_context  # Experts are in it too.
-        named = {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase)}
-        layers = {extract_layer_index(name): (name, layer) for name, layer in named.items() if type(layer) is Attention}
-        first, stop = model_config.get_layers_start_end_indices(runner.vllm_config.parallel_config)
-        if sorted(layers) != list(range(first, stop)) or len(layers) != len(named):
-            raise ValueError(
-                f"every layer with a key/value cache must be a self-attention layer of the decoder, one for each of "
-                f"{first} to {stop - 1}; got {sorted(named)}. Use another model."
-            )
-        self.numbers = sorted(layers)
-        self.num_layers = model_config.get_total_num_hidden_layers()
-        self.num_heads = model_config.model_arch_config.total_num_attention_heads
-        self.num_kv_heads = model_config.get_total_num_kv_heads()
-        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        num_of_rank = layers[first][1].num_kv_heads
-        self.heads = [head_of_rank(head, rank, size, self.num_kv_heads, num_of_rank) for head in range(num_of_rank)]
-        self.index_T = runner._make_buffer(runner.max_num_tokens, dtype=torch.int64)
-        # No step has more requests than this, each with a setting of its own for two roles.
-        num_rows = 1 + 2 * runner.max_num_reqs
-        self.table_LGK = runner._make_buffer(len(layers), num_rows, num_of_rank, dtype=torch.float32)
+    def __init__(
+        self,
+        layers: Sequence[int],
+        heads: Sequence[int],
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        index_T: Any,
+        table_LGK: Any,
+    ):
+        self.layers, self.heads = list(layers), list(heads)
+        self.num_layers, self.num_heads, self.num_kv_heads = num_layers, num_heads, num_kv_heads
+        self.index_T, self.table_LGK = index_T, table_LGK
         self.table_LGK.np[:, 0] = 1.0
         self.table_LGK.copy_to_gpu()
         self.active = False
         self.rows_of = functools.lru_cache(maxsize=1024)(self._rows_of)
-        self._prepare_inputs = runner._prepare_inputs
-        runner._prepare_inputs = self.prepare_inputs
-        for at, number in enumerate(self.numbers):
-            check_layer(*layers[number])
-            self._stand_before(layers[number][1].impl, at)
 
     def _rows_of(self, text: str) -> tuple[list[int], np.ndarray]:
         """Where this rank's chosen layers are in the table, and (K, R) factors of this rank's heads."""
         spec = InterventionSpec.parse(text)
         chosen = set(spec.chosen_layers(self.num_layers))
         factors_KR = spec.key_factors(self.num_heads, self.num_kv_heads)[self.heads].numpy()
-        return [at for at, number in enumerate(self.numbers) if number in chosen], factors_KR
+        return [at for at, layer in enumerate(self.layers) if layer in chosen], factors_KR
 
-    def _stand_before(self, impl: Any, at: int) -> None:
-        """`impl` gets scaled keys, in whichever of its methods they come."""
+    def stand_before(self, impl: Any, at: int) -> None:
+        """The `AttentionImpl` of the layer that is `at` in the table gets scaled keys, whichever method they come to."""
         forward, update = impl.forward, getattr(impl, "do_kv_cache_update", None)
 
         def scaled_forward(layer, query, key, *args, **kwargs):
@@ -312,19 +302,13 @@ class KeyScaler:
         if update is not None:
             impl.do_kv_cache_update = scaled_update
 
-    def prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        """`GPUModelRunner._prepare_inputs`, and then the rows of this step's tokens."""
-        out = self._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        batch = self.runner.input_batch
-        num_reqs = batch.num_reqs
+    def prepare(self, batch: Any, requests: dict[str, Any], num_scheduled: np.ndarray) -> None:
+        """Get ready for a step with the requests of the runner's input batch, so many tokens of each."""
+        num_computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
         # Of most steps all tokens are responses.
-        if self.active or (batch.num_computed_tokens_cpu[:num_reqs] < batch.num_prompt_tokens[:num_reqs]).any():
-            extra_args = [
-                params.extra_args if (params := self.runner.requests[name].sampling_params) is not None else None
-                for name in batch.req_ids
-            ]
-            self.write(extra_args, batch.num_computed_tokens_cpu[:num_reqs], num_scheduled_tokens)
-        return out
+        if self.active or bool((num_computed < batch.num_prompt_tokens[: batch.num_reqs]).any()):
+            params = [requests[name].sampling_params for name in batch.req_ids]
+            self.write([None if p is None else p.extra_args for p in params], num_computed, num_scheduled)
 
     def write(self, extra_args: Sequence[dict | None], num_computed: np.ndarray, num_scheduled: np.ndarray) -> None:
         """Fill the buffers for a step with these requests, the tokens of each behind those of the one before."""
@@ -357,12 +341,58 @@ class KeyScaler:
 
         A captured CUDA graph is replayed in steps of either kind, so it always multiplies.
         """
-        if key_TKD is None:
-            return None
-        if not self.active and not (key_TKD.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if key_TKD is None or not (self.active or is_capturing(key_TKD)):
             return key_TKD
         factors_TK = self.table_LGK.gpu[at].index_select(0, self.index_T.gpu[: key_TKD.shape[0]])
         return scale_keys(key_TKD, factors_TK[..., None])
+
+
+def attach(runner: Any) -> KeyScaler:
+    """Give a model runner that has its model and its cache a `KeyScaler`.
+
+    Raises:
+        ValueError: whatever `check_engine` and `check_layer` refuse, or layers of another kind.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    check_engine(runner.vllm_config)
+    model_config = runner.model_config
+    context = runner.compilation_config.static_forward_context  # Experts are in it too.
+    named = {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase)}
+    layers = {extract_layer_index(name): layer for name, layer in named.items() if type(layer) is Attention}
+    first, stop = model_config.get_layers_start_end_indices(runner.vllm_config.parallel_config)
+    if sorted(layers) != list(range(first, stop)) or len(layers) != len(named):
+        raise ValueError(
+            f"every layer with a key/value cache must be a self-attention layer of the decoder, one for each of "
+            f"{first} to {stop - 1}; got {sorted(named)}. Use another model."
+        )
+    for name, layer in named.items():
+        check_layer(name, layer)
+    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    num_kv_heads, num_of_rank = model_config.get_total_num_kv_heads(), layers[first].num_kv_heads
+    scaler = KeyScaler(
+        range(first, stop),
+        [head_of_rank(head, rank, size, num_kv_heads, num_of_rank) for head in range(num_of_rank)],
+        model_config.get_total_num_hidden_layers(),
+        model_config.model_arch_config.total_num_attention_heads,
+        num_kv_heads,
+        runner._make_buffer(runner.max_num_tokens, dtype=torch.int64),
+        runner._make_buffer(len(layers), 1 + 2 * runner.max_num_reqs, num_of_rank, dtype=torch.float32),
+    )
+    for at, layer in enumerate(range(first, stop)):
+        scaler.stand_before(layers[layer].impl, at)
+    original = runner._prepare_inputs
+
+    def prepare_inputs(scheduler_output, num_scheduled_tokens):
+        out = original(scheduler_output, num_scheduled_tokens)  # May reorder the batch.
+        scaler.prepare(runner.input_batch, runner.requests, num_scheduled_tokens)
+        return out
+
+    runner._prepare_inputs = prepare_inputs
+    return scaler
 
 
 def patch_model_runner(module: Any) -> None:
@@ -377,7 +407,7 @@ def patch_model_runner(module: Any) -> None:
         original(self, kv_cache_config, is_profiling)
         wanted = engine_default(self.vllm_config.additional_config) is not None
         if wanted and not is_profiling and not hasattr(self, "avar_key_scaler"):
-            self.avar_key_scaler = KeyScaler(self)
+            self.avar_key_scaler = attach(self)
 
     initialize_kv_cache._avar_intervention = True
     cls.initialize_kv_cache = initialize_kv_cache

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,35 +11,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from avar_verl.families import get_family
+from avar_verl.families import FAMILIES, get_family
 from avar_verl.intervention import InterventionSpec, intervene
 from avar_verl.render import collate, render
 from avar_verl.roles import RoleMap
 from tests.intervention import vllm_worker as worker
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).parents[2]
 # The first model is also asked in an engine that was not started for the intervention.
 MODELS = ("qwen2_5_vl", "qwen3_vl")
 each_model = pytest.mark.parametrize("model_type", MODELS)
 
 
-@pytest.fixture(scope="module")
-def answers(family_path, tmp_path_factory):
-    """What vLLM has answered, by model type (`tests.intervention.vllm_worker`)."""
-    out = tmp_path_factory.mktemp("vllm") / "answers.json"
-    paths = [str(family_path(model_type)) for model_type in MODELS]
+def ask(paths: list[Path], folder: Path, engine: dict, **environment: str) -> list[dict]:
+    """What vLLM has answered, by model (`tests.intervention.vllm_worker`)."""
+    out = folder / "answers.json"
+    command = [sys.executable, "-m", "tests.intervention.vllm_worker", out, json.dumps(engine), *map(str, paths)]
     run = subprocess.run(
-        [sys.executable, "-m", "tests.intervention.vllm_worker", out, *paths],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=550,
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800, env=os.environ | environment
     )
     assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
-    by_path = json.loads(out.read_text())
-    return {model_type: by_path[path] for model_type, path in zip(MODELS, paths, strict=True)}
+    return list(json.loads(out.read_text()).values())
+
+
+@pytest.fixture(scope="module")
+def answers(family_path, tmp_path_factory):
+    """By model type."""
+    folder, paths = tmp_path_factory.mktemp("vllm"), [family_path(model_type) for model_type in MODELS]
+    # An eager engine compiles nothing, and to find out what a compiler could do takes vLLM longer than all the rest.
+    answered = ask(paths, folder, {"enforce_eager": True}, TORCHDYNAMO_DISABLE="1")
+    return dict(zip(MODELS, answered, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,8 @@ def check(family_model, family_processor):
         ids_S = torch.cat([prompt.ids_S, new_ids])
         family = get_family(model_type)
         inputs = collate(family, model.config, [dataclasses.replace(prompt, ids_S=ids_S)], pad_id=0)
+        if "token_type_ids" in inputs:  # As in tests/families/test_vllm.py.
+            inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
         roles = RoleMap.from_pretrained(processor, model.config)(
             prompt.ids_S[None], torch.ones_like(prompt.ids_S)[None]
         )
@@ -131,3 +137,34 @@ def test_what_cannot_be_done_is_refused_where_it_is_asked(answers):
     for (_, expected), message in zip(worker.REFUSED, answers[MODELS[0]]["intervened"]["refused"], strict=True):
         assert expected in message
     assert "needs an engine that was started for it" in answers[MODELS[0]]["stock"]["refused"]
+
+
+OTHERS = sorted(set(FAMILIES) - {*MODELS} - {name for name in FAMILIES if get_family(name).cross_attention})
+
+
+def check_engine(check, model_type, answers) -> None:
+    """Everything that an engine was asked."""
+    intervened = answers["intervened"]
+    check_all(check, model_type, worker.BATCH, intervened["batch"])
+    check_all(check, model_type, [(1, worker.BOTH)] * 3, intervened["several"])
+    check_all(check, model_type, [(0, spec) for spec, _ in worker.AGAIN], intervened["again"])
+    check_all(check, model_type, worker.CROWD, intervened["crowd"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_every_other_family(model_type, family_path, tmp_path, check):
+    (answered,) = ask([family_path(model_type)], tmp_path, {"enforce_eager": True}, TORCHDYNAMO_DISABLE="1")
+    check_engine(check, model_type, answered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine", [{}, {"enforce_eager": True, "tensor_parallel_size": 2}], ids=["compiled", "two ranks"]
+)
+def test_engines_in_processes_of_their_own(engine, family_path, tmp_path, check):
+    """The plugin reaches every process; compiled graphs; two ranks with one key/value head each."""
+    paths = [family_path("qwen2_5_vl")]
+    (answered,) = ask(paths, tmp_path, engine, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    check_engine(check, "qwen2_5_vl", answered)
+    assert answered["stock"]["plain"] == answered["intervened"]["plain"]

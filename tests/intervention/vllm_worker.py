@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM answers under interventions: `python -m tests.intervention.vllm_worker OUT MODEL...`.
+"""What vLLM answers under interventions: `python -m tests.intervention.vllm_worker OUT ENGINE MODEL...`.
 
 Engines one after the other: for every model one that was started for the intervention, with chunked prefill (fewer
-tokens a step than a prompt has) and prefix caching, and for the first model one that was not.
+tokens a step than a prompt has) and prefix caching, and for the first model one that was not. ENGINE is JSON, arguments
+of `vllm.LLM` beside those in `start`.
 
 vLLM's start runs this module a second time, in a process that reads CPU flags, so what takes long to import is imported
 in functions.
@@ -16,12 +17,10 @@ import sys
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    # Nothing is compiled in an eager engine, and making sure what a compiler could do takes longer than all the rest.
-    "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 NEW_TOKENS = 6
 MAX_BATCHED_TOKENS = 48
@@ -62,8 +61,11 @@ def generate(llm, processor, requests, n: int = 1, max_tokens: int = NEW_TOKENS)
 
     from avar_verl.intervention.vllm_hook import request_arguments
     from avar_verl.render import images_of, render
+    from avar_verl.roles import RoleMap
 
     conversations = prompts()
+    # A random model would write placeholders, to which there is no image.
+    placeholders = RoleMap.from_pretrained(processor, llm.model_config.hf_config).image_token_ids
     texts, params = [], []
     for index, spec in requests:
         messages = conversations[index]
@@ -79,6 +81,7 @@ def generate(llm, processor, requests, n: int = 1, max_tokens: int = NEW_TOKENS)
                 max_tokens=max_tokens,
                 logprobs=0,
                 ignore_eos=True,
+                logit_bias=dict.fromkeys(placeholders, -100.0),
                 extra_args=request_arguments(spec),
             )
         )
@@ -103,7 +106,6 @@ def start(path: str, **arguments):
     return LLM(
         model=path,
         dtype="float32",
-        enforce_eager=True,
         max_model_len=160,
         num_gpu_blocks_override=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
@@ -126,6 +128,9 @@ def refusal(llm, processor, spec: str) -> str:
 
 
 def count_preemptions(llm, counts: list) -> None:
+    """Append how many tokens each preempted request had computed; where the engine is in this process."""
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1":
+        return
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     original = scheduler._preempt_request
 
@@ -162,19 +167,23 @@ def intervened(llm, processor) -> dict:
     return answers
 
 
-def main(out: str, *paths: str) -> None:
+def main(out: str, engine: str, *paths: str) -> None:
     from transformers import AutoProcessor
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 
     from avar_verl.intervention.vllm_hook import engine_arguments
 
+    # As in tests/families/vllm_worker.py.
+    cpu_fused_moe._CPU_MOE_ACT_FN[cpu_fused_moe.MoEActivation.SILU] = SiluAndMul.forward_native
     answers = {}
     for path in paths:
         processor = AutoProcessor.from_pretrained(path)
         parts = {"intervened": (intervened, engine_arguments())} | ({} if answers else {"stock": (stock, {})})
         answers[path] = {}
         for name, (ask, arguments) in parts.items():
-            llm = start(path, **arguments)
+            llm = start(path, **json.loads(engine), **arguments)
             answers[path][name] = ask(llm, processor)
             del llm
             gc.collect()

@@ -2,10 +2,11 @@
 """Several workers, a kill, and responses of vLLM, in processes of their own."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,44 +36,38 @@ def alone(tiny_model_path, data):
     return run_vas(VasSettings(str(tiny_model_path), data, batch_size=4), None)
 
 
-def command(model, data, out, *options) -> list[str]:
-    arguments = ["--model", str(model), "--data", data, "--out", str(out), "--batch-size", "4", "--show", "2"]
-    return [sys.executable, "-m", "avar_verl.cli", "vas", *arguments, "--device", "cpu", *options]
+@pytest.fixture
+def cluster(tmp_path_factory):
+    """A Ray of its own, small, with two places for actors."""
+    ray = pytest.importorskip("ray")
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets need short paths.
+    try:
+        yield ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=2**27, _temp_dir=folder)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def finished(process: subprocess.CompletedProcess) -> None:
-    assert process.returncode == 0, (process.stdout + process.stderr)[-4000:]
-
-
-def test_two_actors_measure_what_one_process_does(tiny_model_path, data, alone, tmp_path):
-    environment = {**os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command(tiny_model_path, data, tmp_path, "--ray", "2"),
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    finished(run)
-    summary = json.loads((tmp_path / "vas.json").read_text())
+def test_two_actors_measure_what_one_process_does(tiny_model_path, data, alone, cluster, tmp_path):
+    settings = VasSettings(str(tiny_model_path), data, batch_size=4, show=2, ray_workers=2)
+    summary = run_vas(settings, tmp_path / "out")
     assert summary["num_rows"] == 40
     # Not one digit differs: the batches are the same, and so is the order in which records are summed.
     assert summary["queries"] == alone["queries"] and summary["samples"] == alone["samples"]
-    assert len(json.loads((tmp_path / "words.json").read_text())["samples"]) == 2
+    assert len(json.loads((tmp_path / "out" / "words.json").read_text())["samples"]) == 2
 
-    # A finished measurement starts no actor, and a row that cannot be read is named by the driver.
-    photo_grid.make_rl_parquet(tmp_path / "rl.parquet", 2, 0)
-    failing = command(tiny_model_path, str(tmp_path / "rl.parquet"), tmp_path / "other", "--ray", "1")
-    run = subprocess.run(failing, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert run.returncode == 1 and "row 0 of" in run.stderr and "Pass --generate" in run.stderr
-    assert "Traceback" not in run.stderr
+    # A row that an actor cannot measure is the error that one process raises.
+    rl = tmp_path / "rl.parquet"
+    photo_grid.make_rl_parquet(rl, 2, 0)
+    with pytest.raises(ValueError, match="row 0 of .*rl.parquet: response queries need a response"):
+        run_vas(VasSettings(str(tiny_model_path), str(rl), ray_workers=1), None)
 
 
 def test_a_killed_run_goes_on_without_repeating_a_sample(tiny_model_path, data, alone, tmp_path):
     records = tmp_path / "records.jsonl"
-    process = subprocess.Popen(
-        command(tiny_model_path, data, tmp_path), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    arguments = ["--model", str(tiny_model_path), "--data", data, "--out", str(tmp_path), "--device", "cpu"]
+    command = [sys.executable, "-m", "avar_verl.cli", "vas", *arguments, "--batch-size", "4"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while not (records.exists() and records.read_bytes().count(b"\n") >= 8):
@@ -83,13 +78,12 @@ def test_a_killed_run_goes_on_without_repeating_a_sample(tiny_model_path, data, 
         process.wait()
     kept = records.read_bytes().splitlines(keepends=True)
     assert 8 <= len(kept) < 40 and not (tmp_path / "vas.json").exists()
-    finished(subprocess.run(command(tiny_model_path, data, tmp_path), cwd=REPOSITORY, capture_output=True, text=True))
+    summary = run_vas(VasSettings(str(tiny_model_path), data, batch_size=4, show=2), tmp_path)
     lines = records.read_bytes().splitlines(keepends=True)
     whole = [line for line in kept if line.endswith(b"\n")]
     assert lines[: len(whole)] == whole and sorted(json.loads(line)["row"] for line in lines) == list(range(40))
-    summary = json.loads((tmp_path / "vas.json").read_text())
     assert_same(summary["queries"], alone["queries"])
-    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "vas.json").exists() and (tmp_path / "report.html").exists()
 
 
 def test_responses_of_vllm(tiny_model_path, eager_checkpoint, family_checkpoint, tmp_path):
@@ -97,7 +91,8 @@ def test_responses_of_vllm(tiny_model_path, eager_checkpoint, family_checkpoint,
     pytest.importorskip("vllm")
     rows = tmp_path / "rows.jsonl"
     worker = [sys.executable, "-m", "tests.vas.vllm_worker", str(tiny_model_path), str(rows)]
-    finished(subprocess.run(worker, cwd=REPOSITORY, capture_output=True, text=True))
+    run = subprocess.run(worker, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     summary = run_vas(VasSettings(str(tiny_model_path), str(rows), batch_size=3), None)
     lengths = [len(row.values["response_ids"]) for row in read(str(rows))]
     assert summary["queries"]["response"]["num_queries"] == sum(lengths) and min(lengths) >= 1
