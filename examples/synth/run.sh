@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # VARD on photo grids, without any model: two example servers, 5 % errors, 10 % wrong answers.
-# Hardware: any; two cores take three minutes for 500 inputs.
+# Hardware: any; two busy cores take a minute and a half for 40 inputs.
 # Writes $OUT/sft.parquet, rl.parquet, records.parquet, card.md and card.html.
 #
 #   N=500 OUT=outputs/synth bash examples/synth/run.sh [KEY=VALUE ...]
