@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     vas.add_argument("--max-new-tokens", type=int, default=1024, help="with --generate (default: %(default)s)")
     vas.add_argument("--system", metavar="TEXT", help="system turn of conversations that have none")
     vas.add_argument("--batch-size", type=int, default=8)
-    vas.add_argument("--device", help="torch device (default: the GPU where there is one)")
+    vas.add_argument("--device", help="torch device (default: cuda where this process sees a GPU, else cpu)")
     vas.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     vas.add_argument("--ray", type=int, default=0, metavar="N", help="N workers on a Ray cluster (default: none)")
     vas.add_argument("--show", type=int, default=4, metavar="N", help="samples whose words are shown in the report")
@@ -178,6 +178,10 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     from avar_verl.evaluation.command import add_parser
+
+    add_parser(commands)
+
+    from avar_verl.intervention.command import add_parser
 
     add_parser(commands)
 

@@ -71,11 +71,10 @@ class Checkpoint:
         return get_family(self.model.config.model_type)
 
     def collate(self, samples: Sequence[Rendered], padding_side: str = "right") -> dict[str, torch.Tensor]:
-        """Model inputs of a batch, on the model's device, images in the model's type."""
+        """Model inputs of a batch, on the model's device."""
         pad_id = self.processor.tokenizer.pad_token_id
         inputs = collate(self.family, self.model.config, samples, 0 if pad_id is None else pad_id, padding_side)
-        device, dtype = self.model.device, self.model.dtype
-        return {key: x.to(device, dtype if x.is_floating_point() else x.dtype) for key, x in inputs.items()}
+        return {key: value.to(self.model.device) for key, value in inputs.items()}
 
 
 def batches(items: Sequence, size: int, label: str) -> Iterable[tuple[int, Sequence]]:

@@ -43,8 +43,8 @@ def build_messages(messages: list[dict], images: list, open_one: Callable[[Any],
         content = message["content"]
         if unread := sorted(key for key, value in message.items() if value and key not in ("role", "content")):
             raise ValueError(
-                f"a message must have a role and content and nothing else; got {unread}. Write tool calls as content, or "
-                "use verl's data set."
+                f"a message must have a role and content and nothing else; got {unread}. Write tool calls as content, "
+                "or use verl's data set."
             )
         if isinstance(content, str):
             parts = [part for part in re.split(f"({'|'.join(MARKERS)})", content) if part]

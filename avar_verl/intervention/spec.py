@@ -51,7 +51,8 @@ class InterventionSpec:
             ("alpha_img", self.alpha_img >= -1, "at least -1, where image keys vanish"),
             ("alpha_sys", self.alpha_sys <= 1, "at most 1, where system keys vanish"),
         ):
-            value = getattr(self, name)
+            value = float(getattr(self, name)) + 0.0  # -0 becomes 0: equal specs have equal texts.
+            object.__setattr__(self, name, value)
             if not math.isfinite(value) or not ok:
                 raise ValueError(f"{name} must be a number, {rule}; got {value}. A logit must not change its sign.")
         for name in _LISTS:

@@ -56,7 +56,7 @@ class _Scaling:
             raise ValueError(
                 f"roles must have one row for every row of the batch; got {self.factors_BKP.shape[0]} for {batch}. "
                 "With beams or several sequences a prompt, repeat each row of roles as often, or use "
-                "avar_verl.intervention.generate."
+                "avar_verl.intervention.transformers_hook.generate."
             )
         # A static cache has room behind the last position; a sliding window has the last keys alone.
         first = max(0, self.num_seen - num_keys)

@@ -289,7 +289,7 @@ class KeyScaler:
         return [at for at, layer in enumerate(self.layers) if layer in chosen], factors_KR
 
     def stand_before(self, impl: Any, at: int) -> None:
-        """The `AttentionImpl` of the layer that is `at` in the table gets scaled keys, whichever method they come to."""
+        """The `AttentionImpl` of the layer that is `at` in the table gets scaled keys, whichever method gets them."""
         forward, update = impl.forward, getattr(impl, "do_kv_cache_update", None)
 
         def scaled_forward(layer, query, key, *args, **kwargs):

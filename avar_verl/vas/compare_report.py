@@ -10,7 +10,7 @@ from markupsafe import Markup
 from avar_verl.objectives.vas import STATISTICS
 from avar_verl.vas.compare import Measurement
 from avar_verl.vas.figures import COLORS, LABELS, Line, bin_ticks, curves_figure, numbers, points_figure, scatter_figure
-from avar_verl.vas.report import DIGITS, band_text, environment, estimate_text
+from avar_verl.vas.report import DIGITS, band_text, cell, environment, estimate_text
 from avar_verl.vas.statistics import MEAN_STATISTICS
 
 POINTS = (("image_share", False), ("ratio_of_means", True), ("vas", True))
@@ -98,11 +98,11 @@ def query_section(result: Mapping[str, Any], measurements: Sequence[Measurement]
                 "color": _colors(result["names"])[name],
                 "num_samples": entry["num_samples"][name],
                 "band": band_text(overall["vas"]),
-                "cells": {key: estimate_text(overall[key], DIGITS.get(key, 2)) for key in STATISTICS},
+                "cells": {key: cell(overall[key], DIGITS.get(key, 2)) for key in STATISTICS},
                 "shared": None if difference is None else difference["num_samples"],
                 "difference": None
                 if difference is None
-                else {key: estimate_text(difference[key], DIGITS.get(key, 2)) for key in MEAN_STATISTICS},
+                else {key: cell(difference[key], DIGITS.get(key, 2)) for key in MEAN_STATISTICS},
             }
         )
     return {

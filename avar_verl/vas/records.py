@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # Digits that are kept: more than a float32 mass has.
 DIGITS = 9
 
@@ -58,8 +60,16 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
+def _compact(value: Any) -> Any:
+    """Nested lists of numbers as float64 arrays, a quarter of their memory; the rest as it is."""
+    if isinstance(value, dict):
+        return {key: _compact(item) for key, item in value.items()}
+    is_matrix = isinstance(value, list) and value and isinstance(value[0], list)
+    return np.array(value, dtype=np.float64) if is_matrix else value  # numpy reads "inf" and "nan".
+
+
 class RecordFile:
-    """The records of a measurement, `path` None: in memory alone.
+    """The records of a measurement, `path` None: in memory alone. In memory, matrices are arrays.
 
     An open file is locked, so that two runs do not write into one. A last line that a kill has cut short is dropped.
 
@@ -105,7 +115,7 @@ class RecordFile:
                 ) from error
             if row in self._by_row:
                 raise ValueError(f"a row has one record; got row {row} again in line {number} of {path}. Delete one.")
-            self._by_row[row] = record
+            self._by_row[row] = _compact(record)
         self._file.seek(0, 2)
 
     def __enter__(self) -> "RecordFile":
@@ -127,7 +137,7 @@ class RecordFile:
             line = dumps(record)
             if record["row"] in self._by_row:
                 raise ValueError(f"a row has one record; got row {record['row']} again. Measure every row once.")
-            self._by_row[record["row"]] = json.loads(line)
+            self._by_row[record["row"]] = _compact(json.loads(line))
             if self._file is not None:
                 self._file.write(line.encode() + b"\n")
         if self._file is not None:

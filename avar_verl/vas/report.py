@@ -30,6 +30,12 @@ def estimate_text(part: Mapping[str, Any], digits: int = 2) -> str:
     return text if part["low"] is None else f"{text} [{number_text(low, digits)},\u00a0{number_text(high, digits)}]"
 
 
+def cell(part: Mapping[str, Any], digits: int = 2) -> Markup:
+    """`estimate_text` with the interval in a line of its own."""
+    value, found, rest = estimate_text(part, digits).partition(" [")
+    return escape(value) + (Markup("<small>[") + escape(rest) + Markup("</small>") if found else Markup())
+
+
 def band_text(part: Mapping[str, Any]) -> str:
     """The paper's band of a VAS, and those that its interval reaches."""
     names = [band(float(numbers(part[key]))) for key in ("value", "low", "high")]
@@ -64,7 +70,7 @@ def query_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table of headline numbers, a row a query role."""
     rows = []
     for name, query in summary["queries"].items():
-        cells = {key: estimate_text(query["overall"][key], DIGITS.get(key, 2)) for key in STATISTICS}
+        cells = {key: cell(query["overall"][key], DIGITS.get(key, 2)) for key in STATISTICS}
         rows.append({"query": name, "band": band_text(query["overall"]["vas"]), **query, "cells": cells})
     return rows
 

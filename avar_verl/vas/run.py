@@ -95,9 +95,9 @@ class VasSettings:
     def identity(self) -> dict[str, Any]:
         """What records of one folder have in common: whatever changes a number of a sample. `n` may grow."""
         return {
-            "model": str(self.model),
+            "model": absolute(self.model),
             "model_files": fingerprint(Path(self.model)),
-            "data": self.data,
+            "data": absolute(self.data),
             "data_files": fingerprint(Path(self.data)),
             "split": self.split,
             "columns": dict(sorted(self.columns.items())),
@@ -109,6 +109,11 @@ class VasSettings:
         }
 
 
+def absolute(name: str) -> str:
+    """The absolute path of what is on this machine, however it was given; a name on the hub as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
 def fingerprint(path: Path) -> str | None:
     """Sixteen hex digits of the names, sizes and times of the files of a folder, or of one file; None of what is not on
     this machine. A checkpoint that was trained on and written into the same place has another one."""
@@ -117,6 +122,15 @@ def fingerprint(path: Path) -> str | None:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def model_name(model: str) -> str:
+    """A model's name in a report: the end of its path, without the folders that every checkpoint of verl has.
+
+    >>> model_name("checkpoints/avar/global_step_18/actor/huggingface")
+    'avar/global_step_18'
+    """
+    return "/".join([part for part in Path(model).parts if part not in ("huggingface", "actor", "/")][-2:])
 
 
 def check_report_packages() -> None:
@@ -169,7 +183,7 @@ def measure(settings: VasSettings, records: RecordFile, workers) -> None:
 
 
 def look(settings: VasSettings, records: Sequence[dict[str, Any]], workers) -> list[dict[str, Any]]:
-    """Where words look, of the first `show` samples with a measured response."""
+    """Where the model looks as it writes words, of the first `show` samples with a measured response."""
     wanted = {record["row"]: record.get("generated_ids") for record in records if "response" in record}
     wanted = dict(islice(wanted.items(), settings.show))
     if not wanted:
@@ -191,7 +205,7 @@ def summarize(
     return {
         "format": FORMAT,
         **settings.identity(),
-        "name": Path(settings.model).name,
+        "name": model_name(settings.model),
         "device": settings.device,
         "layers": list(layers),
         "num_rows": len(records),

@@ -36,6 +36,7 @@ def print_summary(summary: Mapping[str, Any], out: Path | None, console: Console
     for reason in sorted({reason for query in queries.values() for reason in query["skipped"]}):
         table.add_row(f"skipped: {reason}", *(str(query["skipped"].get(reason, 0)) for query in queries.values()))
     console.print(table)
+    console.print(f"measured on {summary['device']} in {summary['dtype']}")
     bounds = ", ".join(f"{name} below {bound:g}" for bound, name in BANDS[:-1])
     console.print(f"bands (user tokens of 7B models): {bounds}, {BANDS[-1][1]} above")
     if out is not None:

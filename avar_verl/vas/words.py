@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where words of a response look: attention of their tokens to every image token, as rasters over the images.
+"""Where the model looks as it writes a word: attention to every image token, as rasters over the images.
+
+A token is written by the query before it. So the queries of a word are those before each of its tokens, as in the
+demo's report. (The word's own queries look ahead: they write what comes next.)
 
 Shape suffixes: S = positions, T = response tokens, I = image tokens, N = tokens of one image, Y = rows, X = columns
 """
@@ -50,7 +53,10 @@ def choose_words(
     words: Sequence[tuple[str, list[int]]], mass_T: torch.Tensor, wanted: Sequence[str] | None
 ) -> list[tuple[str, list[int]]]:
     """Those of `wanted` (their first place, whatever the case), or the NUM_WORDS distinct ones of MIN_LETTERS letters
-    whose tokens look most at the image; in the order of the text."""
+    that were written with most mass on the image; in the order of the text.
+
+    mass_T: mass on the image of the query that has written each token.
+    """
     first: dict[str, tuple[str, list[int]]] = {}
     for word, tokens in words:
         first.setdefault(word.lower(), (word, tokens))
@@ -104,8 +110,8 @@ def where_words_look(
 
     Returns:
         `question`, `response` (of the measured tokens); `images`, base64 PNG of each; `note`, why there are no words;
-        `words`: for each `word`, `mass` on all images, `image` that gets most of it and `tokens_mass`, the attention to
-        each of its tokens, with their `places` shared by image in `places`.
+        `words`: for each `word`, the mean over its queries of `mass` on all images, the `image` that gets most of it,
+        and `tokens_mass`, the attention to each token of this image, whose rectangles stand in `places`.
     """
     tokenizer = checkpoint.processor.tokenizer
     is_response_S = sample.roles_S == TokenRole.RESPONSE
@@ -134,7 +140,7 @@ def where_words_look(
     sizes = [image.size for image in conversation.images]
     places = family.image_places(checkpoint.processor, sample.rendered.features, sizes)
     chosen_S = torch.zeros_like(is_response_S)
-    chosen_S[positions_T] = True
+    chosen_S[positions_T - 1] = True  # A response never stands first.
     attention_TI = attention_to_image_tokens(checkpoint, sample.rendered, sample.roles_S, chosen_S, layers)
     chosen = choose_words(words_of(tokenizer, ids_T), attention_TI.sum(1), wanted)
     if not chosen:

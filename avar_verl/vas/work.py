@@ -135,7 +135,8 @@ class RayWorkers:
     this machine, else starts Ray here.
 
     Raises:
-        ValueError: fewer than one worker.
+        ValueError: fewer than one worker, or, with the first batch, more than the cluster has places for, for which it
+            would wait for ever.
     """
 
     def __init__(self, work: Work, num_workers: int):
@@ -167,8 +168,14 @@ class RayWorkers:
         import ray
 
         if not self._actors:
-            resource = "num_gpus" if self._work.device.startswith("cuda") else "num_cpus"
-            remote = ray.remote(**{resource: 1})(Worker)
+            kind = "GPU" if self._work.device.startswith("cuda") else "CPU"
+            places = int(ray.cluster_resources().get(kind, 0))
+            if places < self._num_workers:
+                raise ValueError(
+                    f"every worker takes one {kind} of the Ray cluster; got --ray {self._num_workers} for {places}. "
+                    "Use fewer, or start more nodes."
+                )
+            remote = ray.remote(**{f"num_{kind.lower()}s": 1})(Worker)
             self._actors = [remote.remote(self._work) for _ in range(self._num_workers)]
         return self._actors
 

@@ -11,7 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
 from avar_verl.attention.capture import find_decoder
-from avar_verl.intervention import InterventionSpec
+from avar_verl.intervention.spec import InterventionSpec
 from avar_verl.roles import TokenRole
 
 NAME = "avar_reference"

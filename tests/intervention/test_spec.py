@@ -32,6 +32,7 @@ def test_the_text_of_a_spec():
     assert str(InterventionSpec()) == "alpha_img=0.0,alpha_sys=0.0"
     spec = InterventionSpec(0.15, 0.4, (0, 1, 2, 5, 7, 8), (3,))
     assert str(spec) == "alpha_img=0.15,alpha_sys=0.4,layers=0-2,5,7-8,heads=3"
+    assert str(InterventionSpec(1, -0.0)) == str(InterventionSpec.parse("alpha_img=1")) == "alpha_img=1.0,alpha_sys=0.0"
 
 
 indices = st.none() | st.sets(st.integers(0, 40), min_size=1).map(lambda chosen: tuple(sorted(chosen)))

@@ -15,8 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from avar_verl.attention import capture_mass
 from avar_verl.attention.capture import find_decoder
 from avar_verl.families import FAMILIES, get_family
-from avar_verl.intervention import InterventionSpec, generate, intervene
-from avar_verl.intervention.transformers_hook import check_decoder
+from avar_verl.intervention.spec import InterventionSpec
+from avar_verl.intervention.transformers_hook import check_decoder, generate, intervene
 from avar_verl.measure import Checkpoint, Item, measure_vas
 from avar_verl.render import collate, render
 from avar_verl.roles import RoleMap, TokenRole

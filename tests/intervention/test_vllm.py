@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from avar_verl.families import FAMILIES, get_family
-from avar_verl.intervention import InterventionSpec, intervene
+from avar_verl.intervention.spec import InterventionSpec
+from avar_verl.intervention.transformers_hook import intervene
 from avar_verl.render import collate, render
 from avar_verl.roles import RoleMap
 from tests.intervention import vllm_worker as worker

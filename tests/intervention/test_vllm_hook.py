@@ -2,6 +2,7 @@
 """The parts of the intervention in vLLM, without an engine, and what they rely on in vLLM's source."""
 
 import ast
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -398,10 +399,16 @@ VLLM = Path(spec.submodule_search_locations[0]) if spec else None
 needs_vllm = pytest.mark.skipif(VLLM is None, reason="vLLM is not installed")
 
 
+@functools.cache
+def parsed(path: str) -> tuple[str, ast.Module]:
+    text = (VLLM / path).read_text()
+    return text, ast.parse(text)
+
+
+@functools.cache
 def source(path: str, name: str) -> ast.AST:
     """The node of a function or class, `Class.method` included, of a file of vLLM; its text in `.text`."""
-    text = (VLLM / path).read_text()
-    node = ast.parse(text)
+    text, node = parsed(path)
     for part in name.split("."):
         node = next(child for child in node.body if getattr(child, "name", None) == part)
     node.text = ast.get_source_segment(text, node)

@@ -56,6 +56,9 @@ def test_two_actors_measure_what_one_process_does(tiny_model_path, data, alone, 
     assert summary["queries"] == alone["queries"] and summary["samples"] == alone["samples"]
     assert len(json.loads((tmp_path / "out" / "words.json").read_text())["samples"]) == 2
 
+    with pytest.raises(ValueError, match="one CPU of the Ray cluster; got --ray 3 for 2"):
+        run_vas(VasSettings(str(tiny_model_path), data, ray_workers=3), None)
+
     # A row that an actor cannot measure is the error that one process raises.
     rl = tmp_path / "rl.parquet"
     photo_grid.make_rl_parquet(rl, 2, 0)

@@ -4,6 +4,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from avar_verl.vas.records import RecordFile, check_settings, dumps, plain, write_json
@@ -72,9 +73,11 @@ def test_two_records_of_one_row_are_refused(tmp_path):
 def test_in_memory_records_are_those_that_a_file_would_give(tmp_path):
     with RecordFile(None) as memory, RecordFile(tmp_path / "r.jsonl") as file:
         for store in (memory, file):
-            store.append([{"row": 0, "value": 1 / 3, "ratio": [math.inf, (1, 2)]}])
+            store.append([{"row": 0, "value": 1 / 3, "user": {"ratio": [[math.inf, 1.0], (1 / 3, math.nan)]}}])
     with RecordFile(tmp_path / "r.jsonl") as again:
-        assert memory.records() == again.records() == [{"row": 0, "value": 0.333333333, "ratio": ["inf", [1, 2]]}]
+        for [record] in (memory.records(), file.records(), again.records()):
+            assert record["value"] == 0.333333333 and record["user"]["ratio"].dtype == np.float64
+            np.testing.assert_equal(record["user"]["ratio"], [[math.inf, 1.0], [0.333333333, math.nan]])
 
 
 def test_json_is_strict():

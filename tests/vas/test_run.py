@@ -89,7 +89,9 @@ def test_the_report_stands_alone_and_says_the_numbers(measured):
         share = summary["queries"][name]["overall"]["image_share"]
         assert f"{share['value']:.3f}" in html
     assert "28 of" in html and "stand before the first image" in html
-    assert html.count("<mark>") == 8 and html.count("Where the word") == 8  # Two samples of four words.
+    assert (
+        html.count("<mark>") == 8 and html.count('alt="Where the model looks as it writes ') == 8
+    )  # Two samples of four words.
     assert 'id="positions"' in html and 'id="images"' not in html  # One image a sample.
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
@@ -139,6 +141,15 @@ def test_other_settings_do_not_mix(measured, tiny_model_path, sft, change, monke
     no_model(monkeypatch)
     with pytest.raises(ValueError, match="other settings; got "):
         run_vas(VasSettings(str(tiny_model_path), sft, **change), out)
+
+
+def test_a_path_may_be_given_in_another_way(measured, tiny_model_path, sft, monkeypatch):
+    out, summary = measured
+    no_model(monkeypatch)
+    monkeypatch.chdir(tiny_model_path.parent)
+    again = run_vas(VasSettings(tiny_model_path.name, sft, show=2), out)
+    assert again["model"] == summary["model"] == str(tiny_model_path)
+    assert vas_run.absolute("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
 def test_a_checkpoint_that_was_overwritten_is_another_one(tmp_path):

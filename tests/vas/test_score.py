@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from avar_verl.families import FAMILIES
-from avar_verl.measure import generate_ids
+from avar_verl.measure import Checkpoint, generate_ids
 from avar_verl.render import render
 from avar_verl.roles import TokenRole
 from avar_verl.vas.rows import Conversation
@@ -138,6 +138,24 @@ def test_a_response_ends_with_the_token_that_stopped_it(family_checkpoint):
     assert stopped == free[: free.index(free[2]) + 1] and len(stopped) < len(free)
 
 
+def test_image_placeholders_are_never_generated(family_checkpoint):
+    """Even by a model that would write nothing else."""
+    checkpoint = family_checkpoint("qwen2_5_vl")
+    placeholders = list(checkpoint.role_map.image_token_ids)
+
+    def wants_images(_module, _args, output):
+        output.logits[..., placeholders] += 1e4
+        return output
+
+    prompt = render(checkpoint.processor, conversation(1, answered=False).prompt, add_generation_prompt=True)
+    handle = checkpoint.model.register_forward_hook(wants_images)
+    try:
+        [ids] = generate_ids(checkpoint, [prompt], 4)
+    finally:
+        handle.remove()
+    assert ids and not set(ids) & set(placeholders)
+
+
 def test_only_the_last_turn_of_a_prompt_is_a_response(family_checkpoint):
     """Rows of `messages` count every assistant turn, rows of `prompt` the one that was rolled out."""
     scorer = Scorer(family_checkpoint("qwen2_5_vl"))
@@ -189,6 +207,17 @@ def test_one_query_role_and_some_layers(family_checkpoint):
     [whole], [some] = full.score(samples), part.score(samples)
     assert part.layers == (0, 3) and "response" not in some
     assert_same({"ratio": [whole["user"]["ratio"][0], whole["user"]["ratio"][3]]}, {"ratio": some["user"]["ratio"]})
+
+
+def test_half_precision_is_near(family_path, family_checkpoint):
+    half = Checkpoint.load(family_path("qwen2_5_vl"), dtype=torch.bfloat16)
+    shares = []
+    for checkpoint in (family_checkpoint("qwen2_5_vl"), half):
+        scorer = Scorer(checkpoint)
+        [record] = scorer.score(scorer.prepare([conversation(1)]))
+        shares.append(torch.tensor(record["response"]["share"]).mean() / record["response"]["queries"])
+    assert half.model.dtype == torch.bfloat16
+    assert 0 < abs(shares[0] - shares[1]) < 0.005
 
 
 def test_a_vanished_system_mass_is_inf_in_its_own_bin_alone(family_checkpoint):

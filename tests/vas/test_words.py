@@ -54,7 +54,7 @@ def test_pictures_are_shrunk():
 
 @pytest.mark.parametrize("model_type, layers", [("qwen2_5_vl", None), ("gemma3", (1,)), ("internvl", None)])
 def test_where_words_look_adds_up(model_type, layers, family_checkpoint):
-    """The mass of a word of one token is the image mass of that query, here from a record of that query alone."""
+    """The mass of a word of one token is that of the query before it, here from a record of this query alone."""
     checkpoint = family_checkpoint(model_type)
     scorer, one = Scorer(checkpoint, layers=layers), conversation(2, seed=1)
     [sample] = scorer.prepare([one])
@@ -73,7 +73,7 @@ def test_where_words_look_adds_up(model_type, layers, family_checkpoint):
         if tokenizer.decode([int(sample.rendered.ids_S[position])]).strip() == "shows"
     )
     alone_S = sample.roles_S.masked_fill(is_response_S, TokenRole.OTHER)
-    alone_S[at] = TokenRole.RESPONSE
+    alone_S[at - 1] = TokenRole.RESPONSE
     [record] = scorer.score([type(sample)(sample.rendered, alone_S, sample.tokens_I, None)])
     by_image = record["response"]["image_mass"]
     assert word["mass"] == pytest.approx(sum(by_image), rel=1e-5)
