@@ -35,13 +35,13 @@ SPEC = "alpha_img=0.15,alpha_sys=0.4"
 NUM_PROMPTS, NUM_IMAGES, SYSTEM_WORDS = 8, 8, 160
 MODELS = {
     "the demo's": {},
-    "1024 wide, 8 layers": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
+    "512 wide, 8 layers": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [16, 24, 24]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [8, 12, 12]},
     },
 }
 

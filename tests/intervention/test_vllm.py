@@ -108,6 +108,12 @@ def test_an_alpha_of_zero_may_be_asked_of_any_engine(answers):
     assert stock["nothing"][0]["num_cached"] == 2 * worker.BLOCK_SIZE
 
 
+def test_the_default_of_an_engine(answers, check):
+    """Requests that ask for nothing get it, those that ask for something do not."""
+    given = [(index, worker.PART if spec is None else spec) for index, spec in worker.DEFAULT]
+    check_all(check, MODELS[0], given, answers[MODELS[0]]["default"]["answers"])
+
+
 @each_model
 def test_settings_do_not_share_blocks_of_the_prefix_cache(model_type, answers, check):
     again = answers[model_type]["intervened"]["again"]

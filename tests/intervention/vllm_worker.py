@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM answers under interventions: `python -m tests.intervention.vllm_worker OUT ENGINE MODEL...`.
 
-Engines one after the other: for every model one that was started for the intervention, with chunked prefill (fewer
-tokens a step than a prompt has) and prefix caching, and for the first model one that was not. ENGINE is JSON, arguments
-of `vllm.LLM` beside those in `start`.
+Engines one after the other, with chunked prefill (fewer tokens a step than a prompt has) and prefix caching: for every
+model one that was started for the intervention, and for the first model one that was not, and one with a setting of its
+own for requests that ask for nothing. ENGINE is JSON, arguments of `vllm.LLM` beside those in `start`.
 
 vLLM's start runs this module a second time, in a process that reads CPU flags, so what takes long to import is imported
 in functions.
@@ -30,6 +30,8 @@ PART = "alpha_img=-0.5,alpha_sys=-0.4,layers=1,heads=2-3"
 NOTHING = "alpha_img=0,layers=0"
 # (prompt, setting) of requests that are in the engine at the same time; None asks for nothing.
 BATCH = ((0, None), (0, BOTH), (1, PART), (0, PART), (1, BOTH), (2, "alpha_sys=0.6"), (1, None), (0, NOTHING))
+# In an engine whose default is PART.
+DEFAULT = ((0, None), (0, NOTHING), (1, BOTH))
 PLAIN = ((0, None), (1, None), (2, None))
 # The same prompt again and again: a setting finds the blocks of its own alone, here how many tokens of them.
 AGAIN = ((None, 0), (BOTH, 0), (BOTH, 32), ("alpha_img=0.36,alpha_sys=0.6", 0), (None, 32), (NOTHING, 32), (BOTH, 32))
@@ -149,6 +151,10 @@ def stock(llm, processor) -> dict:
     }
 
 
+def with_default(llm, processor) -> dict:
+    return {"answers": generate(llm, processor, DEFAULT)}
+
+
 def intervened(llm, processor) -> dict:
     answers = {
         "batch": generate(llm, processor, BATCH),
@@ -180,7 +186,9 @@ def main(out: str, engine: str, *paths: str) -> None:
     answers = {}
     for path in paths:
         processor = AutoProcessor.from_pretrained(path)
-        parts = {"intervened": (intervened, engine_arguments())} | ({} if answers else {"stock": (stock, {})})
+        parts = {"intervened": (intervened, engine_arguments())}
+        if not answers:
+            parts |= {"stock": (stock, {}), "default": (with_default, engine_arguments(PART))}
         answers[path] = {}
         for name, (ask, arguments) in parts.items():
             llm = start(path, **json.loads(engine), **arguments)

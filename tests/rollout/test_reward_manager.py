@@ -203,24 +203,45 @@ def test_every_shipped_reward_in_a_ray_worker_of_verls(config, tiny_processor, t
     assert by_name["avar"][0]["reward_extra_info"]["acc"] == 1.0
 
 
-def test_the_loop_keeps_the_grid_of_the_prompt(monkeypatch):
-    """The sizes come from the processor's output for the prompt, which verl drops."""
+def test_the_loop_renders_the_prompt_once_and_keeps_what_it_learned(monkeypatch, tiny_model_path):
+    """vLLM gets one placeholder for the image, training all of them, the reward its size; no placeholder is sampled."""
+    from PIL import Image
     from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+    from verl.utils import hf_processor
 
-    from avar_verl.rollout.agent_loop import AvarSingleTurnAgentLoop
+    from avar_verl.compat.rollout_features import FEATURES
+    from avar_verl.rollout.agent_loop import FORBIDDEN, AvarSingleTurnAgentLoop
 
-    async def build(self, messages, **kwargs):
-        kwargs["mm_inputs_out"]["image_grid_thw"] = torch.tensor([[1, 8, 8]])
-        return [1, 2, 3]
+    processor = hf_processor(tiny_model_path)
+    image = Image.new("RGB", (112, 112))
+    messages = [{"role": "user", "content": [{"type": "image", "image": "a path"}, {"type": "text", "text": "What?"}]}]
+    sent = {}
+
+    class Client:
+        async def generate(self, **kwargs):
+            sent.update(kwargs)
 
     async def run(self, sampling_params, priority=0, **kwargs):
-        assert await self.ct_build_initial_tokens([], mm_inputs_out={}) == [1, 2, 3]
-        return SimpleNamespace(extra_fields={"kept": 1})
+        ids = await self.ct_build_initial_tokens(messages, images=[image], mm_inputs_out={})
+        await self.server_manager.generate(prompt_ids=ids, image_data=[image], sampling_params=sampling_params)
+        return SimpleNamespace(prompt_ids=ids, extra_fields={"kept": 1}, multi_modal_data={"images": [image]})
 
-    monkeypatch.setattr(SingleTurnAgentLoop, "ct_build_initial_tokens", build)
     monkeypatch.setattr(SingleTurnAgentLoop, "run", run)
-    monkeypatch.setattr("avar_verl.rollout.agent_loop.get_processor_token_id", lambda processor, name: None)
     loop = AvarSingleTurnAgentLoop.__new__(AvarSingleTurnAgentLoop)
-    loop.processor = SimpleNamespace(image_processor=SimpleNamespace(patch_size=14))
-    output = asyncio.run(loop.run({}))
+    loop.processor, loop.server_manager = processor, Client()
+    loop.apply_chat_template_kwargs, loop.mm_processor_kwargs = {}, {}
+    loop.rollout_config = SimpleNamespace(prompt_length=64)
+
+    async def both():
+        loop.loop = asyncio.get_running_loop()
+        return await loop.run({"temperature": 1.0})
+
+    output = asyncio.run(both())
     assert output.extra_fields == {"kept": 1, "image_grids": [[1, 8, 8]], "image_sizes": [[112, 112]]}
+    assert output.multi_modal_data[FEATURES]["image_grid_thw"].tolist() == [[1, 8, 8]]
+    assert output.prompt_ids.count(processor.image_token_id) == 16
+    assert sent["prompt_ids"].count(processor.image_token_id) == 1
+    assert sent["sampling_params"]["logit_bias"][processor.image_token_id] == FORBIDDEN
+    loop.rollout_config = SimpleNamespace(prompt_length=8)
+    with pytest.raises(ValueError, match="a prompt with images must have at most rollout.prompt_length=8 tokens; got"):
+        asyncio.run(both())
