@@ -6,7 +6,7 @@
 T are the response tokens, m(l, t) the mean over heads (arXiv 2603.03825, the VARS reward). The ratio has no bound and a
 policy can raise it by starving its denominator, so a bounded statistic and several shapings stand beside it.
 
-Shape suffixes: B = samples, H = query heads, Q = queries, R = token roles, F = fields of VISUAL_FIELDS
+Shape suffixes: B = samples, H = query heads, Q = queries, R = token roles, X = R and more, F = fields of VISUAL_FIELDS
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,12 @@ from avar_verl.objectives.agto import normalized_weights
 from avar_verl.roles import TokenRole
 
 # What the log-prob pass returns for every sample, a vector of F numbers.
-VISUAL_FIELDS = ("ratio", "image_share", "image_mass", "system_mass", "num_queries", "num_image", "num_system")
+VISUAL_FIELDS = (
+    *("ratio", "image_share", "image_mass", "system_mass", "vas"),
+    *("num_queries", "num_image", "num_system"),
+)
+# Those that a sample without a system turn does not have.
+_OF_SYSTEM = [VISUAL_FIELDS.index(name) for name in ("ratio", "image_share", "vas")]
 # The masses that it reads.
 VISUAL_ROLES = (TokenRole.SYSTEM, TokenRole.IMAGE)
 STATISTICS = ("ratio", "image_share")
@@ -25,20 +30,25 @@ SHAPINGS = ("none", "clip", "log", "rank")
 
 
 class VisualReduction:
-    """Reduction of one layer for `capture_mass`: the first four of VISUAL_FIELDS, means over the sample's queries.
+    """Reduction of one layer for `capture_mass`: the first five of VISUAL_FIELDS, means over the sample's queries.
 
-    (B, H, Q, R) -> (B, 4); nan where a sample has no query.
+    (B, H, Q, R) -> (B, 5); nan where a sample has no query. `ratio` and `image_share` are of masses averaged over the
+    heads, as in r_visual; `vas` is the metric of the paper, the mean over heads of m_image / m_system, without an
+    epsilon: inf where a head gives the system turn no mass at all.
     """
 
     def __init__(self, epsilon: float, head_mean: Callable[[torch.Tensor], torch.Tensor] | None = None):
-        """`head_mean(mass_BHQR) -> mass_BQR` where the heads are spread over several processes."""
+        """`head_mean(x_BHQX) -> x_BQX` where the heads are spread over several processes."""
         self.epsilon = epsilon
-        self.head_mean = head_mean or (lambda mass_BHQR: mass_BHQR.mean(1))
+        self.head_mean = head_mean or (lambda x_BHQX: x_BHQX.mean(1))
 
     def __call__(self, mass_BHQR: torch.Tensor, valid_BQ: torch.Tensor) -> torch.Tensor:
-        mass_BQR = self.head_mean(mass_BHQR)
-        image, system = mass_BQR[..., TokenRole.IMAGE], mass_BQR[..., TokenRole.SYSTEM]
-        fields_BQF = torch.stack([image / (system + self.epsilon), image / (image + system), image, system], dim=-1)
+        ratio_BHQ = mass_BHQR[..., TokenRole.IMAGE] / mass_BHQR[..., TokenRole.SYSTEM]
+        mean_BQX = self.head_mean(torch.cat([mass_BHQR, ratio_BHQ[..., None]], dim=-1))
+        image, system, vas = mean_BQX[..., TokenRole.IMAGE], mean_BQX[..., TokenRole.SYSTEM], mean_BQX[..., -1]
+        fields_BQF = torch.stack(
+            [image / (system + self.epsilon), image / (image + system), image, system, vas], dim=-1
+        )
         fields_BQF = fields_BQF.where(valid_BQ[..., None], 0.0)
         return fields_BQF.sum(1) / valid_BQ.sum(1)[:, None]
 
@@ -53,21 +63,22 @@ def visual_fields(
 
     Layers are averaged, by `layer_weights` if given.
 
-    `ratio` and `image_share` of a sample without a system turn are nan, not defined: epsilon must not make up a number.
+    `ratio`, `image_share` and `vas` of a sample without a system turn are nan, not defined: epsilon must not make up a
+    number.
     """
     counts = [
         valid_BQ.sum(1),
         (roles_BS == TokenRole.IMAGE).sum(1),
         (roles_BS == TokenRole.SYSTEM).sum(1),
     ]
-    fields_LB4 = torch.stack(per_layer)
+    fields_LB5 = torch.stack(per_layer)
     if layer_weights is None:
-        means_B4 = fields_LB4.mean(0)
+        means_B5 = fields_LB5.mean(0)
     else:
-        means_B4 = torch.einsum("l,lbf->bf", normalized_weights(layer_weights, fields_LB4), fields_LB4)
+        means_B5 = torch.einsum("l,lbf->bf", normalized_weights(layer_weights, fields_LB5), fields_LB5)
     undefined_B = counts[2] == 0
-    means_B4[:, :2] = means_B4[:, :2].masked_fill(undefined_B[:, None], float("nan"))
-    return torch.cat([means_B4, torch.stack(counts, dim=1).float()], dim=1)
+    means_B5[:, _OF_SYSTEM] = means_B5[:, _OF_SYSTEM].masked_fill(undefined_B[:, None], float("nan"))
+    return torch.cat([means_B5, torch.stack(counts, dim=1).float()], dim=1)
 
 
 def shape_visual_reward(

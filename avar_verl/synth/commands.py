@@ -159,7 +159,8 @@ def _inspect(args: argparse.Namespace) -> None:
     coordinates = summary["config"]["output"]["coordinates"]
     for record in islice(read_records(folder, gate), args.n):
         verdict = f"rejected: {record['gate']}" if record["gate"] else "accepted"
-        console.rule(f"{record['source']} row {record['row']}, {verdict}")
+        console.rule(verdict)  # A rule is cut at the width of the terminal, so the path is not in it.
+        console.print(f"{record['source']} row {record['row']}", markup=False, highlight=False)
         for name, why in record["failed"].items():
             console.print(f"{name}: {why}", markup=False, highlight=False, style="red")
         console.print(f"question: {record['question']}", markup=False, highlight=False)

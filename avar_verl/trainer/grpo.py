@@ -173,9 +173,9 @@ class AvarPPOTrainer(PPOTrainerSync):
 
     def _alarms(self, metrics: dict) -> dict[str, float]:
         """`avar/alarm/*`, 1 while an alarm rings; none without a measured rollout."""
-        if "avar/vas" not in metrics:
+        if "avar/ratio" not in metrics:
             return {}
-        statistic = metrics["avar/vas" if self.vars.statistic == "ratio" else "avar/image_share"]
+        statistic = metrics[f"avar/{self.vars.statistic}"]
         rises = self._rise_alarm.update(statistic, metrics["avar/correct"])
         starved = system_mass_alarm(metrics["avar/system_mass"], self.vars.alarm_system_mass)
         return {"avar/alarm/system_mass": float(starved), "avar/alarm/rise_without_accuracy": float(rises)}
@@ -199,7 +199,7 @@ class _MeasuringBuffer:
 def validation_parts(
     visual_BF: torch.Tensor, infos: list[dict], groups: list, vars_config: VarsConfig
 ) -> list[dict[str, float | None]]:
-    """`vas`, `image_share`, `r_visual_raw`, `r_visual_gated` and `r_visual_weighted` of validation rollouts.
+    """`vas`, `ratio`, `image_share`, `r_visual_raw`, `r_visual_gated` and `r_visual_weighted` of validation rollouts.
 
     None, which verl leaves out of its means, where a rollout has no system turn or no response; r_visual of such a one
     is 0.
@@ -208,8 +208,7 @@ def validation_parts(
     correct_B = correct_answers(infos, [True] * len(infos), vars_config) & torch.isfinite(raw_B)
     gated_B = shape_visual_reward(raw_B, correct_B, groups, vars_config.shaping, vars_config.clip_max)
     columns = {
-        "vas": visual_BF[:, VISUAL_FIELDS.index("ratio")],
-        "image_share": visual_BF[:, VISUAL_FIELDS.index("image_share")],
+        **{name: visual_BF[:, VISUAL_FIELDS.index(name)] for name in ("vas", "ratio", "image_share")},
         "r_visual_raw": raw_B,
         "r_visual_gated": gated_B,
         "r_visual_weighted": vars_config.lambda_v * gated_B,
@@ -255,8 +254,8 @@ def visual_metrics(
 ) -> dict[str, float]:
     """Metrics of a batch of rollouts, over the real ones.
 
-    `avar/vas`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts where they are
-    defined, whose number is `avar/measured_rollouts`; `avar/r_visual/raw` of the same, `avar/r_visual/gated` after gate
+    `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
+    where they are defined, whose number is `avar/measured_rollouts`; `avar/r_visual/raw` of the same, `avar/r_visual/gated` after gate
     and shaping and `avar/r_visual/weighted` after lambda_v, over all.
     """
     real_B = torch.tensor(real)
@@ -264,8 +263,8 @@ def visual_metrics(
     measured_B = real_B & torch.isfinite(fields["ratio"]) & torch.isfinite(fields["image_share"])
     out = {"avar/measured_rollouts": int(measured_B.sum()), "avar/correct": float(correct_B[real_B].float().mean())}
     if bool(measured_B.any()):
-        for name, key in [("vas", "ratio"), *((key, key) for key in ("image_share", "image_mass", "system_mass"))]:
-            out[f"avar/{name}"] = float(fields[key][measured_B].mean())
+        for name in ("vas", "ratio", "image_share", "image_mass", "system_mass"):
+            out[f"avar/{name}"] = float(fields[name][measured_B].mean())
         if raw_B is not None:
             out["avar/r_visual/raw"] = float(raw_B[measured_B].mean())
     if shaped_B is not None:

@@ -180,7 +180,7 @@ def test_a_role_that_nobody_has(tiny_model, tiny_processor, role_map):
     """The rows with which verl fills up a batch have no response, and may be alone in a micro-batch."""
     ids = torch.full((2, 9), tiny_processor.tokenizer.eos_token_id)
     roles = role_map(ids, torch.ones_like(ids), torch.zeros_like(ids))
-    for reduction, shape in [(None, (2, 4, 0, 5)), (mean_over_queries, (2, 4, 7)), (VisualReduction(1e-6), (2, 4))]:
+    for reduction, shape in [(None, (2, 4, 0, 5)), (mean_over_queries, (2, 4, 7)), (VisualReduction(1e-6), (2, 5))]:
         with capture_mass(tiny_model, roles, query_role=TokenRole.RESPONSE, reduction=reduction) as captured:
             tiny_model(input_ids=ids, use_cache=False)
         assert captured.per_layer()[0].shape == shape and captured.valid.shape == (2, 0)

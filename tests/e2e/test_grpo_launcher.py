@@ -75,7 +75,7 @@ def test_parts_of_a_swapped_reward_function_are_logged(all_steps):
 
 def test_validation_logs_parts_and_masses_by_data_source(all_steps):
     record = all_steps[3]
-    for part in ("anchor", "image_share", "vas", "r_visual_raw", "r_visual_gated", "r_visual_weighted"):
+    for part in ("anchor", "image_share", "vas", "ratio", "r_visual_raw", "r_visual_gated", "r_visual_weighted"):
         assert f"val-aux/avar/photo_grid/{part}/mean@1" in record, part
     assert 0 < record["val-aux/avar/photo_grid/image_share/mean@1"] < 1
     weighted, gated = (record[f"val-aux/avar/photo_grid/r_visual_{name}/mean@1"] for name in ("weighted", "gated"))

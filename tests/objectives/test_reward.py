@@ -36,10 +36,14 @@ def fields(layers: list, valid: list, roles: list, epsilon: float = 1e-6) -> dic
 
 
 def test_mean_over_heads_first_then_ratio_then_queries():
-    """Heads average to image 0.3, 0.1 and system 0.1, 0.2: ratios 3 and 0.5, mean 1.75; filling does not count."""
+    """Heads average to image 0.3, 0.1 and system 0.1, 0.2: ratios 3 and 0.5, mean 1.75; filling does not count.
+
+    VAS is the mean of each head's own ratios, 4, 1 / 3, 2 and 1.
+    """
     layer = layer_of([[0.4, 0.1, 0.9], [0.2, 0.1, 0.9]], [[0.1, 0.3, 0.01], [0.1, 0.1, 0.01]])
     out = fields([layer, layer], [True, True, False], [S, I, R])
     assert out["ratio"] == pytest.approx(1.75, rel=1e-4)
+    assert out["vas"] == pytest.approx(22 / 12)
     assert out["image_share"] == pytest.approx((0.75 + 1 / 3) / 2)
     assert out["image_mass"] == pytest.approx(0.2) and out["system_mass"] == pytest.approx(0.15)
     assert (out["num_queries"], out["num_image"], out["num_system"]) == (2, 1, 1)
@@ -57,6 +61,7 @@ def test_epsilon_bounds_the_ratio_of_a_starved_denominator():
     """0.5 / (0 + 0.01) = 50, and the share is 1."""
     out = fields([layer_of([[0.5]], [[0.0]])], [True], [S, I, R], epsilon=0.01)
     assert out["ratio"] == pytest.approx(50) and out["image_share"] == 1
+    assert out["vas"] == math.inf  # The metric has no epsilon.
 
 
 @pytest.mark.parametrize("split", [1, 2])
@@ -78,18 +83,19 @@ def test_micro_batches_and_filling_change_nothing(split):
 def test_what_is_not_defined_is_nan():
     no_system = fields([layer_of([[0.4]], [[0.0]])], [True], [R, I, R])
     assert math.isnan(no_system["ratio"]) and math.isnan(no_system["image_share"])
+    assert math.isnan(no_system["vas"])
     assert no_system["image_mass"] == pytest.approx(0.4) and no_system["num_system"] == 0
     no_response = fields([layer_of([[0.4]], [[0.2]])], [False], [S, I, R])
-    assert all(math.isnan(no_response[key]) for key in ("ratio", "image_share", "image_mass", "system_mass"))
+    assert all(math.isnan(no_response[key]) for key in ("ratio", "image_share", "image_mass", "system_mass", "vas"))
     assert no_response["num_queries"] == 0
     no_image = fields([layer_of([[0.0]], [[0.2]])], [True], [S, R, R])
-    assert no_image["ratio"] == no_image["image_share"] == no_image["num_image"] == 0
+    assert no_image["ratio"] == no_image["image_share"] == no_image["vas"] == no_image["num_image"] == 0
 
 
 def test_a_batch_in_which_nobody_has_a_response():
     valid = torch.zeros(2, 0, dtype=torch.bool)
     out = visual_fields([VisualReduction(1e-6)(torch.zeros(2, 3, 0, 5), valid)], torch.zeros(2, 4).long(), valid)
-    assert out.shape == (2, len(VISUAL_FIELDS)) and bool(torch.isnan(out[:, :4]).all()) and not out[:, 4:].any()
+    assert out.shape == (2, len(VISUAL_FIELDS)) and bool(torch.isnan(out[:, :5]).all()) and not out[:, 5:].any()
 
 
 @pytest.mark.parametrize(
@@ -154,9 +160,9 @@ def test_statistics_are_fields():
 
 
 def test_layer_weights_of_visual_fields():
-    per_layer = [torch.tensor([[4.0, 0.8, 0.4, 0.1]]), torch.tensor([[2.0, 0.4, 0.2, 0.1]])]
+    per_layer = [torch.tensor([[4.0, 0.8, 0.4, 0.1, 9.0]]), torch.tensor([[2.0, 0.4, 0.2, 0.1, 5.0]])]
     roles, valid = torch.tensor([[1, 2, 4]]), torch.tensor([[True]])
     out = visual_fields(per_layer, roles, valid, layer_weights=(1.0, 3.0))
-    torch.testing.assert_close(out[0, :4], torch.tensor([2.5, 0.5, 0.25, 0.1]))
+    torch.testing.assert_close(out[0, :5], torch.tensor([2.5, 0.5, 0.25, 0.1, 6.0]))
     plain = visual_fields(per_layer, roles, valid)
     torch.testing.assert_close(visual_fields(per_layer, roles, valid, layer_weights=(5.0, 5.0)), plain)

@@ -241,7 +241,7 @@ def test_inspect(monkeypatch, capsys, finished, tmp_path):
     finished()
     out = str(tmp_path / "out")
     assert command(monkeypatch, "inspect", out, "--gate", "answer", "--n", "1") is None
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "rejected: answer" in shown and "the answer is" in shown
     assert command(monkeypatch, "inspect", out, "--html", str(tmp_path / "x.html"), "--n", "4") is None
     assert (tmp_path / "x.html").read_text().count("<article") == 4

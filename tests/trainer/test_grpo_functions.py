@@ -74,16 +74,16 @@ def test_metrics_leave_out_padding_and_what_is_not_defined():
     correct = torch.tensor([True, False, False, False])
     shaped = torch.tensor([2.0, 0, 0, 0])
     out = visual_metrics(visual, correct, [True, True, True, False], visual[:, 0], shaped, 0.3 * shaped)
-    assert out["avar/measured_rollouts"] == 2 and out["avar/vas"] == 3 and out["avar/r_visual/raw"] == 3
+    assert out["avar/measured_rollouts"] == 2 and out["avar/ratio"] == 3 and out["avar/r_visual/raw"] == 3
     assert out["avar/correct"] == pytest.approx(1 / 3)
     assert out["avar/r_visual/gated"] == pytest.approx(2 / 3)
     assert out["avar/r_visual/weighted"] == pytest.approx(0.2)
 
 
 def test_every_metric_is_its_own_field():
-    visual = torch.tensor([[7.0, 0.9, 0.4, 0.05, 10, 16, 8], [5.0, 0.7, 0.2, 0.15, 20, 16, 8]])
+    visual = torch.tensor([[7.0, 0.9, 0.4, 0.05, 11.0, 10, 16, 8], [5.0, 0.7, 0.2, 0.15, 8.0, 20, 16, 8]])
     out = visual_metrics(visual, torch.tensor([True, True]), [True, True])
-    expected = {"vas": 6.0, "image_share": 0.8, "image_mass": 0.3, "system_mass": 0.1}
+    expected = {"vas": 9.5, "ratio": 6.0, "image_share": 0.8, "image_mass": 0.3, "system_mass": 0.1}
     assert {key: out[f"avar/{key}"] for key in expected} == pytest.approx(expected)
     assert not any(key.startswith("avar/r_visual") for key in out)  # nothing is paid, nothing is logged as paid
 
@@ -94,7 +94,7 @@ def test_a_field_that_is_not_finite_leaves_the_rollout_out(field, value):
     visual = rows(2.0, 4.0)
     visual[1, VISUAL_FIELDS.index(field)] = value
     out = visual_metrics(visual, torch.tensor([False, False]), [True, True])
-    assert out["avar/measured_rollouts"] == 1 and out["avar/vas"] == 2
+    assert out["avar/measured_rollouts"] == 1 and out["avar/ratio"] == 2
 
 
 def test_nothing_measured():
@@ -174,7 +174,7 @@ def trainer_with(vars_config: VarsConfig) -> AvarPPOTrainer:
 def test_alarms_watch_the_statistic_that_is_paid_for():
     """The share rises and the accuracy falls, while the ratio stands still; the system mass is under its floor."""
     steps = [
-        {"avar/vas": 9.0, "avar/image_share": share, "avar/system_mass": 0.002, "avar/correct": correct}
+        {"avar/ratio": 9.0, "avar/image_share": share, "avar/system_mass": 0.002, "avar/correct": correct}
         for share, correct in ((0.4, 0.5), (0.6, 0.4))
     ]
     for statistic, rings in (("image_share", 1.0), ("ratio", 0.0)):
@@ -226,17 +226,19 @@ def test_parts_of_validation_rollouts():
     visual = torch.zeros(3, len(VISUAL_FIELDS))
     visual[:, VISUAL_FIELDS.index("ratio")] = torch.tensor([4.0, float("nan"), 2.0])
     visual[:, VISUAL_FIELDS.index("image_share")] = torch.tensor([0.75, float("nan"), 0.5])
+    visual[:, VISUAL_FIELDS.index("vas")] = torch.tensor([6.0, float("nan"), float("inf")])
     infos = [{"acc": 1.0}, {"acc": 1.0}, {"acc": 0.0}]
     first, second, third = validation_parts(visual, infos, ["a", "a", "b"], VarsConfig(lambda_v=0.5))
     assert first == {
-        "vas": 4.0,
+        "vas": 6.0,
+        "ratio": 4.0,
         "image_share": 0.75,
         "r_visual_raw": 4.0,
         "r_visual_gated": 4.0,
         "r_visual_weighted": 2.0,
     }
     assert second["vas"] is None and second["r_visual_raw"] is None and second["r_visual_weighted"] == 0
-    assert third["r_visual_raw"] == 2.0 and third["r_visual_gated"] == 0
+    assert third["vas"] is None and third["r_visual_raw"] == 2.0 and third["r_visual_gated"] == 0
 
 
 def test_placeholders_are_forbidden_and_other_biases_stay():
