@@ -255,8 +255,8 @@ def visual_metrics(
     """Metrics of a batch of rollouts, over the real ones.
 
     `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
-    where they are defined, whose number is `avar/measured_rollouts`; `avar/r_visual/raw` of the same, `avar/r_visual/gated` after gate
-    and shaping and `avar/r_visual/weighted` after lambda_v, over all.
+    where they are defined, whose number is `avar/measured_rollouts`; `avar/r_visual/raw` of the same;
+    `avar/r_visual/gated` after gate and shaping and `avar/r_visual/weighted` after lambda_v, over all.
     """
     real_B = torch.tensor(real)
     fields = dict(zip(VISUAL_FIELDS, visual_BF.unbind(1), strict=True))
