@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image, UnidentifiedImageError
 
-from avar_verl.objectives.vas import BANDS
+from avar_verl.objectives.vas import band
 
 STAGES = ("base", "sft", "agto", "avar")
 STARTS_FROM = {"base": None, "sft": "base", "agto": "base", "avar": "agto"}
@@ -176,11 +176,6 @@ def read_log(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[int, flo
 def standard_error(accuracy: float, n: int) -> float:
     """sqrt(p (1 - p) / n), the standard error of a share of right answers."""
     return math.sqrt(accuracy * (1 - accuracy) / n)
-
-
-def band(vas: float) -> str | None:
-    """The paper's band of a VAS; None for one that is not finite."""
-    return next(name for bound, name in BANDS if vas < bound) if math.isfinite(vas) else None
 
 
 def number_text(value: float, digits: int = 2) -> str:

@@ -356,14 +356,6 @@ def test_standard_error_of_accuracy():
 
 
 @pytest.mark.parametrize(
-    ("vas", "expected"),
-    [(7.5, "narrow"), (10.0, "wide"), (13.8, "wide"), (18.9, "panoramic"), (math.inf, None), (math.nan, None)],
-)
-def test_band(vas, expected):
-    assert report.band(vas) == expected
-
-
-@pytest.mark.parametrize(
     ("value", "expected"),
     [(0.0, "0.00"), (12.345, "12.35"), (1234.5, "1,234"), (173e6, "1.7e+08"), (1e-6, "1.0e-06"), (-2.5, "-2.50")],
 )
