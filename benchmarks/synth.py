@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls a second of `avar synth run`, beside a bare asyncio client, against a server that answers in 200 ms.
 
-    python benchmarks/synth.py [--items 1000] [--in-flight 64] [--repeats 2]
+    python benchmarks/synth.py [--items 4000] [--in-flight 64] [--repeats 2]
 
 One endpoint for all three stages, so the ideal is in_flight / 0.2 s: 320 calls a second with 64. The client sends the
 requests of the same inputs, encoded beforehand, and does nothing else; the pipeline renders, hashes, looks up, sends,
@@ -118,7 +118,7 @@ def pipeline(overrides: list[str], out: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=1000)
+    parser.add_argument("--items", type=int, default=4000)
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--latency", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=2)
