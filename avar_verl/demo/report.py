@@ -10,12 +10,8 @@ said in words in report.html; nothing is clipped or replaced.
 Shape suffixes: L = layers, H = query heads, Y = rows of image tokens, X = columns, C = colour channels
 """
 
-import base64
-import binascii
-import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -24,11 +20,23 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from avar_verl.figures import (
+    RC,
+    data_uri,
+    decode_image,
+    duration_text,
+    heat_figure,
+    legend_above,
+    number_text,
+    overlay,
+    printable,
+    svg,
+)
 from avar_verl.objectives.vas import band
 
 STAGES = ("base", "sft", "agto", "avar")
@@ -45,12 +53,7 @@ SAMPLE_KEYS = ("image", "question", "response", "answer", "predicted", "correct"
 # Okabe and Ito's palette, which the common kinds of colour blindness can tell apart.
 STAGE_COLORS = {"base": "#7a7a7a", "sft": "#0072B2", "agto": "#E69F00", "avar": "#009E73"}
 BLACK, BLUE, SKY, VERMILION, PURPLE = "#222222", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7"
-HEAT_RGB = (213, 94, 0)  # VERMILION
-HEAT_OPACITY = 0.72
 LONG_RESPONSE = 160  # Characters; a longer text without a closed reasoning block is folded away.
-
-UNDERFLOW = "inf (a head's system mass underflowed)"
-UNDEFINED = "not defined"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -178,23 +181,6 @@ def standard_error(accuracy: float, n: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
-def number_text(value: float, digits: int = 2) -> str:
-    """A number of any size for a table, in at most about eight characters; inf and nan in words."""
-    if math.isnan(value):
-        return UNDEFINED
-    if math.isinf(value):
-        return UNDERFLOW if value > 0 else "-inf"
-    if value != 0 and abs(value) < 10.0**-digits or abs(value) >= 1e7:
-        return f"{value:.1e}"
-    return f"{value:,.{0 if abs(value) >= 1000 else digits}f}"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds as `45 s` or `3 min 20 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def accuracy_text(accuracy: float, n: int) -> str:
     """Per cent with its standard error, in one piece: the spaces do not break."""
     return f"{100 * accuracy:.1f} \u00b1 {100 * standard_error(accuracy, n):.1f} %".replace(" ", "\u00a0")
@@ -261,39 +247,7 @@ def split_response(response: str) -> tuple[str, str, str]:
     return reasoning.strip(), (before + rest).strip(), ""
 
 
-def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates replaced, which HTML or UTF-8 do not allow."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
-
-
 # ---- figures ---------------------------------------------------------------------------------------------------
-
-RC = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "svg.fonttype": "none",
-}
-
-
-def svg(figure: Figure, name: str, alt: str) -> Markup:
-    """A figure as inline SVG. `name` is unique in the page: SVG ids are global there."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={key: None for key in ("Creator", "Date", "Format", "Type")})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # Nothing refers to groups, and every figure has the same ones.
-    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1))
 
 
 def accuracy_figure(stages: Sequence[dict]) -> Markup:
@@ -486,94 +440,15 @@ def _curve_figure(
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step")
-        if len(found) > 1:
-            columns = len(found) if len(found) < 4 else 2
-            axes.legend(
-                loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=columns, borderaxespad=0, columnspacing=1.2
-            )
+        legend_above(axes, len(found))
         return svg(figure, name, f"{panel.title} over the steps: {'; '.join(alts)}.")
 
 
 def heatmap_figure(stages: Sequence[dict], query: str) -> Markup:
-    """Layer by head maps, a column per stage: image share above, log10 of image / system below, one scale a row."""
-    shares = [np.array(stage["heatmap"][query]["share"], dtype=float) for stage in stages]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = [np.log10(np.array(stage["heatmap"][query]["ratio"], dtype=float)) for stage in stages]
-    finite = np.concatenate([log_LH[np.isfinite(log_LH)] for log_LH in logs])
-    bound = max(1.0, float(np.abs(finite).max(initial=0.0)))
-    rows = (("image share", shares, "viridis", 0.0, 1.0), ("log10(image / system)", logs, "PuOr_r", -bound, bound))
-    with matplotlib.rc_context({**RC, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
-        figure = Figure(figsize=(10.5, 4.9))
-        place = {"left": 0.045, "right": 0.955, "bottom": 0.09, "top": 0.94, "wspace": 0.06, "hspace": 0.07}
-        grid = figure.subplots(2, len(stages), sharex=True, sharey=True, squeeze=False, gridspec_kw=place)
-        for axes_row, (label, maps, colors, low, high) in zip(grid, rows, strict=True):
-            for axes, values_LH in zip(axes_row, maps, strict=True):
-                image = _draw_map(axes, values_LH, colors, low, high)
-            figure.colorbar(image, ax=list(axes_row), label=label, pad=0.012, fraction=0.03)
-            axes_row[0].set_ylabel("layer")
-        for axes, stage in zip(grid[0], stages, strict=True):
-            axes.set_title(stage["title"])
-        for axes in grid[-1]:
-            axes.set_xlabel("head")
-        means = ", ".join(
-            f"{stage['title']} {number_text(np.mean(share))}" for stage, share in zip(stages, shares, strict=True)
-        )
-        alt = f"Attention of {query} tokens by layer and head; mean image share: {means}."
-        return svg(figure, f"heat-{query}", alt)
-
-
-def _draw_map(axes, values_LH: np.ndarray, colors: str, low: float, high: float):
-    """One heat map; a small one has its numbers in the cells, and a cell that is not finite always has its word."""
-    colormap = matplotlib.colormaps[colors].with_extremes(bad="#ffffff")
-    shown_LH = np.where(np.isinf(values_LH), np.sign(values_LH) * high, values_LH)
-    image = axes.imshow(shown_LH, cmap=colormap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    num_layers, num_heads = values_LH.shape
-    for axis, count in ((axes.xaxis, num_heads), (axes.yaxis, num_layers)):
-        axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-        axis.set_view_interval(-0.5, count - 0.5)
-    for (layer, head), value in np.ndenumerate(values_LH):
-        if values_LH.size > 64 and math.isfinite(value):
-            continue
-        text = f"{value:.2f}" if low == 0 else f"{round(value, 1) + 0.0:.1f}"  # + 0.0: no minus zero.
-        text = text if math.isfinite(value) else "n/a" if math.isnan(value) else "inf" if value > 0 else "-inf"
-        red, green, blue, _ = colormap(image.norm(shown_LH[layer, head])) if not math.isnan(value) else (1, 1, 1, 1)
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        axes.text(head, layer, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    return image
-
-
-def decode_image(encoded: str, where: str) -> Image.Image:
-    """A base64 image as RGB.
-
-    Raises:
-        ValueError: not base64, or not an image.
-    """
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as image:
-            return image.convert("RGB")
-    except (binascii.Error, UnidentifiedImageError) as error:
-        raise ValueError(
-            f"image of {where} must be a base64 image file; got {encoded[:20]!r}. Delete the stage's file and run the "
-            "demo again."
-        ) from error
-
-
-def overlay(image: Image.Image, attention_YX: Sequence[Sequence[float]]) -> Image.Image:
-    """The image in grey with attention as orange, from 0 (clear) to the map's own maximum (opaque)."""
-    values_YX = np.array(attention_YX, dtype=np.float32)
-    peak = float(values_YX.max())
-    smooth = Image.fromarray(values_YX / peak if peak else values_YX).resize(image.size, Image.BICUBIC)
-    alpha_YX1 = HEAT_OPACITY * np.clip(np.asarray(smooth), 0, 1)[..., None]
-    grey_YXC = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)
-    mixed_YXC = (1 - alpha_YX1) * grey_YXC + alpha_YX1 * np.array(HEAT_RGB, dtype=np.float32)
-    return Image.fromarray(mixed_YXC.round().astype(np.uint8))
-
-
-def data_uri(image: Image.Image) -> str:
-    """A PNG as a data URI."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    """Layer by head maps, a column per stage."""
+    maps = {stage["title"]: tuple(stage["heatmap"][query][key] for key in ("share", "ratio")) for stage in stages}
+    layers = range(len(stages[0]["heatmap"][query]["share"]))
+    return heat_figure(f"heat-{query}", f"Attention of {query} tokens", maps, layers)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from avar_verl.figures import numbers
 from avar_verl.objectives.vas import STATISTICS, vas_statistics
-from avar_verl.vas.figures import numbers
 from avar_verl.vas.records import dumps, write_json
 from avar_verl.vas.score import SUMS
 from avar_verl.vas.show import estimate

@@ -7,9 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from avar_verl.figures import numbers
 from avar_verl.objectives.vas import STATISTICS
 from avar_verl.vas.compare import Measurement
-from avar_verl.vas.figures import COLORS, LABELS, Line, bin_ticks, curves_figure, numbers, points_figure, scatter_figure
+from avar_verl.vas.figures import COLORS, LABELS, Line, bin_ticks, curves_figure, points_figure, scatter_figure
 from avar_verl.vas.report import DIGITS, band_text, cell, environment, estimate_text
 from avar_verl.vas.statistics import MEAN_STATISTICS
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from avar_verl.demo.report import RC, number_text, svg
+from avar_verl.figures import RC, legend_above, number_text, numbers, svg
 
 # Okabe and Ito's palette.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222", "#7a7a7a")
@@ -30,14 +30,6 @@ LABELS = {
     "system_mass": "system mass",
 }
 WIDE = 10.0  # Largest over smallest value from which on a scale is logarithmic.
-FEW = 64  # Cells of a heat map that are small enough a number to be written into each.
-
-
-def numbers(values: Any) -> np.ndarray:
-    """Values of a JSON file as float64; "inf" and "nan" are numbers, None is nan."""
-    array = np.array(values, dtype=object)
-    array[array == None] = math.nan  # noqa: E711  Elementwise.
-    return array.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -112,11 +104,7 @@ def curves_figure(
             axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if len(drawn) > 1:
-            columns = len(drawn) if len(drawn) < 4 else 2
-            axes.legend(
-                loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=columns, borderaxespad=0, columnspacing=1.2
-            )
+        legend_above(axes, len(drawn))
         alt = "; ".join(
             f"{line.label} from {number_text(line.value[0])} to {number_text(line.value[-1])}" for line in lines
         )
@@ -127,55 +115,6 @@ def bin_ticks(positions: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     """Labels of the bins by their number: the first position of each, of every other one where there are many."""
     step = 1 if len(positions) <= 8 else 2
     return {index: f"{one['first']:,}" for index, one in enumerate(positions) if index % step == 0}
-
-
-def heat_figure(name: str, maps: Mapping[str, tuple[Any, Any]], layers: Sequence[int]) -> Markup:
-    """Layer by head: image share above, log10 of the mean ratio image / system below; a column for every query role.
-
-    maps: title -> (share_LH, ratio_LH).
-    """
-    shares = [numbers(share) for share, _ in maps.values()]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = [np.log10(numbers(ratio)) for _, ratio in maps.values()]
-    finite = np.concatenate([log_LH[np.isfinite(log_LH)] for log_LH in logs])
-    bound = max(1.0, float(np.abs(finite).max(initial=0.0)))
-    rows = (("image share", shares, "viridis", 0.0, 1.0), ("log10(image / system)", logs, "PuOr_r", -bound, bound))
-    with matplotlib.rc_context({**RC, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
-        figure = Figure(figsize=(10.5, 4.9))
-        place = {"left": 0.05, "right": 0.95, "bottom": 0.09, "top": 0.94, "wspace": 0.06, "hspace": 0.07}
-        grid = figure.subplots(2, len(maps), sharex=True, sharey=True, squeeze=False, gridspec_kw=place)
-        for axes_row, (label, values, colors, low, high) in zip(grid, rows, strict=True):
-            for axes, values_LH in zip(axes_row, values, strict=True):
-                image = _draw_cells(axes, values_LH, colors, low, high, layers)
-            figure.colorbar(image, ax=list(axes_row), label=label, pad=0.012, fraction=0.03)
-            axes_row[0].set_ylabel("layer")
-        for axes, title in zip(grid[0], maps, strict=True):
-            axes.set_title(title)
-        for axes in grid[-1]:
-            axes.set_xlabel("head")
-        alt = ", ".join(f"{title} {number_text(np.mean(share))}" for title, share in zip(maps, shares, strict=True))
-        return svg(figure, name, f"Attention by layer and head; mean image share: {alt}.")
-
-
-def _draw_cells(axes, values_LH: np.ndarray, colors: str, low: float, high: float, layers: Sequence[int]):
-    """One map. A small one has its numbers in the cells, and a cell that is not finite always has its word."""
-    colormap = matplotlib.colormaps[colors].with_extremes(bad="#ffffff")
-    shown_LH = np.where(np.isinf(values_LH), np.sign(values_LH) * high, values_LH)
-    image = axes.imshow(shown_LH, cmap=colormap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    num_layers, num_heads = values_LH.shape
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    axes.xaxis.set_view_interval(-0.5, num_heads - 0.5)
-    step = max(1, math.ceil(num_layers / 10))
-    axes.set_yticks(range(0, num_layers, step), [str(layers[index]) for index in range(0, num_layers, step)])
-    for (layer, head), value in np.ndenumerate(values_LH):
-        if values_LH.size > FEW and math.isfinite(value):
-            continue
-        text = f"{value:.2f}" if low == 0 else f"{round(value, 1) + 0.0:.1f}"  # + 0.0: no minus zero.
-        text = text if math.isfinite(value) else "n/a" if math.isnan(value) else "inf" if value > 0 else "-inf"
-        red, green, blue, _ = colormap(image.norm(shown_LH[layer, head])) if not math.isnan(value) else (1, 1, 1, 1)
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        axes.text(head, layer, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    return image
 
 
 def points_figure(

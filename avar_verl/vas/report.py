@@ -11,9 +11,18 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from avar_verl.demo.report import data_uri, decode_image, duration_text, number_text, overlay, printable
+from avar_verl.figures import (
+    data_uri,
+    decode_image,
+    duration_text,
+    heat_figure,
+    number_text,
+    numbers,
+    overlay,
+    printable,
+)
 from avar_verl.objectives.vas import BANDS, STATISTICS, band
-from avar_verl.vas.figures import LABELS, QUERY_COLORS, Line, bin_ticks, curves_figure, heat_figure, numbers
+from avar_verl.vas.figures import LABELS, QUERY_COLORS, Line, bin_ticks, curves_figure
 from avar_verl.vas.words import raster
 
 SETTINGS = (
@@ -147,7 +156,7 @@ def heat_maps(summary: Mapping[str, Any]) -> Markup:
         f"{name} tokens": (query["heads"]["image_share"]["value"], query["heads"]["vas"]["value"])
         for name, query in summary["queries"].items()
     }
-    return heat_figure("heat", maps, summary["layers"])
+    return heat_figure("heat", "Attention", maps, summary["layers"])
 
 
 def sample_rows(shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

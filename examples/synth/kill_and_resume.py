@@ -189,7 +189,9 @@ def main() -> int:
     }
     print(json.dumps(out, indent=1))
     # Every answer that had reached the cache is one that was not asked for again, and the other way round.
-    ok = out["inputs"] == args.n and again["kept"] == in_cache and out["wrong_answers_given"] == out["rejected_as_wrong"]
+    ok = (
+        out["inputs"] == args.n and again["kept"] == in_cache and out["wrong_answers_given"] == out["rejected_as_wrong"]
+    )
     return 0 if ok else 1
 
 

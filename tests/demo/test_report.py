@@ -355,14 +355,6 @@ def test_standard_error_of_accuracy():
     assert report.accuracy_text(0.2, 400) == "20.0\u00a0\u00b1\u00a02.0\u00a0%"
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(0.0, "0.00"), (12.345, "12.35"), (1234.5, "1,234"), (173e6, "1.7e+08"), (1e-6, "1.0e-06"), (-2.5, "-2.50")],
-)
-def test_number_text(value, expected):
-    assert report.number_text(value) == expected
-
-
 def test_table_names_bands_and_start_of_every_stage(pristine):
     rows = report.stage_rows(report.read_stages(pristine))
     assert [row["starts_from"] for row in rows] == ["random weights", "Base", "Base", "AGTO SFT"]
@@ -397,17 +389,6 @@ def test_missing_answer_is_said(pristine):
 )
 def test_split_response(response, expected):
     assert report.split_response(response) == expected
-
-
-def test_overlay_marks_the_place_of_the_most_attention():
-    image = report.Image.new("RGB", (112, 112), (100, 100, 100))
-    attention = np.zeros((4, 4))
-    attention[0, 3] = 0.2
-    pixels = np.asarray(report.overlay(image, attention.tolist())).astype(int)
-    assert pixels[100, 10].tolist() == [100, 100, 100]
-    red, green, blue = pixels[14, 98]
-    assert red > 170 > 110 > green > blue
-    assert np.array_equal(np.asarray(report.overlay(image, np.zeros((4, 4)).tolist())), np.asarray(image))
 
 
 def test_settings_and_versions_are_shown(pristine):
@@ -533,9 +514,3 @@ def test_stage_that_cannot_be_right_is_refused(run_dir, edit, message):
     with pytest.raises(ValueError, match=message):
         report.write_report(run_dir, 1.0, VERSIONS)
     assert not (run_dir / "report.json").exists()
-
-
-@pytest.mark.parametrize("encoded", ["not base64!", base64.b64encode(b"not an image").decode()])
-def test_image_that_cannot_be_read_is_refused(encoded):
-    with pytest.raises(ValueError, match="image of sample 0 must be a base64 image file"):
-        report.decode_image(encoded, "sample 0")
