@@ -35,7 +35,7 @@ test: $(STAMP)
 	$(PYTHON) -m pytest
 
 quick: $(STAMP)
-	$(PYTHON) -m pytest -m 'not e2e'
+	$(PYTHON) -m pytest -m 'not e2e and not slow'
 
 slow: $(STAMP)
 	$(PYTHON) -m pytest -m slow
