@@ -8,6 +8,7 @@ special tokens, waits for ever, and ends the run at the first exception of the r
 """
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import math
@@ -54,13 +55,17 @@ async def call_with_timeout(function: Callable, timeout_s: float | None, **argum
         if not future.done():  # Cancelled by the timeout.
             setter(value)
 
+    def hand_over(setter, value) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop was closed after the timeout: nobody waits.
+            loop.call_soon_threadsafe(resolve, setter, value)
+
     def work() -> None:
         try:
             result = function(**arguments)
         except Exception as error:  # Broad on purpose: it is handed to the caller as it is.
-            loop.call_soon_threadsafe(resolve, future.set_exception, error)
+            hand_over(future.set_exception, error)
         else:
-            loop.call_soon_threadsafe(resolve, future.set_result, result)
+            hand_over(future.set_result, result)
 
     threading.Thread(target=work, daemon=True).start()
     return await asyncio.wait_for(future, timeout_s)
