@@ -274,6 +274,7 @@ def test_packed_rows_that_do_not_match_the_offsets_are_refused(tiny_model, encod
         forward.observe_packed(SimpleNamespace(layer_idx=0), torch.zeros(3, 2, 4), torch.zeros(3, 2, 4), None, {})
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_flex_attention_equals_eager(load_tiny, encode, role_map, side):
     """The block mask is asked for the rows of the selected queries, padding and packing included."""

@@ -488,6 +488,7 @@ OPTIONS = {"rollout": {"rollout": True}, "memory": {"gpu_memory": 0.001}}
 CASES = [(name, *case) for name, cases in BROKEN.items() for case in cases]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("name", "edit", "status", "message"), CASES, ids=[f"{c[0]}-{c[1].__name__}" for c in CASES])
 def test_a_broken_model_is_caught(folder, monkeypatch, name, edit, status, message):
     if name in ("architecture", "rollout"):

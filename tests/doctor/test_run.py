@@ -22,6 +22,7 @@ NAMES = [check.name for check in CHECKS]
 KNOWN_FAILURES = {"mllama": {"architecture"}}  # vLLM 0.24.0 has no cross-attention models.
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_passes(family_path, model_type):
     pytest.importorskip("vllm")
@@ -40,6 +41,7 @@ def test_every_family_passes(family_path, model_type):
         assert reason == reasons[name] or name == "rollout" and "architecture" in failed
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3", "mllama", "qwen3_vl_moe"])
 def test_a_large_model_is_examined_reduced(family_path, model_type):
     names = ["weights", "images", "masses", "guidance", "freezing"]
