@@ -321,6 +321,8 @@ class Run:
                 accelerator_type=engine.accelerator_type,
                 placement_group_config=engine.placement_group_config,
                 should_continue_on_error=True,
+                # They need ray[serve]; without it the engine's actor dies and Ray Data starts it again for ever.
+                log_engine_metrics=False,
                 prepare_multimodal_stage={"enabled": self.config.stage(stage).sees_images},
             ),
             preprocess=_engine_request,
