@@ -6,8 +6,6 @@ that verl's file logger has written to `logs/<name>.jsonl`, and `settings.json` 
 
 A number that is not finite (VAS is a ratio, and a head can drive its denominator to zero) is null in report.json and
 said in words in report.html; nothing is clipped or replaced.
-
-Shape suffixes: L = layers, H = query heads, Y = rows of image tokens, X = columns, C = colour channels
 """
 
 import json

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from avar_verl.objectives.agto import normalized_weights
+from avar_verl.objectives.vas import attention_ratio
 from avar_verl.roles import TokenRole
 
 # What the log-prob pass returns for every sample, a vector of F numbers.
@@ -43,8 +44,7 @@ class VisualReduction:
         self.head_mean = head_mean or (lambda x_BHQX: x_BHQX.mean(1))
 
     def __call__(self, mass_BHQR: torch.Tensor, valid_BQ: torch.Tensor) -> torch.Tensor:
-        ratio_BHQ = mass_BHQR[..., TokenRole.IMAGE] / mass_BHQR[..., TokenRole.SYSTEM]
-        mean_BQX = self.head_mean(torch.cat([mass_BHQR, ratio_BHQ[..., None]], dim=-1))
+        mean_BQX = self.head_mean(torch.cat([mass_BHQR, attention_ratio(mass_BHQR)[..., None]], dim=-1))
         image, system, vas = mean_BQX[..., TokenRole.IMAGE], mean_BQX[..., TokenRole.SYSTEM], mean_BQX[..., -1]
         fields_BQF = torch.stack(
             [image / (system + self.epsilon), image / (image + system), image, system, vas], dim=-1
