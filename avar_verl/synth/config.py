@@ -6,6 +6,7 @@ The string under a field gives meaning, unit and range, and what disables it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ STAGES = ("describe", "reason", "integrate")
 
 COORDINATES = ("absolute", "relative_1000")
 RL_FROM = ("accepted", "inputs")
+CONTENT_FORMATS = ("openai", "string")
 GATES = (
     *("input", "overlap", "call", "refused", "truncated", "format", "answer", "anchors", "boxes", "reflection"),
     *("leak_description", "leak_answer", "length", "language", "near_duplicate"),
@@ -122,7 +124,8 @@ class EngineConfig:
     """Hugging Face folder or name."""
 
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of vLLM's engine, such as max_model_len and tensor_parallel_size."""
+    """Arguments of vLLM's engine, such as tensor_parallel_size. max_model_len must be among them: an answer that ends
+    there is cut, which Ray does not tell."""
 
     batch_size: int = 32
     """Rows of a batch, >= 1."""
@@ -134,12 +137,41 @@ class EngineConfig:
     """Kind of GPU in a Ray cluster, such as H100; null: any."""
 
     placement_group_config: Optional[dict[str, Any]] = None
-    """Ray resources of an engine; null: a GPU for each of its workers. {bundle_per_worker: {CPU: 1}} is a CPU."""
+    """Ray resources of an engine: bundles, or bundle_per_worker; null: a GPU for each of its workers.
+    {bundle_per_worker: {CPU: 1}} is a CPU."""
+
+    chat_template_content_format: str = "openai"
+    """How the chat template takes a message with images: openai (a list of parts, as nearly all do) or string."""
+
+    max_restarts: int = 2
+    """An engine that has died is started again so many times, >= 0; then the run stops. 0 disables it."""
 
     def __post_init__(self):
-        for name in ("batch_size", "concurrency"):
+        where = f"of {self.model_source}"
+        for name, least in (("batch_size", 1), ("concurrency", 1), ("max_restarts", 0)):
             value = getattr(self, name)
-            _check(value >= 1, f"engine.{name} of {self.model_source} must be >= 1", value, "Raise it.")
+            _check(value >= least, f"engine.{name} {where} must be >= {least}", value, "Raise it.")
+        length = self.engine_kwargs.get("max_model_len")
+        ok = isinstance(length, int) and length >= 1
+        _check(ok, f"engine_kwargs {where} must have max_model_len, an integer >= 1", length, "Add it.")
+        group, kinds = self.placement_group_config, {"bundles", "bundle_per_worker"}
+        ok = group is None or len(kinds & set(group)) == 1
+        fix = "Name one of them."
+        _check(ok, f"placement_group_config {where} must have bundles or bundle_per_worker", group, fix)
+        ok = self.chat_template_content_format in CONTENT_FORMATS
+        rule = f"chat_template_content_format {where} must be one of {CONTENT_FORMATS}"
+        _check(ok, rule, self.chat_template_content_format, "See the model's chat template.")
+
+    def resources(self) -> dict[str, float]:
+        """What one engine takes of Ray's resources, such as {"GPU": 2.0, "CPU": 2.0}."""
+        workers = self.engine_kwargs.get("tensor_parallel_size", 1) * self.engine_kwargs.get(
+            "pipeline_parallel_size", 1
+        )
+        group = self.placement_group_config or {"bundle_per_worker": {"GPU": 1, "CPU": 1}}
+        total: Counter = Counter()
+        for bundle in group.get("bundles") or [group["bundle_per_worker"]] * workers:
+            total.update(bundle)
+        return {name: float(number) for name, number in total.items() if number}
 
 
 @dataclass(kw_only=True)
@@ -341,7 +373,8 @@ class RayConfig:
     """local starts Ray on this machine; auto, or an address, joins a cluster."""
 
     num_cpus: Optional[int] = None
-    """CPUs of a local Ray, >= 1; null: those of the machine."""
+    """CPUs that a local Ray counts with, >= 1; null: those of the machine. A local engine raises it to what its pass
+    needs."""
 
     workers: int = 1
     """Processes that make calls, >= 1; they share an endpoint's limits in equal parts. One does about 500 calls a

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from avar_verl.data.table import count_rows
 from avar_verl.synth.chain import Request, Worker, advance, groups, served
-from avar_verl.synth.config import SynthConfig
+from avar_verl.synth.config import STAGES, EngineConfig, SynthConfig
 from avar_verl.synth.duplicates import Overlap
 from avar_verl.synth.gates import Verdict, judge
 from avar_verl.synth.items import input_files, pack, read_items, unpack
@@ -43,8 +44,10 @@ BLOCK_ROWS = 32
 BATCHES = 32
 JUDGE_ROWS = 64
 POLL_S = 1.0
-# Attempts of a local engine: it is not asked again, since the same request fails the same way.
+# Attempts of a local engine in a run: it is not asked again, since the same request fails the same way.
 ENGINE_ATTEMPTS = 1
+# CPUs that Ray Data counts beside an engine: reading, images, chat template, tokenizer, post-processing.
+ENGINE_CPUS = 5
 
 
 class StoppedError(RuntimeError):
@@ -248,6 +251,7 @@ class Run:
         begin = time.monotonic()
         start_ray(self.config)
         try:
+            self._check_resources()
             node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
                 ray.get_runtime_context().get_node_id(), soft=False
             )
@@ -272,6 +276,22 @@ class Run:
         finally:
             if self.config.ray.address == "local":
                 ray.shutdown()
+
+    def _check_resources(self) -> None:
+        """Before anything is paid for: an engine that does not fit is waited for, without a word and for ever."""
+        there = ray.cluster_resources()
+        for stage, engine in local_engines(self.config).items():
+            needs = engine.resources()
+            if all(number <= there.get(name, 0) for name, number in needs.items()):
+                continue
+            has = {name: there.get(name, 0) for name in needs}
+            if self.config.ray.address == "local":
+                raise ValueError(
+                    f"the engine of stage {stage} must fit this machine and takes {needs}; got {has}. Lower "
+                    "tensor_parallel_size, set placement_group_config, or set ray.address to a cluster."
+                )
+            # A cluster may grow.
+            self.console.print(f"{stage}: waits until the cluster, with {has} now, has {needs}", highlight=False)
 
     def _items(self) -> ray.data.Dataset:
         return ray.data.read_datasource(ItemSource(self.config, self.limit))
@@ -312,6 +332,9 @@ class Run:
             compute=ActorPoolStrategy(size=1),
             num_cpus=0,
         )
+        if not open_rows.take(1):
+            self.console.print(f"{stage}: no open requests, no engine started", highlight=False)
+            return
         processor = build_processor(
             vLLMEngineProcessorConfig(
                 model_source=engine.model_source,
@@ -323,11 +346,18 @@ class Run:
                 should_continue_on_error=True,
                 # They need ray[serve]; without it the engine's actor dies and Ray Data starts it again for ever.
                 log_engine_metrics=False,
-                prepare_multimodal_stage={"enabled": self.config.stage(stage).sees_images},
+                prepare_multimodal_stage={
+                    "enabled": self.config.stage(stage).sees_images,
+                    "chat_template_content_format": engine.chat_template_content_format,
+                },
+                # vLLM does it, as stop strings need.
+                detokenize_stage=False,
             ),
             preprocess=_engine_request,
             postprocess=_engine_answer,
         )
+        # Ray Data would start a dead engine again for ever.
+        processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = engine.max_restarts
         done = processor(open_rows).map_batches(
             StoreAnswers,
             fn_constructor_args=(self.config, self.store, stage),
@@ -335,10 +365,24 @@ class Run:
             compute=ActorPoolStrategy(size=1),
             num_cpus=0,
         )
-        with self._bar(f"engine {stage}", None) as advance_bar:
-            for row in done.iter_rows():
-                advance_bar(row["items"])
-        self._line(stage, begin)
+        before = ray.get(self.store.totals.remote())
+        try:
+            with self._bar(f"engine {stage}", None) as advance_bar:
+                for row in done.iter_rows():
+                    advance_bar(row["items"])
+        except ray.exceptions.RayError as error:
+            session = ray.get_runtime_context().get_session_name()
+            raise StoppedError(
+                f"the engine of stage {stage} has failed: {_cause(error)} What vLLM said is in Ray's logs, "
+                f"worker-*.err and .out of {session} (by default in /tmp/ray). What is paid for is in {self.folder}; "
+                "run again to go on."
+            ) from error
+        after = ray.get(self.store.totals.remote())
+        new, failed = (after[name] - before[name] for name in ("new_calls", "failures"))
+        self.console.print(
+            f"{stage}: {new} answers of a local engine, {failed} failed, {time.monotonic() - begin:.0f} s",
+            highlight=False,
+        )
 
     def _judge(self) -> dict[str, Any]:
         """The last pass: verdicts in the order of the inputs, into the files."""
@@ -405,9 +449,24 @@ class _Bar:
         self.progress.stop()
 
 
+def _cause(error: ray.exceptions.RayError) -> str:
+    """What a Ray error says, without the frames of the process that it comes from."""
+    lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    if frames:
+        # Frames are followed by their source, indented further.
+        lines = [line for line in lines[frames[-1] + 1 :] if not line.startswith("    ")]
+    return " ".join(line.strip() for line in lines)[:500]
+
+
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if "one run at a time" in line]
     return lines[-1].removeprefix("ValueError: ") if lines else text
+
+
+def local_engines(config: SynthConfig) -> dict[str, EngineConfig]:
+    """Engines by the stage that they answer."""
+    return {stage: engine for stage in STAGES if (engine := config.model(stage).engine) is not None}
 
 
 def start_ray(config: SynthConfig) -> None:
@@ -417,8 +476,10 @@ def start_ray(config: SynthConfig) -> None:
         # Ray's core prints an error for every actor of Ray Data (ray-project/ray#53727); errors that stop anything come
         # as exceptions.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Without it actors with num_cpus=0 would still be spread over no CPU; two let a read task and a judge run.
-    cpus = {"num_cpus": max(2, config.ray.num_cpus or os.cpu_count() or 1)} if local else {}
+    # CPUs are what Ray counts with, not cores. Two let a read task and a judge run; an engine has more processes around
+    # it, each of which is counted, and with too few the pass would wait for ever.
+    engines = [ENGINE_CPUS + engine.resources().get("CPU", 0) for engine in local_engines(config).values()]
+    cpus = {"num_cpus": max(2, config.ray.num_cpus or os.cpu_count() or 1, *engines)} if local else {}
     ray.init(
         address=config.ray.address,
         include_dashboard=False if local else None,
@@ -428,7 +489,8 @@ def start_ray(config: SynthConfig) -> None:
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # It logs the frames of an error that it raises as well.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 # ---- a local engine ----------------------------------------------------------------------------------------------
@@ -475,7 +537,7 @@ class OpenRequests:
 def _engine_request(row: dict[str, Any]) -> dict[str, Any]:
     body = json.loads(row["body"])
     sampling = {key: value for key, value in body.items() if key not in ("model", "messages")}
-    return {"messages": body["messages"], "sampling_params": {**sampling, "detokenize": False}}
+    return {"messages": body["messages"], "sampling_params": sampling}
 
 
 def _engine_answer(row: dict[str, Any]) -> dict[str, Any]:
@@ -484,9 +546,7 @@ def _engine_answer(row: dict[str, Any]) -> dict[str, Any]:
         "text": row["generated_text"],
         "input_tokens": row["num_input_tokens"],
         "output_tokens": row["num_generated_tokens"],
-        "max_tokens": row["sampling_params"]["max_tokens"],
         "id": row["id"],
-        "body": row["body"],
     }
 
 
@@ -506,10 +566,15 @@ class StoreAnswers:
         error = row.get("__inference_error__", "")
         if error:
             return Failure(row["key"], row["id"], self.stage, str(error)[:500], ENGINE_ATTEMPTS, False)
-        tokens = int(row["output_tokens"])
-        finish = "length" if tokens >= int(row["max_tokens"]) else "stop"
-        model = self.config.model(self.stage)
-        prompt = load_prompt(self.config.stage(self.stage).prompt)
+        tokens, settings, model = (
+            int(row["output_tokens"]),
+            self.config.stage(self.stage),
+            self.config.model(self.stage),
+        )
+        # Ray hands on no finish reason; these are the lengths at which vLLM cuts.
+        whole = int(row["input_tokens"]) + tokens
+        cut = tokens >= settings.max_tokens or whole >= model.engine.engine_kwargs["max_model_len"]
+        prompt = load_prompt(settings.prompt)
         return Call(
             key=row["key"],
             item=row["id"],
@@ -517,7 +582,7 @@ class StoreAnswers:
             model=model.model,
             prompt=f"{prompt.name} ({prompt.digest})",
             text=str(row["text"]),
-            finish=finish,
+            finish="length" if cut else "stop",
             input_tokens=int(row["input_tokens"]),
             output_tokens=tokens,
             usd=model.cost(int(row["input_tokens"]), tokens),

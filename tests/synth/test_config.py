@@ -36,6 +36,8 @@ def test_the_shipped_yaml_has_every_field_and_no_other():
         assert sorted(model) == sorted(documented_fields(ModelConfig))
     for stage in node["stages"].values():
         assert sorted(stage) == sorted(documented_fields(type(load_config(CONFIG).stages.describe)))
+    engines = yaml.safe_load((CONFIG.parent / "engine.yaml").read_text())["models"]
+    assert sorted(engines["describer"]["engine"]) == sorted(documented_fields(EngineConfig))
 
 
 def test_every_first_field_of_the_yaml_has_a_comment_above():
@@ -120,10 +122,40 @@ def test_no_such_file(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
+def engine(engine_kwargs=None, **fields):
+    return EngineConfig(model_source="folder", engine_kwargs={"max_model_len": 8, **(engine_kwargs or {})}, **fields)
+
+
 def test_an_engine_names_its_model():
-    assert ModelConfig(engine=EngineConfig(model_source="folder")).model == "folder"
-    with pytest.raises(ValueError, match="engine.batch_size of folder must be >= 1"):
-        EngineConfig(model_source="folder", batch_size=0)
+    assert ModelConfig(engine=engine()).model == "folder"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "engine.batch_size of folder must be >= 1; got 0"),
+        ({"concurrency": 0}, "engine.concurrency of folder must be >= 1"),
+        ({"max_restarts": -1}, "engine.max_restarts of folder must be >= 0; got -1"),
+        ({"engine_kwargs": {"max_model_len": None}}, "must have max_model_len, an integer >= 1; got None"),
+        ({"engine_kwargs": {"max_model_len": "8k"}}, "must have max_model_len, an integer >= 1; got '8k'"),
+        ({"placement_group_config": {"strategy": "PACK"}}, "must have bundles or bundle_per_worker"),
+        ({"chat_template_content_format": "auto"}, "chat_template_content_format of folder must be one of"),
+    ],
+)
+def test_an_engine_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        engine(**fields)
+
+
+def test_resources_of_an_engine():
+    assert engine().resources() == {"GPU": 1, "CPU": 1}
+    parallel = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
+    assert engine(parallel).resources() == {"GPU": 6, "CPU": 6}
+    assert engine(parallel, placement_group_config={"bundle_per_worker": {"CPU": 2, "GPU": 0}}).resources() == {
+        "CPU": 12
+    }
+    bundles = [{"GPU": 1}, {"GPU": 1, "CPU": 4}]
+    assert engine(parallel, placement_group_config={"bundles": bundles}).resources() == {"GPU": 2, "CPU": 4}
 
 
 def test_cost_is_dollars_a_million_tokens():
