@@ -164,9 +164,8 @@ class EngineConfig:
 
     def resources(self) -> dict[str, float]:
         """What one engine takes of Ray's resources, such as {"GPU": 2.0, "CPU": 2.0}."""
-        workers = self.engine_kwargs.get("tensor_parallel_size", 1) * self.engine_kwargs.get(
-            "pipeline_parallel_size", 1
-        )
+        kwargs = self.engine_kwargs
+        workers = kwargs.get("tensor_parallel_size", 1) * kwargs.get("pipeline_parallel_size", 1)
         group = self.placement_group_config or {"bundle_per_worker": {"GPU": 1, "CPU": 1}}
         total: Counter = Counter()
         for bundle in group.get("bundles") or [group["bundle_per_worker"]] * workers:

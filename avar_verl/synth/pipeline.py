@@ -344,7 +344,7 @@ class Run:
                 accelerator_type=engine.accelerator_type,
                 placement_group_config=engine.placement_group_config,
                 should_continue_on_error=True,
-                # They need ray[serve]; without it the engine's actor dies and Ray Data starts it again for ever.
+                # They need ray[serve]; without it the engine's actor dies.
                 log_engine_metrics=False,
                 prepare_multimodal_stage={
                     "enabled": self.config.stage(stage).sees_images,
@@ -566,12 +566,9 @@ class StoreAnswers:
         error = row.get("__inference_error__", "")
         if error:
             return Failure(row["key"], row["id"], self.stage, str(error)[:500], ENGINE_ATTEMPTS, False)
-        tokens, settings, model = (
-            int(row["output_tokens"]),
-            self.config.stage(self.stage),
-            self.config.model(self.stage),
-        )
+        settings, model = self.config.stage(self.stage), self.config.model(self.stage)
         # Ray hands on no finish reason; these are the lengths at which vLLM cuts.
+        tokens = int(row["output_tokens"])
         whole = int(row["input_tokens"]) + tokens
         cut = tokens >= settings.max_tokens or whole >= model.engine.engine_kwargs["max_model_len"]
         prompt = load_prompt(settings.prompt)
