@@ -246,6 +246,7 @@ def answers(url: str) -> bool:
     return False
 
 
+@pytest.mark.e2e
 def test_a_killed_run_goes_on_without_losing_or_repeating_an_item(tmp_path, digests):
     """Client killed in the middle, then run again: what was recorded is not asked again, and nothing is missing."""
     data, out, log, port = digests(30), tmp_path / "out", tmp_path / "asked.jsonl", free_port()

@@ -15,6 +15,9 @@ import pytest
 from avar_verl.demo import photo_grid
 from avar_verl.evaluation.server import cpu_environment, free_port, running_server, server_command
 
+# Processes that start and end, and waits for them.
+pytestmark = pytest.mark.e2e
+
 # A server with a child of its own, as vLLM has; both ignore nothing.
 PROGRAM = """
 import http.server, subprocess, sys
@@ -123,7 +126,6 @@ def test_the_environment_has_the_last_word(monkeypatch):
     assert cpu_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
-@pytest.mark.e2e
 def test_photo_grid_on_vllm_killed_and_resumed(tmp_path, tiny_model_path):
     """`avar eval` on a real server, both killed in the middle; run again, every item has one record."""
     data, out = tmp_path / "grid.parquet", tmp_path / "out"

@@ -20,6 +20,7 @@ def blocks() -> tuple[str, str, str]:
     return tuple(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
 
 
+@pytest.mark.e2e
 def test_the_worked_example(blocks, monkeypatch, tmp_path):
     family_file, registry_line, tiny_spec = blocks
     assert "llava" not in families.FAMILIES, "choose a family for the page that is not shipped"

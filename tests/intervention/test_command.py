@@ -117,6 +117,7 @@ def test_an_answer_ends_at_its_stop(tiny_model_path):
     assert backend._answer([cat, cat]).finish_reason == "length"
 
 
+@pytest.mark.e2e
 def test_a_sweep_from_the_command_line(monkeypatch, capsys, tmp_path, tiny_model_path, data):
     run = ("intervene", "sweep", "--model", tiny_model_path, "--data", data, "--out", tmp_path / "sweep")
     run += ("--alpha-img", "0,0.35", "--alpha-sys", "0,0.6", "--max-new-tokens", 8, "--batch-size", 2)

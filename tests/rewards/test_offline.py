@@ -24,6 +24,7 @@ def write(path, rows):
     return path
 
 
+@pytest.mark.e2e
 def test_the_command(tmp_path):
     data, out = write(tmp_path / "rollouts.jsonl", ROWS), tmp_path / "parts.jsonl"
     command = [sys.executable, "-m", "avar_verl.cli", "rewards", "score", str(data), "--out", str(out), "--show", "1"]

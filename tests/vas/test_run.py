@@ -19,6 +19,9 @@ from avar_verl.vas.work import RayWorkers, batched
 from tests.families.tiny import sample_messages
 from tests.vas.conftest import assert_same, leaves
 
+# Whole commands.
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory):
