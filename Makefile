@@ -1,7 +1,7 @@
 # make demo    the whole recipe on this machine, with a report in outputs/demo
 # make test    every test that needs no GPU
 # make quick   the tests without end-to-end runs
-# make slow    GRPO with every shipped reward, half an hour
+# make slow    GRPO with every shipped reward and family, engines that die
 # make check   lint
 #
 # Each target builds .venv first, and only when pyproject.toml or the constraints have changed.

@@ -170,6 +170,9 @@ class EngineConfig:
         total: Counter = Counter()
         for bundle in group.get("bundles") or [group["bundle_per_worker"]] * workers:
             total.update(bundle)
+        if self.accelerator_type:
+            # As Ray names and counts it for every worker.
+            total[f"accelerator_type:{self.accelerator_type}"] = 0.001
         return {name: float(number) for name, number in total.items() if number}
 
 

@@ -260,15 +260,14 @@ class Run:
             try:
                 ray.get(self.store.begin.remote())
             except ray.exceptions.RayActorError as error:
-                cause = getattr(error, "cause", None) or error
-                raise ValueError(_last_line(str(cause))) from error
+                raise ValueError(_cause(error).removeprefix("ValueError: ")) from error
             for stages in groups(self.config):
                 if served(self.config, stages):
                     self._call(stages)
                 else:
                     self._engine(stages[0])
             summary = self._judge()
-            totals = ray.get(self.store.totals.remote())
+            totals = self._totals()
             ray.get(self.store.adopt.remote())
             summary["calls"] = ray.get(self.store.by_stage.remote())
             summary["run"] = {**totals, "seconds": time.monotonic() - begin}
@@ -310,13 +309,13 @@ class Run:
             ),
             num_cpus=0,
         )
-        begin = time.monotonic()
+        begin, before = time.monotonic(), self._totals()
         with self._bar(f"call {', '.join(stages)}") as advance_bar:
             for row in dataset.iter_rows():
                 if row["stopped"]:
                     raise StoppedError(f"{row['stopped']} What is paid for is in {self.folder}; run again to go on.")
                 advance_bar(row["items"])
-        self._line(", ".join(stages), begin)
+        self._line(", ".join(stages), begin, before)
 
     def _engine(self, stage: str) -> None:
         """A pass of a local engine over the requests that are open."""
@@ -365,7 +364,7 @@ class Run:
             compute=ActorPoolStrategy(size=1),
             num_cpus=0,
         )
-        before = ray.get(self.store.totals.remote())
+        before = self._totals()
         try:
             with self._bar(f"engine {stage}", None) as advance_bar:
                 for row in done.iter_rows():
@@ -373,16 +372,10 @@ class Run:
         except ray.exceptions.RayError as error:
             session = ray.get_runtime_context().get_session_name()
             raise StoppedError(
-                f"the engine of stage {stage} has failed: {_cause(error)} What vLLM said is in Ray's logs, "
-                f"worker-*.err and .out of {session} (by default in /tmp/ray). What is paid for is in {self.folder}; "
-                "run again to go on."
+                f"the engine of stage {stage} has failed: {_cause(error)} What vLLM said is in Ray's logs "
+                f"of {session}, worker-*.err and .out. What is paid for is in {self.folder}; run again to go on."
             ) from error
-        after = ray.get(self.store.totals.remote())
-        new, failed = (after[name] - before[name] for name in ("new_calls", "failures"))
-        self.console.print(
-            f"{stage}: {new} answers of a local engine, {failed} failed, {time.monotonic() - begin:.0f} s",
-            highlight=False,
-        )
+        self._line(stage, begin, before)
 
     def _judge(self) -> dict[str, Any]:
         """The last pass: verdicts in the order of the inputs, into the files."""
@@ -412,11 +405,16 @@ class Run:
         )
         return summary
 
-    def _line(self, name: str, begin: float) -> None:
-        totals = ray.get(self.store.totals.remote())
+    def _totals(self) -> dict[str, Any]:
+        return ray.get(self.store.totals.remote())
+
+    def _line(self, name: str, begin: float, before: dict[str, Any]) -> None:
+        """One line on a pass; `before` are the totals at its begin."""
+        after = self._totals()
+        new, hits, failed = (after[key] - before[key] for key in ("new_calls", "hits", "failures"))
         self.console.print(
-            f"{name}: {totals['new_calls']} new answers, {totals['hits']} from the cache, {totals['failures']} failed, "
-            f"{totals['usd']:.4g} USD so far, {time.monotonic() - begin:.0f} s",
+            f"{name}: {new} new answers, {hits} from the cache, {failed} failed, {after['usd']:.4g} USD so far, "
+            f"{time.monotonic() - begin:.0f} s",
             highlight=False,
         )
 
@@ -457,11 +455,6 @@ def _cause(error: ray.exceptions.RayError) -> str:
         # Frames are followed by their source, indented further.
         lines = [line for line in lines[frames[-1] + 1 :] if not line.startswith("    ")]
     return " ".join(line.strip() for line in lines)[:500]
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if "one run at a time" in line]
-    return lines[-1].removeprefix("ValueError: ") if lines else text
 
 
 def local_engines(config: SynthConfig) -> dict[str, EngineConfig]:

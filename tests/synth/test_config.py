@@ -151,9 +151,9 @@ def test_resources_of_an_engine():
     assert engine().resources() == {"GPU": 1, "CPU": 1}
     parallel = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
     assert engine(parallel).resources() == {"GPU": 6, "CPU": 6}
-    assert engine(parallel, placement_group_config={"bundle_per_worker": {"CPU": 2, "GPU": 0}}).resources() == {
-        "CPU": 12
-    }
+    cpus = {"bundle_per_worker": {"CPU": 2, "GPU": 0}}
+    assert engine(parallel, placement_group_config=cpus).resources() == {"CPU": 12}
+    assert engine(accelerator_type="H100").resources() == {"GPU": 1, "CPU": 1, "accelerator_type:H100": 0.001}
     bundles = [{"GPU": 1}, {"GPU": 1, "CPU": 4}]
     assert engine(parallel, placement_group_config={"bundles": bundles}).resources() == {"GPU": 2, "CPU": 4}
 
