@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt | $(filter .uv/bin/uv,$(UV))
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PYTHON) -m avar_verl.cli demo --out outputs/demo
+	$(PYTHON) -m avar_verl demo --out outputs/demo
 
 test: $(STAMP)
 	$(PYTHON) -m pytest

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AVAR on verl: attention-guided cold start and a visual attention reward for vision-language models.
 
-The core (`roles`, `attention`, `objectives`, `rewards`) is plain torch and Python and imports neither verl nor vllm.
-The glue (`register`, `engine`, `trainer`, `compat`, `cli`) plugs it into verl 0.9.1.
+The core (`model`, `attention`, `objectives`, `intervention`, `anchors`, `rewards`, `data`) is plain torch and Python.
+`plugin` plugs it into verl 0.9.1 and is the only package that imports verl. `tools` are the commands of `avar`.
 """
 
 __version__ = "0.1.0"

@@ -51,8 +51,8 @@ def make_prompts(path: Path) -> list:
     from transformers import AutoProcessor
     from vllm import TokensPrompt
 
-    from avar_verl.demo import photo_grid
-    from avar_verl.render import images_of, render
+    from avar_verl.model.render import images_of, render
+    from avar_verl.tools.demo import photo_grid
 
     rng = random.Random(0)
     processor = AutoProcessor.from_pretrained(path)
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="turns; four times as many of the small model")
     parser.add_argument("--new-tokens", type=int, default=64)
     arguments = parser.parse_args()
-    from avar_verl.demo.tiny_model import build_tiny_model
+    from avar_verl.tools.demo.tiny_model import build_tiny_model
 
     rows = ["| model | engine | seconds | beside stock | 80 % of the turns |", "| --- | --- | --- | --- | --- |"]
     with tempfile.TemporaryDirectory() as folder:

@@ -28,10 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from aiohttp import web
 
-from avar_verl.demo import photo_grid
-from avar_verl.synth.chain import make_request
-from avar_verl.synth.config import STAGES, load_config
-from avar_verl.synth.items import read_items
+from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.synth.chain import make_request
+from avar_verl.tools.synth.config import STAGES, load_config
+from avar_verl.tools.synth.items import read_items
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "recipes" / "avar" / "synth" / "photo_grid.yaml"
@@ -106,7 +106,7 @@ def encoded(config, n: int) -> list[bytes]:
 def pipeline(overrides: list[str], out: Path) -> tuple[float, float]:
     """(calls a second between the first and the last answer, seconds of the whole run)."""
     begin = time.monotonic()
-    command = [sys.executable, "-m", "avar_verl.cli", "synth", "run", "--config", str(CONFIG), *overrides]
+    command = [sys.executable, "-m", "avar_verl", "synth", "run", "--config", str(CONFIG), *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)

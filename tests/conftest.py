@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from avar_verl.demo import photo_grid
-from avar_verl.demo.tiny_model import build_tiny_model
 from avar_verl.roles import RoleMap
-from tests.families.tiny import build_tiny
+from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.demo.tiny_model import build_tiny_model
+from tests.model.families.tiny import build_tiny
 
 torch.set_num_threads(1)
 

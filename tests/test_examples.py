@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from verl.utils.config import omega_conf_to_dataclass
 
-from avar_verl.engine_config import AvarFSDPEngineConfig
-from avar_verl.families import FAMILIES
-from tests.test_config import recipe
+from avar_verl.model.families import FAMILIES
+from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
+from tests.plugin.test_config import recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.sh") if path.name != "common.sh")

@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from avar_verl.attention.lse_mass import KeysByRole, LseTap
 from avar_verl.attention.mass import IMPLEMENTATIONS, NUM_ROLES, selected_mass
 from avar_verl.attention.visibility import Visibility
-from avar_verl.roles import TokenRole
+from avar_verl.model.roles import TokenRole
 
 KWARG = "avar_capture"
 # Attention arguments that change the softmax in a way the mass does not reproduce (Gemma 2's cap, GPT-OSS's sinks).

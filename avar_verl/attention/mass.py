@@ -14,7 +14,7 @@ import torch
 
 from avar_verl.attention.lse_mass import KeysByRole, lse_mass
 from avar_verl.attention.visibility import HIDDEN, Visibility
-from avar_verl.roles import TokenRole
+from avar_verl.model.roles import TokenRole
 
 NUM_ROLES = len(TokenRole)
 # Elements of one chunk's weights, B * H * C * S: 4 MiB of float32 stay in a CPU's cache, 64 MiB fill a GPU.

@@ -5,7 +5,7 @@
 
 A row is judged as the trainers read it: `kind` "sft" is `AvarSFTDataset`, "rl" is verl's `RLHFDataset`, which leaves
 rows that it cannot read out of the training and goes on. Without a model no torch is imported; with one every row is
-rendered by its processor (`data.check_rendered`). What can be found and how to mend it: `CHECKS`.
+rendered by its processor (`plugin.datasets.check_rendered`). What can be found and how to mend it: `CHECKS`.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ import math
 import multiprocessing
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 from rich.console import Console
@@ -26,7 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from avar_verl.data.images import layout_problem, load_image, pixel_notes, to_rgb
-from avar_verl.data.table import Paths, count_rows, data_files, read_rows
+from avar_verl.data.rows import Paths, count_rows, data_files, read_rows
 
 Kind = Literal["sft", "rl"]
 COLUMN = {"sft": "messages", "rl": "prompt"}
@@ -343,16 +343,48 @@ def _digest(messages: list[dict], images: Iterable[Image.Image]) -> bytes:
     return out.digest()
 
 
-class RowChecker:
-    """`RowChecker(settings)(values, kind)` -> what is wrong with one row, as `RowResult`."""
+class Rendering(Protocol):
+    """Renders rows with the processor of a model: `plugin.datasets.check_rendered.Rendering`.
 
-    def __init__(self, settings: Settings):
+    special_tokens: what text must not spell.
+    factor: pixels of one token's side, where they are known.
+    """
+
+    special_tokens: tuple[str, ...]
+    factor: int | None
+
+    def __call__(
+        self,
+        values: dict[str, Any],
+        messages: list[dict],
+        stored: list[Any],
+        images: list[Image.Image],
+        kind: Kind,
+        result: RowResult,
+    ) -> None: ...
+
+
+# Loads the model of the settings. A function of a module or a class: processes of a pool get it by name.
+LoadRendering = Callable[[Settings], Rendering]
+
+
+class RowChecker:
+    """`RowChecker(settings, load_rendering)(values, kind)` -> what is wrong with one row, as `RowResult`.
+
+    Raises:
+        ValueError: a model without `load_rendering`, or what that raises.
+    """
+
+    def __init__(self, settings: Settings, load_rendering: LoadRendering | None = None):
         self.settings = settings
         self.rendering = None
         if settings.model is not None:
-            from avar_verl.data.check_rendered import Rendering
-
-            self.rendering = Rendering(settings)
+            if load_rendering is None:
+                raise ValueError(
+                    f"rows are rendered by load_rendering; got model={settings.model!r} without it. Pass "
+                    "avar_verl.plugin.datasets.check_rendered.Rendering."
+                )
+            self.rendering = load_rendering(settings)
 
     def __call__(self, values: dict[str, Any], kind: Kind) -> RowResult:
         result = RowResult()
@@ -534,20 +566,22 @@ def _tasks(files: Sequence, settings: Settings, report: Report) -> Iterator[_Tas
 _checker: RowChecker | None = None  # Of a process of the pool.
 
 
-def _start_worker(settings: Settings) -> None:
+def _start_worker(settings: Settings, load_rendering: LoadRendering | None) -> None:
     global _checker
     if settings.model is not None:
         import torch
 
         torch.set_num_threads(1)  # The processes share the cores.
-    _checker = RowChecker(settings)
+    _checker = RowChecker(settings, load_rendering)
 
 
 def _check_chunk(chunk: list[_Task]) -> list[RowResult]:
     return [_checker(values, kind) for _, _, kind, values in chunk]
 
 
-def _results(tasks: Iterator[_Task], checker: RowChecker, processes: int) -> Iterator[tuple[_Task, RowResult]]:
+def _results(
+    tasks: Iterator[_Task], checker: RowChecker, load_rendering: LoadRendering | None, processes: int
+) -> Iterator[tuple[_Task, RowResult]]:
     if processes == 1:
         for task in tasks:
             yield task, checker(task[3], task[2])
@@ -555,7 +589,7 @@ def _results(tasks: Iterator[_Task], checker: RowChecker, processes: int) -> Ite
     # Not forked: torch may run threads here. A few chunks are under way at a time, so that no file is read ahead.
     context = multiprocessing.get_context("spawn")
     under_way: deque = deque()
-    with ProcessPoolExecutor(processes, context, _start_worker, (checker.settings,)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (checker.settings, load_rendering)) as pool:
         chunks = iter(lambda: list(itertools.islice(tasks, CHUNK_ROWS)), [])
         for chunk in itertools.chain(chunks, itertools.repeat(None, 2 * processes)):
             if chunk is not None:
@@ -565,10 +599,19 @@ def _results(tasks: Iterator[_Task], checker: RowChecker, processes: int) -> Ite
                 yield from zip(done, future.result(), strict=True)
 
 
-def check_files(paths: Paths, settings: Settings, *, n: int = 0, processes: int = 1, progress: bool = True) -> Report:
+def check_files(
+    paths: Paths,
+    settings: Settings,
+    load_rendering: LoadRendering | None = None,
+    *,
+    n: int = 0,
+    processes: int = 1,
+    progress: bool = True,
+) -> Report:
     """Check the rows of files or folders.
 
     Args:
+        load_rendering: `plugin.datasets.check_rendered.Rendering`, for settings with a model.
         n: only the first n rows, of all files together; 0 for all.
         processes: how many check at the same time.
 
@@ -578,7 +621,7 @@ def check_files(paths: Paths, settings: Settings, *, n: int = 0, processes: int 
     if processes < 1:
         raise ValueError(f"processes must be at least 1; got {processes}. Use 1.")
     files = data_files(paths)
-    checker = RowChecker(settings)  # With a pool too: what is wrong with a model is told once.
+    checker = RowChecker(settings, load_rendering)  # With a pool too: what is wrong with a model is told once.
     report = Report([str(file) for file in files])
     tasks: Iterator[_Task] = _tasks(files, settings, report)
     total = count_rows(files)
@@ -586,7 +629,8 @@ def check_files(paths: Paths, settings: Settings, *, n: int = 0, processes: int 
         tasks = itertools.islice(tasks, n)
         total = n if total is None else min(n, total)
     first: dict[bytes, tuple[str, int]] = {}
-    bar = tqdm(_results(tasks, checker, processes), total=total, desc="check", unit="row", disable=not progress)
+    results = _results(tasks, checker, load_rendering, processes)
+    bar = tqdm(results, total=total, desc="check", unit="row", disable=not progress)
     for (file, number, kind, _), result in bar:
         report.rows[kind] += 1
         report.num_images.append(result.num_images)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from avar_verl.roles import TokenRole
+from avar_verl.model.roles import TokenRole
 
 GRAMMAR = "alpha_img=NUMBER,alpha_sys=NUMBER,layers=0-13,20,heads=0-3"
 _ALPHAS = ("alpha_img", "alpha_sys")

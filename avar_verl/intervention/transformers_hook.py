@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from avar_verl.attention import capture
 from avar_verl.attention.capture import find_decoder
 from avar_verl.intervention.spec import InterventionSpec, scale_keys
-from avar_verl.roles import RoleMap
+from avar_verl.model.roles import RoleMap
 
 KWARG = "avar_intervention"
 

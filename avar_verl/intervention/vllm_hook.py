@@ -9,7 +9,7 @@ An engine is told that requests may ask for it, and which setting is the default
 A request asks with `SamplingParams(extra_args={"avar_intervene": "alpha_img=0.15"})`, over HTTP with `"vllm_xargs":
 {"avar_intervene": "alpha_img=0.15"}`. Requests of one batch may have different settings.
 
-Two patches, which `avar_verl.vllm_plugin` applies when vLLM imports the module:
+Two patches, which `avar_verl.plugin.vllm_plugin` applies when vLLM imports the module:
 
 1. `InputProcessor.process_inputs` (vllm/v1/engine/input_processor.py:242): the one way from a prompt to an engine
    request. Placeholders are expanded, an error reaches whoever asked, and the cache salt can still be set.
@@ -39,9 +39,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from avar_verl.families import get_family
 from avar_verl.intervention.spec import InterventionSpec, scale_keys
-from avar_verl.roles import RoleMap, TokenRole
+from avar_verl.model.families import get_family
+from avar_verl.model.roles import RoleMap, TokenRole
 
 ENGINE_KEY = "avar_intervention"
 REQUEST_KEY = "avar_intervene"

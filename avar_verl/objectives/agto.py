@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from avar_verl.roles import TokenRole
+from avar_verl.model.roles import TokenRole
 
 # Columns that `mean_over_queries` adds behind the R role masses.
 RATIO, SHARE = len(TokenRole), len(TokenRole) + 1

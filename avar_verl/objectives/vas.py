@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from avar_verl.roles import TokenRole
+from avar_verl.model.roles import TokenRole
 
 # Bands of the paper for 7B models (arXiv 2603.03825): below 10 narrow, 10 to 15 wide, above 15 panoramic.
 BANDS = ((10.0, "narrow"), (15.0, "wide"), (float("inf"), "panoramic"))

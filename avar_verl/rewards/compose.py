@@ -33,7 +33,7 @@ from avar_verl.rewards.format import format_score
 from avar_verl.rewards.grounding import grounding_score
 
 GATE_THRESHOLD = 0.5
-# What a sample's extra_info may say; avar_verl.rollout.reward_manager fills in the first and the last.
+# What a sample's extra_info may say; avar_verl.plugin.rollout.reward_manager fills in the first and the last.
 IMAGE_SIZES, PROMPT, BOXES, BOXES_SIZE = "image_sizes", "prompt_text", "boxes", "boxes_size"
 
 

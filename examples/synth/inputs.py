@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avar_verl.demo import photo_grid
+from avar_verl.tools.demo import photo_grid
 
 
 def write_inputs(path: str | Path, n: int, seed: int = 0, split: str = "train") -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 
-from avar_verl.synth.store import JOURNAL, read_journal
+from avar_verl.tools.synth.store import JOURNAL, read_journal
 from examples.synth.inputs import write_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def answered(port: int) -> int | None:
 def synth(work: Path, ports: dict[str, int], *overrides: str) -> list[str]:
     """Command of a run."""
     return [
-        *(sys.executable, "-m", "avar_verl.cli", "synth", "run", "--config", str(CONFIG)),
+        *(sys.executable, "-m", "avar_verl", "synth", "run", "--config", str(CONFIG)),
         f"out={work / 'out'}",
         f"input.files=[{work / 'inputs.parquet'}]",
         *(f"endpoints.{name}.url=http://127.0.0.1:{port}/v1" for name, port in ports.items()),

@@ -23,6 +23,6 @@ for port in 8011 8012; do
 done
 
 settings=("out=$OUT" "input.files=[$OUT/inputs.parquet]" "$@")
-"$PYTHON" -m avar_verl.cli synth estimate --config "$CONFIG" "${settings[@]}"
-"$PYTHON" -m avar_verl.cli synth run --config "$CONFIG" "${settings[@]}"
-"$PYTHON" -m avar_verl.cli synth inspect "$OUT" --n 1
+"$PYTHON" -m avar_verl synth estimate --config "$CONFIG" "${settings[@]}"
+"$PYTHON" -m avar_verl synth run --config "$CONFIG" "${settings[@]}"
+"$PYTHON" -m avar_verl synth inspect "$OUT" --n 1

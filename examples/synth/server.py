@@ -33,8 +33,8 @@ from typing import Any, TextIO
 
 from aiohttp import web
 
-from avar_verl.demo import photo_grid
-from avar_verl.synth.items import make_picture
+from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.synth.items import make_picture
 
 HANG_S = 3600.0
 FLAWS = ("description", "no_check", "no_image", "no_tags")

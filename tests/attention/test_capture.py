@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from avar_verl.attention import capture, capture_mass
 from avar_verl.attention.capture import find_decoder, packed_segments, select_queries
 from avar_verl.objectives.agto import mean_over_queries
-from avar_verl.objectives.reward import VisualReduction
+from avar_verl.objectives.vars import VisualReduction
 from avar_verl.roles import TokenRole
 from tests.attention.reference import eager_mass
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from avar_verl import cli
 from avar_verl.data.check import CHECKS, RowChecker, Settings, check_files
-from avar_verl.demo import photo_grid
+from avar_verl.tools import cli
+from avar_verl.tools.demo import photo_grid
 
 BOX = [[56.0, 0.0, 112.0, 56.0]]
 
@@ -307,8 +307,8 @@ def test_no_process_is_refused(clean, tmp_path):
 def test_every_family_s_delimiters_are_looked_for():
     """Without a model; `</s>` and `[INST]`, which ordinary text may have, only with one."""
     from avar_verl.data.check import SPECIAL
-    from avar_verl.families import FAMILIES, get_family
-    from avar_verl.families.turns import TurnFormat
+    from avar_verl.model.families import FAMILIES, get_family
+    from avar_verl.model.turns import TurnFormat
 
     for name in FAMILIES:
         turn_format = get_family(name).turns
@@ -319,14 +319,16 @@ def test_every_family_s_delimiters_are_looked_for():
 
 @pytest.fixture(scope="module")
 def checker(tiny_model_path):
-    return RowChecker(Settings(model=str(tiny_model_path), max_length=110, max_prompt_length=60))
+    from avar_verl.plugin.datasets.check_rendered import Rendering
+
+    return RowChecker(Settings(model=str(tiny_model_path), max_length=110, max_prompt_length=60), Rendering)
 
 
 def test_with_a_model_tokens_are_those_of_the_data_set(checker, clean, tiny_model_path, tmp_path):
     from omegaconf import OmegaConf
     from verl.utils.tokenizer import hf_processor
 
-    from avar_verl.data.sft_dataset import AvarSFTDataset
+    from avar_verl.plugin.datasets.sft import AvarSFTDataset
 
     processor = hf_processor(str(tiny_model_path))
     path = write(tmp_path / "sft.parquet", [{k: row[k] for k in ("messages", "images")} for row in clean["sft"]])

@@ -11,7 +11,8 @@ import pytest
 
 from avar_verl.data.check import Settings, check_files
 from avar_verl.data.images import open_image
-from avar_verl.demo.photo_grid import load_photo
+from avar_verl.plugin.datasets.check_rendered import Rendering
+from avar_verl.tools.demo.photo_grid import load_photo
 from recipes.avar.data import avar_coldstart
 from recipes.avar.data.avar_coldstart import convert, convert_files, is_val
 
@@ -85,7 +86,7 @@ def test_the_trainer_reads_what_is_written(images, tmp_path, tiny_model_path):
     from verl.utils.tokenizer import hf_processor
 
     convert_files([write(tmp_path / "data.jsonl", ROWS)], tmp_path, images)
-    report = check_files(tmp_path / "train.parquet", Settings(model=str(tiny_model_path)), progress=False)
+    report = check_files(tmp_path / "train.parquet", Settings(model=str(tiny_model_path)), Rendering, progress=False)
     assert report.rows == {"sft": 5} and report.findings == []
     processor = hf_processor(str(tiny_model_path))
     config = OmegaConf.create({"max_length": 1024, "pad_mode": "no_padding"})

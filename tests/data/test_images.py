@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 
 from avar_verl.data import images
 from avar_verl.data.images import as_verl_image, layout_problem, load_image, open_image, pixel_notes
-from avar_verl.demo.photo_grid import load_photo
+from avar_verl.tools.demo.photo_grid import load_photo
 
 
 @pytest.fixture(scope="module")

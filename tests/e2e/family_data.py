@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas
 
-from avar_verl.demo import photo_grid
+from avar_verl.tools.demo import photo_grid
 
 SYSTEM = {"role": "system", "content": "Look at the image."}
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from avar_verl.families import FAMILIES, get_family
+from avar_verl.model.families import FAMILIES, get_family
 from tests.e2e import family_data, launch
-from tests.families.tiny import build_tiny
+from tests.model.families.tiny import build_tiny
 
 # No system turn in their chat templates.
 WITHOUT_SYSTEM = ("gemma3",)

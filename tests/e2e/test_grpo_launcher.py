@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from avar_verl.demo import photo_grid
+from avar_verl.tools.demo import photo_grid
 from tests.e2e import launch
 
 # Two starts of Ray, vLLM and the trainer, up to five minutes each.

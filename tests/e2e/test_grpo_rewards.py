@@ -4,7 +4,7 @@
 import pandas as pd
 import pytest
 
-from avar_verl.demo import photo_grid
+from avar_verl.tools.demo import photo_grid
 from tests.e2e import launch
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

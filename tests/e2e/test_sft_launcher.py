@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from avar_verl.demo import photo_grid
+from avar_verl.tools.demo import photo_grid
 from tests.e2e import launch
 
 pytestmark = pytest.mark.e2e

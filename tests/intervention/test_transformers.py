@@ -14,14 +14,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from avar_verl.attention import capture_mass
 from avar_verl.attention.capture import find_decoder
-from avar_verl.families import FAMILIES, get_family
 from avar_verl.intervention.spec import InterventionSpec
 from avar_verl.intervention.transformers_hook import check_decoder, generate, intervene
-from avar_verl.measure import Checkpoint, Item, measure_vas
-from avar_verl.render import collate, render
+from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.model.families import FAMILIES, get_family
+from avar_verl.model.render import collate, render
 from avar_verl.roles import RoleMap, TokenRole
-from tests.families import tiny
+from avar_verl.tools.vas.measure import Item, measure_vas
 from tests.intervention.reference import attention_of, reference
+from tests.model.families import tiny
 
 SELF_ATTENTION = sorted(model_type for model_type in FAMILIES if not get_family(model_type).cross_attention)
 BOTH = "alpha_img=0.35,alpha_sys=0.6"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from avar_verl.families import FAMILIES, get_family
 from avar_verl.intervention.spec import InterventionSpec
 from avar_verl.intervention.transformers_hook import intervene
-from avar_verl.render import collate, render
+from avar_verl.model.families import FAMILIES, get_family
+from avar_verl.model.render import collate, render
 from avar_verl.roles import RoleMap
 from tests.intervention import vllm_worker as worker
 
@@ -59,7 +59,7 @@ def check(family_model, family_processor):
         ids_S = torch.cat([prompt.ids_S, new_ids])
         family = get_family(model_type)
         inputs = collate(family, model.config, [dataclasses.replace(prompt, ids_S=ids_S)], pad_id=0)
-        if "token_type_ids" in inputs:  # As in tests/families/test_vllm.py.
+        if "token_type_ids" in inputs:  # As in tests/model/families/test_vllm.py.
             inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
         roles = RoleMap.from_pretrained(processor, model.config)(
             prompt.ids_S[None], torch.ones_like(prompt.ids_S)[None]

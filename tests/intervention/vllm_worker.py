@@ -48,7 +48,7 @@ REFUSED = (
 
 def prompts() -> list[list[dict]]:
     """Conversations with one image, with two, and without; the last question is not answered."""
-    from tests.families.tiny import sample_messages
+    from tests.model.families.tiny import sample_messages
 
     return [
         sample_messages(1, system=True, answered=False),
@@ -62,7 +62,7 @@ def generate(llm, processor, requests, n: int = 1, max_tokens: int = NEW_TOKENS)
     from vllm import SamplingParams, TokensPrompt
 
     from avar_verl.intervention.vllm_hook import request_arguments
-    from avar_verl.render import images_of, render
+    from avar_verl.model.render import images_of, render
     from avar_verl.roles import RoleMap
 
     conversations = prompts()
@@ -181,7 +181,7 @@ def main(out: str, engine: str, *paths: str) -> None:
 
     from avar_verl.intervention.vllm_hook import engine_arguments
 
-    # As in tests/families/vllm_worker.py.
+    # As in tests/model/families/vllm_worker.py.
     cpu_fused_moe._CPU_MOE_ACT_FN[cpu_fused_moe.MoEActivation.SILU] = SiluAndMul.forward_native
     answers = {}
     for path in paths:

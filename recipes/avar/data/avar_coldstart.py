@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from avar_verl.data.check import RowChecker, Settings
 from avar_verl.data.images import as_verl_image
-from avar_verl.data.table import Row, count_rows, data_files, read_rows
+from avar_verl.data.rows import Row, count_rows, data_files, read_rows
 from avar_verl.rewards.format import format_score
 
 # LLaMA-Factory's tags (data/README.md there); `role` and `content` may carry either.

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversation with its images as token ids and features, one sample at a time, and samples as one batch.
+
+One path for every family and every use (cold start, rollouts, measurement, `avar doctor`): the processor's chat
+template, then the processor, without a second BOS where the template has written one.
+
+Shape suffixes: B = samples, S = positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from avar_verl.model.families import Family
+
+# What a processor returns for every position. It is rebuilt from ids (`Family.token_inputs`), since rollouts append
+# ids that no processor has seen.
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "cross_attention_mask")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One sample. `ids_S` are the model's; `prompt_ids` are those before placeholders are repeated for every image
+    token, which is what vLLM is given; `features` are the processor's outputs that do not belong to a position.
+    """
+
+    ids_S: torch.Tensor
+    prompt_ids: list[int]
+    features: dict[str, torch.Tensor]
+
+
+def as_blocks(content: str | Sequence[dict]) -> list[dict]:
+    """Message content as a list of blocks, which every template takes."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def images_of(messages: Sequence[dict]) -> list[Any]:
+    """The images of a conversation's image blocks, in order."""
+    blocks = (block for message in messages for block in as_blocks(message["content"]))
+    return [block["image"] for block in blocks if block["type"] == "image"]
+
+
+def _chat_text(processor, messages: Sequence[dict], **kwargs) -> str:
+    """What the chat template writes, for messages with blocks as content.
+
+    GLM-4.1V's template takes system and assistant turns as text alone, Llama 3.2 Vision's the system turn, and either
+    prints a list of blocks as Python does. Other templates take lists alone. So the turns that were printed are given
+    as text, and the rest is left as it is.
+    """
+    text = processor.apply_chat_template(messages, tokenize=False, **kwargs)
+    printed = [str(message["content"]) in text for message in messages]
+    if not any(printed):
+        return text
+    messages = [
+        {**message, "content": "".join(block["text"] for block in message["content"])} if as_text else message
+        for message, as_text in zip(messages, printed, strict=True)
+    ]
+    return processor.apply_chat_template(messages, tokenize=False, **kwargs)
+
+
+def render(
+    processor,
+    messages: Sequence[dict],
+    *,
+    add_generation_prompt: bool = False,
+    template_kwargs: dict | None = None,
+    processor_kwargs: dict | None = None,
+) -> Rendered:
+    """Tokenize a conversation, its images in blocks `{"type": "image", "image": PIL}`.
+
+    Args:
+        template_kwargs: for the chat template (`tools`, `enable_thinking`).
+        processor_kwargs: for the processor (`min_pixels`).
+
+    Raises:
+        ValueError: text that itself spells the placeholder; whatever the processor refuses.
+    """
+    messages = [{**message, "content": as_blocks(message["content"])} for message in messages]
+    placeholder = getattr(processor, "image_token", None)
+    for message in messages:
+        for block in message["content"]:
+            if block["type"] == "text" and placeholder and placeholder in block["text"]:
+                raise ValueError(
+                    f"text must not spell the image placeholder; got {placeholder!r} in a {message['role']} turn. "
+                    "Give images as image blocks, and strip the placeholder from the text."
+                )
+    text = _chat_text(processor, messages, add_generation_prompt=add_generation_prompt, **(template_kwargs or {}))
+    tokenizer = processor.tokenizer
+    written_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    images = images_of(messages)
+    inputs = processor(
+        text=[text],
+        # A flat list: given as a list per text, LLaVA-OneVision does not tile images that come in twos, and vLLM does.
+        images=images or None,
+        add_special_tokens=not written_bos,
+        return_tensors="pt",
+        **(processor_kwargs or {}),
+    )
+    return Rendered(
+        ids_S=inputs["input_ids"][0],
+        prompt_ids=tokenizer(text, add_special_tokens=not written_bos)["input_ids"],
+        features={key: value for key, value in inputs.items() if key not in PER_TOKEN},
+    )
+
+
+def _zero_padded(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors with zeros behind, so that they differ in their first dimension alone."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    out = []
+    for value in values:
+        missing = [wanted - have for wanted, have in zip(shape, value.shape[1:], strict=True)]
+        pad = [amount for size in reversed(missing) for amount in (0, size)]
+        out.append(torch.nn.functional.pad(value, pad) if any(missing) else value)
+    return out
+
+
+def merge_features(
+    family: Family, samples: Sequence[dict[str, torch.Tensor] | None], like: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Features of a batch: those of its samples one behind the other; a sample without an image has none.
+
+    Images of one sample may have more tiles than those of another: the missing tiles are zeros, which every family
+    recognises by its own sizes or masks. `like`: features of any image, for `Family.fill_text_only` in a batch without
+    one.
+    """
+    samples = [dict(sample or {}) for sample in samples]
+    like = next((sample for sample in samples if sample), like)
+    if family.fill_text_only is not None and like is not None:
+        samples = [sample or family.fill_text_only(like) for sample in samples]
+    keys = dict.fromkeys(key for sample in samples for key, value in sample.items() if value is not None)
+    columns = {key: [sample[key] for sample in samples if sample.get(key) is not None] for key in keys}
+    return {key: torch.cat(_zero_padded(values)) for key, values in columns.items()}
+
+
+def collate(
+    family: Family, config, samples: Sequence[Rendered], pad_id: int, padding_side: str = "right"
+) -> dict[str, torch.Tensor]:
+    """Model inputs of a batch: `input_ids` and `attention_mask` (B, S), features, and inputs for every position."""
+    length = max(len(sample.ids_S) for sample in samples)
+    ids_BS = torch.full((len(samples), length), pad_id, dtype=torch.long)
+    mask_BS = torch.zeros_like(ids_BS)
+    for row, sample in enumerate(samples):
+        count = len(sample.ids_S)
+        where = slice(length - count, length) if padding_side == "left" else slice(0, count)
+        ids_BS[row, where], mask_BS[row, where] = sample.ids_S, 1
+    features = merge_features(family, [sample.features for sample in samples])
+    inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, **features}
+    if "image_grid_thw" in features:
+        # Qwen-VL and GLM-4.1V make their positions in time, height and width from this, or refuse, or (Qwen2.5-VL)
+        # silently count tokens.
+        image_ids = ids_BS.new_tensor(family.placeholder_ids(config))
+        inputs["mm_token_type_ids"] = torch.isin(ids_BS, image_ids).long()
+    if family.token_inputs is not None:
+        inputs.update(family.token_inputs(config, ids_BS, features))
+    return inputs

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VARS: the visual attention reward of one rollout.
+
+    r_visual = mean_{t in T} mean_{l in L} m_image(l, t) / (m_system(l, t) + epsilon)     if the answer is right, else 0
+
+T are the response tokens, m(l, t) the mean over heads (arXiv 2603.03825, the VARS reward). The ratio has no bound and a
+policy can raise it by starving its denominator, so a bounded statistic and several shapings stand beside it.
+
+Shape suffixes: B = samples, H = query heads, Q = queries, R = token roles, X = R and more, F = fields of VISUAL_FIELDS
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from avar_verl.model.roles import TokenRole
+from avar_verl.objectives.agto import normalized_weights
+from avar_verl.objectives.vas import attention_ratio
+
+# What the log-prob pass returns for every sample, a vector of F numbers.
+VISUAL_FIELDS = (
+    *("ratio", "image_share", "image_mass", "system_mass", "vas"),
+    *("num_queries", "num_image", "num_system"),
+)
+# Those that a sample without a system turn does not have.
+_OF_SYSTEM = [VISUAL_FIELDS.index(name) for name in ("ratio", "image_share", "vas")]
+# The masses that it reads.
+VISUAL_ROLES = (TokenRole.SYSTEM, TokenRole.IMAGE)
+STATISTICS = ("ratio", "image_share")
+SHAPINGS = ("none", "clip", "log", "rank")
+
+
+class VisualReduction:
+    """Reduction of one layer for `capture_mass`: the first five of VISUAL_FIELDS, means over the sample's queries.
+
+    (B, H, Q, R) -> (B, 5); nan where a sample has no query. `ratio` and `image_share` are of masses averaged over the
+    heads, as in r_visual; `vas` is the metric of the paper, the mean over heads of m_image / m_system, without an
+    epsilon: inf where a head gives the system turn no mass at all.
+    """
+
+    def __init__(self, epsilon: float, head_mean: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        """`head_mean(x_BHQX) -> x_BQX` where the heads are spread over several processes."""
+        self.epsilon = epsilon
+        self.head_mean = head_mean or (lambda x_BHQX: x_BHQX.mean(1))
+
+    def __call__(self, mass_BHQR: torch.Tensor, valid_BQ: torch.Tensor) -> torch.Tensor:
+        mean_BQX = self.head_mean(torch.cat([mass_BHQR, attention_ratio(mass_BHQR)[..., None]], dim=-1))
+        image, system, vas = mean_BQX[..., TokenRole.IMAGE], mean_BQX[..., TokenRole.SYSTEM], mean_BQX[..., -1]
+        fields_BQF = torch.stack(
+            [image / (system + self.epsilon), image / (image + system), image, system, vas], dim=-1
+        )
+        fields_BQF = fields_BQF.where(valid_BQ[..., None], 0.0)
+        return fields_BQF.sum(1) / valid_BQ.sum(1)[:, None]
+
+
+def visual_fields(
+    per_layer: list[torch.Tensor],
+    roles_BS: torch.Tensor,
+    valid_BQ: torch.Tensor,
+    layer_weights: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """(B, F) float32 in the order of VISUAL_FIELDS, from the `VisualReduction` of every captured layer.
+
+    Layers are averaged, by `layer_weights` if given.
+
+    `ratio`, `image_share` and `vas` of a sample without a system turn are nan, not defined: epsilon must not make up a
+    number.
+    """
+    counts = [
+        valid_BQ.sum(1),
+        (roles_BS == TokenRole.IMAGE).sum(1),
+        (roles_BS == TokenRole.SYSTEM).sum(1),
+    ]
+    fields_LB5 = torch.stack(per_layer)
+    if layer_weights is None:
+        means_B5 = fields_LB5.mean(0)
+    else:
+        means_B5 = torch.einsum("l,lbf->bf", normalized_weights(layer_weights, fields_LB5), fields_LB5)
+    undefined_B = counts[2] == 0
+    means_B5[:, _OF_SYSTEM] = means_B5[:, _OF_SYSTEM].masked_fill(undefined_B[:, None], float("nan"))
+    return torch.cat([means_B5, torch.stack(counts, dim=1).float()], dim=1)
+
+
+def shape_visual_reward(
+    raw_B: torch.Tensor,
+    correct_B: torch.Tensor,
+    groups: list,
+    shaping: str = "none",
+    clip_max: float | None = None,
+) -> torch.Tensor:
+    """r_visual of every rollout: gated on a right answer, then shaped. (B,) float32, 0 for a wrong answer.
+
+    Args:
+        raw_B: the statistic, >= 0.
+        correct_B: bool, the gate.
+        groups: B hashable group ids (the prompt's uid), for `rank`.
+        shaping: `none` raw, in [0, inf); `clip` min(raw, clip_max); `log` log(1 + raw); `rank` the rank among the right
+            answers of the group divided by their number, in (0, 1], ties share the mean rank.
+        clip_max: bound of `clip`, > 0.
+
+    Raises:
+        ValueError: a right answer whose statistic is not finite, or an unknown shaping.
+
+    >>> shape_visual_reward(torch.tensor([2.0, 8.0, 5.0]), torch.tensor([True, True, False]), ["a"] * 3, "clip", 4.0)
+    tensor([2., 4., 0.])
+    >>> shape_visual_reward(torch.tensor([2.0, 8.0, 5.0]), torch.tensor([True, True, False]), ["a"] * 3, "rank")
+    tensor([0.5000, 1.0000, 0.0000])
+    """
+    undefined = correct_B & ~torch.isfinite(raw_B)
+    if bool(undefined.any()):
+        raise ValueError(
+            "r_visual needs a response token, a system turn and a finite ratio for every right answer; got "
+            f"{raw_B[undefined].tolist()} at rows {undefined.nonzero().flatten().tolist()}. Give the prompts a system "
+            "turn, or set avar.vars.lambda_v=0."
+        )
+    raw_B = raw_B.where(correct_B, 0.0).float()
+    if shaping == "none":
+        return raw_B
+    if shaping == "clip":
+        return raw_B.clamp(max=clip_max)
+    if shaping == "log":
+        return torch.log1p(raw_B)
+    if shaping == "rank":
+        same_BB = torch.tensor([[a == b for b in groups] for a in groups]) & correct_B[:, None] & correct_B[None]
+        below_B = (same_BB & (raw_B[None] < raw_B[:, None])).sum(1)
+        equal_B = (same_BB & (raw_B[None] == raw_B[:, None])).sum(1)
+        rank_B = below_B + (equal_B + 1) / 2
+        return torch.where(correct_B, rank_B / same_BB.sum(1).clamp(min=1), 0.0).float()
+    raise ValueError(f"shaping must be one of {SHAPINGS}; got {shaping!r}. Set avar.vars.shaping.")

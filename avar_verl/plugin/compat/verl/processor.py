@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processors of the families that verl does not list.
+
+`verl.utils.tokenizer.tokenizer.hf_processor` (tokenizer.py:185-263) knows seven processor classes. For any other, and
+after any error, it warns and returns None, and verl goes on to train on text alone. Here a model of a known family
+(`avar_verl.model.families`) gets its processor or an error.
+"""
+
+import functools
+import sys
+import warnings
+from typing import Any
+
+from avar_verl.model.families import FAMILIES
+
+
+def apply(tokenizer_module) -> None:
+    """Wrap `hf_processor` of the freshly imported module `verl.utils.tokenizer.tokenizer`."""
+    original = tokenizer_module.hf_processor
+
+    @functools.wraps(original)
+    def hf_processor(name_or_path, **kwargs) -> Any:
+        from transformers import AutoConfig, AutoProcessor
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            processor = original(name_or_path, **kwargs)
+        if processor is not None:
+            return processor
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if config.model_type not in FAMILIES:
+            for warning in caught:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            return None
+        # Its errors name the missing file.
+        processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
+        processor.config = config  # As verl does, for whatever reads it.
+        return processor
+
+    # `import verl` has imported the name into verl.utils by the time its plugins are loaded.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("verl.") and vars(module).get("hf_processor") is original:
+            module.hf_processor = hf_processor
+    tokenizer_module.hf_processor = hf_processor

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `avar` config node as validated dataclasses; recipes/avar/config/avar/avar.yaml is the same, for hydra.
+
+The string under a field gives meaning, unit and range, what disables it, and the paper's value (arXiv 2603.03825).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from avar_verl.attention.mass import IMPLEMENTATIONS
+from avar_verl.model.roles import TokenRole
+from avar_verl.objectives.vars import SHAPINGS, STATISTICS
+
+QUERY_ROLES = {
+    "user": (TokenRole.USER,),
+    "response": (TokenRole.RESPONSE,),
+    "both": (TokenRole.USER, TokenRole.RESPONSE),
+}
+
+
+def _check(condition: bool, rule: str, got, fix: str) -> None:
+    if not condition:
+        raise ValueError(f"{rule}; got {got!r}. {fix}")
+
+
+def _check_indices(name: str, values: Sequence[int] | None) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    ok = not isinstance(values, str) and len(values) > 0 and all(type(value) is int for value in values)
+    _check(ok, f"{name} must be null or a non-empty list of integers", values, "Use null for all of them.")
+    return tuple(values)
+
+
+def _check_weights(weights: Sequence[float] | None, layers: Sequence[int] | None) -> tuple[float, ...] | None:
+    if weights is None:
+        return None
+    fix = "Set avar.agto.layer_weights or avar.vars.layer_weights to one positive weight for every layer, or to null."
+    ok = not isinstance(weights, str) and len(weights) > 0 and all(weight > 0 for weight in weights)
+    _check(ok, "layer_weights must be null or positive numbers", weights, fix)
+    ok = layers is None or len(weights) == len(layers)
+    _check(ok, "layer_weights must be as many as layers", (weights, layers), fix)
+    return tuple(float(weight) for weight in weights)
+
+
+def _check_alarm(floor: float) -> None:
+    _check(
+        0 <= floor < 1,
+        "alarm_system_mass must be in [0, 1)",
+        floor,
+        "Set avar.agto.alarm_system_mass or avar.vars.alarm_system_mass to 0 to disable it.",
+    )
+
+
+def _check_implementation(implementation: str) -> None:
+    fix = "Set avar.agto.implementation or avar.vars.implementation to auto."
+    _check(implementation in IMPLEMENTATIONS, f"implementation must be one of {IMPLEMENTATIONS}", implementation, fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgtoConfig:
+    """Attention-guided losses of the cold start (`objectives.agto`)."""
+
+    alpha: float = 0.15
+    """Weight of L_enhance, >= 0; 0 disables it. Paper: 0.15."""
+
+    beta: float = 0.15
+    """Weight of L_suppress, >= 0; 0 disables it. Paper: 0.15."""
+
+    epsilon: float = 1e-6
+    """Added inside the logarithm of L_suppress, a mass per system key, >= 0. Paper: 1e-6."""
+
+    query_role: str = "user"
+    """Whose attention is guided: user, response or both. Released code: user."""
+
+    layers: Sequence[int] | None = None
+    """Decoder layers that are guided, negative from the end; null is all. Paper: all."""
+
+    layer_weights: Sequence[float] | None = None
+    """Weights of the guided layers in the mean over layers, > 0, in ascending order of layers; null weighs all alike.
+    Paper: null."""
+
+    heads: Sequence[int] | None = None
+    """Query heads that are guided in each of these layers; null is all. Paper: all."""
+
+    image_target: float | None = None
+    """Image mass of a head from which L_enhance stops pushing it, in (0, 1]; null never stops. Paper: null."""
+
+    system_floor: float | None = None
+    """System mass of a head below which L_suppress stops pushing it, in [0, 1); null never stops. Paper: null."""
+
+    warmup_steps: int = 0
+    """Optimizer steps over which both weights rise linearly from 0, >= 0; 0 disables it. Paper: 0."""
+
+    anneal: Sequence[int] | None = None
+    """Optimizer steps [first, last] between which both weights fall linearly to 0; null disables it. Paper: null."""
+
+    measure: bool = False
+    """Log masses and VAS also when both weights are 0. The loss is then verl's own, to the bit."""
+
+    alarm_system_mass: float = 0.01
+    """Mean system mass under which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
+
+    implementation: str = "auto"
+    """How masses are computed, the same numbers by each: auto, chunked, lse or triton
+    (`attention.mass.choose_implementation`)."""
+
+    def __post_init__(self):
+        fix = "Set avar.agto."
+        _check(self.alpha >= 0, "alpha must be >= 0", self.alpha, fix + "alpha=0 to disable L_enhance.")
+        _check(self.beta >= 0, "beta must be >= 0", self.beta, fix + "beta=0 to disable L_suppress.")
+        _check(self.epsilon >= 0, "epsilon must be >= 0", self.epsilon, fix + "epsilon=1e-6, the paper's.")
+        _check(self.query_role in QUERY_ROLES, f"query_role must be one of {sorted(QUERY_ROLES)}", self.query_role, fix)
+        target, floor = self.image_target, self.system_floor
+        _check(
+            target is None or 0 < target <= 1, "image_target must be null or in (0, 1]", target, fix + "image_target."
+        )
+        _check(floor is None or 0 <= floor < 1, "system_floor must be null or in [0, 1)", floor, fix + "system_floor.")
+        _check(self.warmup_steps >= 0, "warmup_steps must be >= 0", self.warmup_steps, fix + "warmup_steps=0 for none.")
+        _check_alarm(self.alarm_system_mass)
+        _check_implementation(self.implementation)
+        object.__setattr__(self, "layers", _check_indices("layers", self.layers))
+        object.__setattr__(self, "layer_weights", _check_weights(self.layer_weights, self.layers))
+        object.__setattr__(self, "heads", _check_indices("heads", self.heads))
+        anneal = _check_indices("anneal", self.anneal)
+        ok = anneal is None or (len(anneal) == 2 and self.warmup_steps <= anneal[0] < anneal[1])
+        _check(
+            ok, "anneal must be [first, last] with warmup_steps <= first < last", anneal, fix + "anneal=null for none."
+        )
+        object.__setattr__(self, "anneal", anneal)
+
+    @property
+    def guides(self) -> bool:
+        """Whether the loss differs from verl's."""
+        return self.alpha > 0 or self.beta > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarsConfig:
+    """Visual attention reward of GRPO (`objectives.reward`)."""
+
+    lambda_v: float = 0.3
+    """Weight of r_visual, >= 0; 0 disables it. Paper: 0.3."""
+
+    epsilon: float = 1e-6
+    """Added to the system mass in the ratio, > 0. Paper: not given."""
+
+    layers: Sequence[int] | None = None
+    """Decoder layers L that are averaged, negative from the end; null is all. Paper: all."""
+
+    layer_weights: Sequence[float] | None = None
+    """Weights of these layers in the average, > 0, in ascending order of layers; null weighs all alike. Paper: null."""
+
+    statistic: str = "ratio"
+    """What is paid for: ratio (image over system mass, the paper's, without bound) or image_share (in [0, 1])."""
+
+    shaping: str = "none"
+    """none (paper), clip, log (log(1 + r)) or rank (rank among the right answers of the group, in (0, 1])."""
+
+    clip_max: float | None = None
+    """Bound of the statistic under shaping=clip, > 0; no effect otherwise."""
+
+    region: bool = False
+    """Count only the image tokens inside a sample's reference boxes as image: `extra_info["boxes"]` (x1, y1, x2, y2) in
+    `extra_info["boxes_size"]` (width, height), one image a sample; one with [] counts whole. Paper: false."""
+
+    gate_key: str = "acc"
+    """Key of the reward function's dict that says whether the answer is right."""
+
+    gate_threshold: float = 0.5
+    """The answer is right when the gate's value is above this."""
+
+    measure: bool = False
+    """Log the masses of rollouts also when lambda_v is 0. The rewards are then verl's own, to the bit."""
+
+    alarm_system_mass: float = 0.01
+    """Mean system mass under which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
+
+    implementation: str = "auto"
+    """How masses are computed, the same numbers by each: auto, chunked, lse or triton
+    (`attention.mass.choose_implementation`)."""
+
+    alarm_window: int = 20
+    """Steps over which avar/alarm/rise_without_accuracy compares statistic and accuracy, >= 2; 0 disables it."""
+
+    def __post_init__(self):
+        fix = "Set avar.vars."
+        _check(self.lambda_v >= 0, "lambda_v must be >= 0", self.lambda_v, fix + "lambda_v=0 to disable the reward.")
+        _check(self.epsilon > 0, "epsilon must be > 0", self.epsilon, fix + "epsilon=1e-6.")
+        _check(
+            self.statistic in STATISTICS, f"statistic must be one of {STATISTICS}", self.statistic, fix + "statistic."
+        )
+        _check(self.shaping in SHAPINGS, f"shaping must be one of {SHAPINGS}", self.shaping, fix + "shaping.")
+        _check(isinstance(self.region, bool), "region must be true or false", self.region, fix + "region=false.")
+        if self.shaping == "clip":
+            ok = self.clip_max is not None and self.clip_max > 0
+            _check(ok, "shaping=clip needs clip_max > 0", self.clip_max, fix + "clip_max=20, say.")
+        else:
+            got = (self.shaping, self.clip_max)
+            _check(self.clip_max is None, "clip_max has an effect under shaping=clip alone", got, fix + "shaping=clip.")
+        _check_alarm(self.alarm_system_mass)
+        _check_implementation(self.implementation)
+        window = self.alarm_window
+        _check(window == 0 or window >= 2, "alarm_window must be 0 or >= 2", window, fix + "alarm_window=0 for none.")
+        object.__setattr__(self, "layers", _check_indices("layers", self.layers))
+        object.__setattr__(self, "layer_weights", _check_weights(self.layer_weights, self.layers))
+
+    @property
+    def measures(self) -> bool:
+        """Whether the log-prob pass has to return masses."""
+        return self.lambda_v > 0 or self.measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardManagerConfig:
+    """Reward manager `avar` (`plugin.rollout.reward_manager`), whatever reward function it calls."""
+
+    skip_special_tokens: bool = True
+    """Drop special tokens from the response before it is scored; false for boxes in tokens like <|box_start|>."""
+
+    timeout_s: float | None = 60.0
+    """Seconds that the reward function may take for one response, > 0; null waits for ever."""
+
+    max_failures: int = 16
+    """Failures of the reward function in a row, in one reward worker, that end the run, >= 1; 1 ends it at once."""
+
+    def __post_init__(self):
+        fix = "Set avar.reward."
+        ok = isinstance(self.skip_special_tokens, bool)
+        _check(ok, "skip_special_tokens must be true or false", self.skip_special_tokens, fix + "skip_special_tokens.")
+        ok = self.timeout_s is None or self.timeout_s > 0
+        _check(ok, "timeout_s must be null or > 0", self.timeout_s, fix + "timeout_s=null to wait for ever.")
+        _check(self.max_failures >= 1, "max_failures must be >= 1", self.max_failures, fix + "max_failures=16.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AvarConfig:
+    """The top-level node `avar`. Each stage reads its own part: the cold start `agto`, GRPO `vars`."""
+
+    agto: AgtoConfig = field(default_factory=AgtoConfig)
+    """Cold start."""
+
+    vars: VarsConfig = field(default_factory=VarsConfig)
+    """Reinforcement learning."""
+
+    reward: RewardManagerConfig = field(default_factory=RewardManagerConfig)
+    """How reward functions are called."""

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of `avar data check` that needs a model's processor: every row rendered as the trainers render it.
+
+Shape suffixes: S = positions.
+"""
+
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
+
+from avar_verl.data.check import Kind, RowResult, Settings, blocks_of
+from avar_verl.model.families import get_family
+from avar_verl.model.render import render
+from avar_verl.model.roles import TokenRole
+from avar_verl.plugin.datasets.images import resized
+
+# What processors, chat templates and qwen_vl_utils raise for rows that they do not take.
+REFUSALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, TemplateError)
+
+
+class Rendering:
+    """`Rendering(settings)(...)` adds what is wrong with a row once it is tokens to its `RowResult`.
+
+    special_tokens: delimiters and placeholders, which text must not spell. Not every special token: some write boxes.
+    factor: pixels of one token's side, where the image processor has a patch size and a merge size.
+
+    Raises:
+        ValueError: a model that transformers does not load, of an unknown family, or without a processor.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        try:
+            config = AutoConfig.from_pretrained(settings.model)
+            self.processor = AutoProcessor.from_pretrained(settings.model)
+        except OSError as error:
+            raise ValueError(
+                f"a model must be a folder or a name on the hub; got {settings.model!r}: {error}. Check the name."
+            ) from error
+        if isinstance(self.processor, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"rows are rendered by a processor; got {type(self.processor).__name__} from {settings.model!r}. Copy "
+                "processor_config.json or preprocessor_config.json of the checkpoint into the folder."
+            )
+        self.family = get_family(config.model_type)
+        tokenizer = self.processor.tokenizer
+        self.role_map = self.family.role_map(tokenizer, config)
+        image_processor = self.processor.image_processor
+        patch_size, merge_size = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
+        self.patch_size = patch_size or 14  # As in both data sets.
+        self.factor = patch_size * merge_size if patch_size and merge_size else None
+        turns = self.role_map.find_turns
+        ids = {token for header, _ in turns.headers for token in header} | {*turns.end_ids, tokenizer.eos_token_id}
+        ids |= {tokenizer.bos_token_id, tokenizer.pad_token_id, *self.role_map.image_token_ids}
+        named = config.to_dict().items()
+        ids |= {value for key, value in named if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
+        added = tokenizer.added_tokens_decoder.items()
+        self.special_tokens = tuple(str(token) for index, token in added if token.special and index in ids)
+
+    def __call__(
+        self,
+        values: dict[str, Any],
+        messages: list[dict],
+        stored: list[Any],
+        images: list[Image.Image],
+        kind: Kind,
+        result: RowResult,
+    ) -> None:
+        """A row whose other checks found no error: `images` are the opened `stored`, in the order of their markers."""
+        template_kwargs: dict[str, Any] = {}
+        if kind == "sft" and values.get("tools"):
+            template_kwargs["tools"] = values["tools"]
+        if kind == "sft" and values.get("enable_thinking") is not None:
+            template_kwargs["enable_thinking"] = bool(values["enable_thinking"])
+        try:
+            images = [resized(value, image, self.patch_size) for value, image in zip(stored, images, strict=True)]
+            opened = iter(images)
+            turns = []
+            for message in messages:
+                blocks = blocks_of(message["content"])
+                blocks = [{**b, "image": next(opened)} if b["type"] == "image" else b for b in blocks]
+                # AvarSFTDataset takes nothing else of a turn; verl's data set and agent loop keep every key.
+                turns.append({**(message if kind == "rl" else {"role": message["role"]}), "content": blocks})
+            rendered = render(
+                self.processor, turns, add_generation_prompt=kind == "rl", template_kwargs=template_kwargs
+            )
+        except REFUSALS as error:
+            result.add("render", f"{type(error).__name__}: {error}")
+            return
+        ids_S = rendered.ids_S
+        result.num_tokens = len(ids_S)
+        limit = self.settings.max_length if kind == "sft" else self.settings.max_prompt_length
+        if limit is not None and len(ids_S) > limit:
+            name = "max_length" if kind == "sft" else "max_prompt_length"
+            result.add("length", f"a row may have {name}={limit} tokens; got {len(ids_S)}.")
+        roles_S = self.role_map(ids_S[None], torch.ones_like(ids_S)[None])[0]
+        num_image_tokens = int((roles_S == TokenRole.IMAGE).sum())
+        self._check_image_tokens(num_image_tokens, rendered.features, [image.size for image in images], result)
+        wanted = [TokenRole.USER, *([TokenRole.RESPONSE] if kind == "sft" else [])]
+        for role in wanted:
+            if not bool((roles_S == role).any()):
+                result.add("turns", f"a rendered row must have tokens of the role {role.name}; got none.")
+        if not self.family.cross_attention and not bool((roles_S == TokenRole.SYSTEM).any()):
+            result.add("no_system", "the row has no system turn, and the chat template writes none.")
+
+    def _check_image_tokens(self, found: int, features: dict, sizes: list[tuple[int, int]], result: RowResult) -> None:
+        """`found` placeholders against what the family says of images that the processor saw as (width, height)."""
+        if self.family.cross_attention:  # No feature replaces a token.
+            return
+        if self.family.places is not None:
+            promised = sum(len(places_N4) for places_N4 in self.family.image_places(self.processor, features, sizes))
+            if found != promised:
+                result.add(
+                    "image_tokens", f"every image feature must have its placeholder; got {found} for {promised}."
+                )
+        elif bool(found) != bool(sizes) or found < len(sizes):
+            result.add("image_tokens", f"every image must have placeholders; got {found} for {len(sizes)} images.")

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SFT data set for any known model family; the default of the cold-start recipe.
+
+    data.custom_cls.path=pkg://avar_verl.plugin.datasets.sft data.custom_cls.name=AvarSFTDataset
+
+Rows are those of verl's `MultiTurnSFTDataset`: `messages` with `<image>` where an image stands, and `images`. It
+tokenizes every message on its own, which the chat templates of Gemma, Idefics and LLaVA do not allow, wants a patch
+size of every image processor, and gives GLM-4.1V the positions of text. This one renders the whole conversation once,
+and the response is what the token roles say; for Qwen2.5-VL the samples are the same.
+
+Shape suffixes: S = positions.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pandas
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch.utils.data import Dataset
+from verl.utils.fs import copy_local_path_from_hdfs
+from verl.utils.py_functional import convert_nested_value_to_list_recursive
+from verl.utils.tokenizer import get_processor_token_id
+
+from avar_verl.data.images import open_image
+from avar_verl.model.render import Rendered, render
+from avar_verl.model.roles import RoleMap, TokenRole
+from avar_verl.plugin.datasets.images import resized
+
+MARKERS = ("<image>", "<video>")
+TRUNCATIONS = ("error", "right")
+
+
+def build_messages(messages: list[dict], images: list, open_one: Callable[[Any], Any]) -> list[dict]:
+    """A conversation as blocks, with its images opened where `<image>` stands.
+
+    Raises:
+        ValueError: another number of `<image>` markers than images, a video, or tool calls.
+    """
+    out, used = [], 0
+    for message in messages:
+        content = message["content"]
+        if unread := sorted(key for key, value in message.items() if value and key not in ("role", "content")):
+            raise ValueError(
+                f"a message must have a role and content and nothing else; got {unread}. Write tool calls as content, "
+                "or use verl's data set."
+            )
+        if isinstance(content, str):
+            parts = [part for part in re.split(f"({'|'.join(MARKERS)})", content) if part]
+            blocks = [{"type": part[1:-1]} if part in MARKERS else {"type": "text", "text": part} for part in parts]
+        else:
+            blocks = [{key: value for key, value in block.items() if value is not None} for block in content]
+        for block in blocks:
+            if block["type"] == "video":
+                raise ValueError("samples must hold text and images; got a video. Leave such rows out.")
+            if block["type"] == "image":
+                used += 1
+                if used <= len(images):
+                    block["image"] = open_one(images[used - 1])
+        out.append({"role": message["role"], "content": blocks})
+    if used != len(images):
+        raise ValueError(
+            f"a conversation must name each of its images once with <image>; got {used} markers for {len(images)} "
+            "images. Mend the row or leave it out."
+        )
+    return out
+
+
+def position_ids(processor, ids_S: torch.Tensor, features: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions of a sample, (S,); for families with multimodal RoPE (4, S): of the text, then time, row and column.
+
+    As verl's agent loop makes them (verl/experimental/agent_loop/agent_loop.py:920-964).
+    """
+    text_S = torch.arange(len(ids_S))
+    if not hasattr(processor, "get_rope_index"):
+        return text_S
+    types_S = torch.zeros_like(ids_S)
+    for value, name in ((1, "image"), (2, "video")):
+        token_id = get_processor_token_id(processor, name)
+        if token_id is not None:
+            types_S[ids_S == token_id] = value
+    vision_3BS, _ = processor.get_rope_index(
+        input_ids=ids_S[None],
+        mm_token_type_ids=types_S[None],
+        image_grid_thw=features.get("image_grid_thw"),
+        video_grid_thw=None,
+        attention_mask=torch.ones_like(ids_S)[None],
+    )
+    return torch.cat([text_S[None], vision_3BS[:, 0]])
+
+
+class AvarSFTDataset(Dataset):
+    """Samples of `input_ids` (S,), `loss_mask` (S,), `position_ids` and `multi_modal_inputs` (features, {} for text).
+
+    Args:
+        parquet_files: one or several parquet or jsonl files.
+        config: verl's `data` node: `messages_key`, `image_key`, `tools_key`, `max_length`, `truncation`,
+            `apply_chat_template_kwargs`, `image_patch_size`; `allow_urls` (default false) lets images be fetched.
+
+    Raises:
+        ValueError: no processor of a known family, a missing column; and in `__getitem__`, naming the row, whatever
+            cannot be rendered, has no response, is longer than `max_length` or would lose image tokens to it.
+    """
+
+    def __init__(self, parquet_files, tokenizer, config: DictConfig, processor=None, max_samples: int = -1):
+        config = config or OmegaConf.create()
+        if processor is None or getattr(processor, "config", None) is None:
+            raise ValueError(
+                f"AvarSFTDataset needs the model's processor, as verl's hf_processor loads it, with its config; got "
+                f"{type(processor).__name__}. "
+                "Check that the folder holds a processor of a family in avar_verl/model/families."
+            )
+        self.processor, self.tokenizer = processor, tokenizer
+        self.role_map = RoleMap.from_pretrained(processor, processor.config)
+        self.messages_key = config.get("messages_key", "messages")
+        self.image_key = config.get("image_key", "images")
+        self.tools_key = config.get("tools_key", "tools")
+        self.enable_thinking_key = config.get("enable_thinking_key", "enable_thinking")
+        self.enable_thinking = config.get("enable_thinking_default", None)
+        self.template_kwargs = dict(config.get("apply_chat_template_kwargs") or {})
+        self.max_length = config.get("max_length", 1024)
+        self.truncation = config.get("truncation", "error")
+        self.allow_urls = config.get("allow_urls", False)
+        patch_size = getattr(processor.image_processor, "patch_size", 14)
+        self.image_patch_size = config.get("image_patch_size", None) or patch_size
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(
+                f"data.truncation must be one of {TRUNCATIONS}, which keep a prompt whole; got {self.truncation!r}. "
+                "Set data.truncation=error."
+            )
+        files = list(parquet_files) if isinstance(parquet_files, list | tuple | ListConfig) else [parquet_files]
+        self.dataframe = pandas.concat([self._read(file) for file in files], ignore_index=True)
+        if self.messages_key not in self.dataframe.columns:
+            raise ValueError(
+                f"the data need a column {self.messages_key!r}; got {list(self.dataframe.columns)}. Set "
+                "data.messages_key."
+            )
+        if 0 < max_samples < len(self.dataframe):
+            if config.get("shuffle", False):
+                self.dataframe = self.dataframe.sample(max_samples, random_state=config.get("seed"))
+            self.dataframe = self.dataframe.iloc[:max_samples]
+
+    @staticmethod
+    def _read(file: str) -> pandas.DataFrame:
+        local = copy_local_path_from_hdfs(file, verbose=True)
+        if str(local).endswith((".jsonl", ".json")):
+            return pandas.read_json(local, lines=str(local).endswith(".jsonl"))
+        return pandas.read_parquet(local, dtype_backend="pyarrow")
+
+    def __len__(self) -> int:
+        return len(self.dataframe)
+
+    def row(self, item: int) -> dict:
+        """A row in plain Python; absent values are None."""
+        row = {}
+        for key, value in self.dataframe.iloc[item].items():
+            value = convert_nested_value_to_list_recursive(value)
+            row[key] = None if not isinstance(value, list | dict | str | bytes) and pandas.isna(value) else value
+        return row
+
+    def _open(self, image) -> Any:
+        return resized(image, open_image(image, allow_urls=self.allow_urls), self.image_patch_size)
+
+    def render(self, row: dict) -> Rendered:
+        """The conversation of a row as ids and features."""
+        messages = build_messages(row[self.messages_key], list(row.get(self.image_key) or []), self._open)
+        template_kwargs = dict(self.template_kwargs)
+        if row.get(self.tools_key):
+            template_kwargs["tools"] = row[self.tools_key]
+        enable_thinking = row.get(self.enable_thinking_key, self.enable_thinking)
+        if enable_thinking is not None:
+            template_kwargs["enable_thinking"] = bool(enable_thinking)
+        return render(self.processor, messages, template_kwargs=template_kwargs)
+
+    def _sample(self, row: dict) -> dict:
+        rendered = self.render(row)
+        ids_S = rendered.ids_S
+        roles_S = self.role_map(ids_S[None], torch.ones_like(ids_S)[None])[0]
+        if len(ids_S) > self.max_length:
+            if self.truncation == "error":
+                raise ValueError(
+                    f"a sample must have at most data.max_length={self.max_length} tokens; got {len(ids_S)}. Raise it, "
+                    "leave the row out, or set data.truncation=right."
+                )
+            if bool((roles_S[self.max_length :] == TokenRole.IMAGE).any()):
+                raise ValueError(
+                    f"truncation must not cut image tokens; got one behind data.max_length={self.max_length}. Raise it "
+                    "or leave the row out."
+                )
+        positions = position_ids(self.processor, ids_S, rendered.features)[..., : self.max_length]
+        loss_mask_S = (roles_S == TokenRole.RESPONSE).long()[: self.max_length]
+        if not bool(loss_mask_S.any()):
+            raise ValueError(
+                f"a sample must have a response within data.max_length={self.max_length} tokens; got none. End the "
+                "conversation with an assistant turn that is not empty, or raise data.max_length."
+            )
+        return {
+            "input_ids": ids_S[: self.max_length],
+            "loss_mask": loss_mask_S,
+            "position_ids": positions,
+            # Always there: verl's collator takes the keys of a batch from its first sample.
+            "multi_modal_inputs": rendered.features,
+        }
+
+    def __getitem__(self, item: int) -> dict:
+        try:
+            return self._sample(self.row(item))
+        except ValueError as error:
+            raise ValueError(f"row {item}: {error}") from error

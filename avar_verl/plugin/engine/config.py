@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine config of verl's FSDP engine with the attention fields; `_target_` of `engine` and `actor.fsdp_config`."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from verl.workers.config import FSDPEngineConfig
+
+from avar_verl.plugin.config import AgtoConfig, VarsConfig
+
+
+@dataclass
+class AvarFSDPEngineConfig(FSDPEngineConfig):
+    """verl's `FSDPEngineConfig` plus:
+
+    Args:
+        agto: guidance of the training loss; None trains with verl's loss.
+        vars: masses to return from the log-prob pass; None returns none.
+        freeze_vision_tower: the vision tower gets no gradients; False trains it. Paper: False.
+        freeze_projector: the projector between tower and language model gets none; False trains it. Paper: False.
+    """
+
+    agto: Optional[AgtoConfig] = None
+    vars: Optional[VarsConfig] = None
+    freeze_vision_tower: bool = False
+    freeze_projector: bool = False
+
+    @property
+    def freezes(self) -> bool:
+        """Whether any part is frozen."""
+        return self.freeze_vision_tower or self.freeze_projector

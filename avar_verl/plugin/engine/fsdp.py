@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's FSDP engine with attention guidance in training and attention masses in the log-prob pass.
+
+Shape suffixes:
+    B = samples of a micro-batch, S = positions, Q = selected queries, L = captured layers, H = query heads,
+    R = token roles (+ 2 columns, see objectives.agto)
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.ulysses import get_ulysses_sequence_parallel_group
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
+from avar_verl.attention.mass import choose_implementation
+from avar_verl.model.families import FAMILIES, Family, get_family
+from avar_verl.model.freeze import freeze_vision
+from avar_verl.model.regions import REGION_KEY, image_region
+from avar_verl.model.roles import RoleMap, TokenRole
+from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
+from avar_verl.objectives.alarms import system_mass_alarm
+from avar_verl.objectives.vars import VISUAL_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
+from avar_verl.plugin.compat.verl.weight_names import checkpoint_name
+from avar_verl.plugin.config import QUERY_ROLES
+from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
+from avar_verl.plugin.engine.inputs import DummyImage, merged_features
+
+# Set on a batch to have its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS for every sample. A flag and
+# not a mode, because with LoRA the same engine also runs the reference pass, whose masses nobody wants.
+MEASURE_FLAG = "avar_measure"
+VISUAL_OUTPUT = "avar_visual"
+
+
+def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:
+    """Mean over the heads of all sequence-parallel ranks, with the gradient of the rank's own mean."""
+    group = get_ulysses_sequence_parallel_group()
+    if group is None:
+        return mean_over_own_heads
+    total = mean_over_own_heads.detach().clone()
+    torch.distributed.all_reduce(total, group=group)
+    mean = total / torch.distributed.get_world_size(group)
+    return mean_over_own_heads + (mean - mean_over_own_heads.detach())
+
+
+class _Guidance:
+    """State of one optimizer step: how many samples have each term in the global batch, and sums for the log."""
+
+    SUMS = ("enhance", "suppress", "image_mass", "system_mass", "vas", "image_share", "lm_loss")
+
+    def __init__(self, factor: float, num_enhance: int, num_suppress: int, num_samples: int, dp_size: int):
+        self.factor, self.dp_size = factor, dp_size
+        self.num_enhance, self.num_suppress, self.num_samples = num_enhance, num_suppress, num_samples
+        self.sums = dict.fromkeys(self.SUMS, 0.0)
+
+    def add(self, terms: AgtoTerms, by_role_BR: torch.Tensor, lm_loss: torch.Tensor) -> None:
+        with_image, with_both = terms.has_enhance_B, terms.has_suppress_B
+        self.sums["enhance"] += float(terms.enhance_B.detach().sum())
+        self.sums["suppress"] += float(terms.suppress_B.detach().sum())
+        self.sums["image_mass"] += float(by_role_BR[with_image, TokenRole.IMAGE].sum())
+        self.sums["system_mass"] += float(by_role_BR[with_both, TokenRole.SYSTEM].sum())
+        self.sums["vas"] += float(by_role_BR[with_both, RATIO].sum())
+        self.sums["image_share"] += float(by_role_BR[with_both, SHARE].sum())
+        self.sums["lm_loss"] += float(lm_loss.detach()) / self.dp_size
+
+    def metrics(self, group, alarm_system_mass: float) -> dict[str, float]:
+        """Means over the global batch, the same on every rank."""
+        total = torch.tensor([self.sums[name] for name in self.SUMS], dtype=torch.float64, device=get_device_id())
+        torch.distributed.all_reduce(total, group=group)
+        sums = dict(zip(self.SUMS, total.tolist(), strict=True))
+        out = {"avar/lm_loss": sums["lm_loss"], "avar/schedule": self.factor}
+        out["avar/guided_samples"] = max(self.num_enhance, self.num_suppress)
+        # Without image keys (cross-attention) nothing that has the image mass in it is defined.
+        if self.num_enhance:
+            out["avar/samples_without_system"] = self.num_enhance - self.num_suppress
+            out["avar/enhance"] = sums["enhance"] / self.num_enhance
+            out["avar/image_mass"] = sums["image_mass"] / self.num_enhance
+        if self.num_suppress:
+            for name in ("suppress", "system_mass", *(("vas", "image_share") if self.num_enhance else ())):
+                out[f"avar/{name}"] = sums[name] / self.num_suppress
+            out["avar/alarm/system_mass"] = float(system_mass_alarm(out["avar/system_mass"], alarm_system_mass))
+        return out
+
+
+class AvarFSDPEngine(FSDPEngineWithLMHead):
+    """`FSDPEngineWithLMHead` that captures attention masses when its config asks for it.
+
+    Changes w.r.t. verl's engine, all but the last without effect unless its config is an `AvarFSDPEngineConfig`:
+    - training with `agto`: the loss gets alpha * L_enhance + beta * L_suppress, normalised over the global batch like
+      verl's own loss, and `avar/*` metrics; with alpha = beta = 0 nothing is added to it;
+    - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers a sample;
+    - with `freeze_vision_tower` or `freeze_projector`: these parameters have no gradient and no optimizer state;
+    - of a known family: images of different tile counts share a micro-batch, the inputs of every position that a family
+      needs are made from the ids, and a micro-batch without an image runs the vision tower too (`engine.inputs`).
+    """
+
+    def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
+        self._check(model_config, engine_config)
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+        is_avar = isinstance(engine_config, AvarFSDPEngineConfig)
+        self._agto = engine_config.agto if is_avar else None
+        self._vars = engine_config.vars if is_avar else None
+        self._guidance: _Guidance | None = None
+        self._captured: CapturedMass | None = None
+        self._role_map: RoleMap | None = None
+        model_type = model_config.hf_config.model_type
+        self._family: Family | None = get_family(model_type) if model_type in FAMILIES else None
+        self._dummy_image: DummyImage | None = None
+        if self._captures(engine_config):
+            self._role_map = RoleMap.from_pretrained(model_config.processor, model_config.hf_config)
+
+    @staticmethod
+    def _captures(engine_config) -> bool:
+        if not isinstance(engine_config, AvarFSDPEngineConfig):
+            return False
+        agto, vars_ = engine_config.agto, engine_config.vars
+        return bool((agto and (agto.guides or agto.measure)) or (vars_ and vars_.measures))
+
+    @classmethod
+    def _check(cls, model_config, engine_config) -> None:
+        """Refuse what cannot work before a parameter is loaded."""
+        if get_device_name() == "cpu" and engine_config.strategy == "fsdp":
+            raise ValueError(
+                "FSDP1 needs an accelerator (sync_module_states wants its parameters on one); got strategy='fsdp' on "
+                "the CPU. Set strategy=fsdp2."
+            )
+        freezes = isinstance(engine_config, AvarFSDPEngineConfig) and engine_config.freezes
+        if freezes and engine_config.strategy == "fsdp" and not engine_config.use_orig_params:
+            raise ValueError(
+                "FSDP1 flattens frozen and trained parameters together unless it keeps the originals; got "
+                "freeze_vision_tower or freeze_projector with use_orig_params=False. Set use_orig_params=True, or "
+                "strategy=fsdp2."
+            )
+        if not cls._captures(engine_config):
+            return
+        if model_config.processor is None:
+            raise ValueError(
+                f"attention masses need the model's processor; verl loaded none from {model_config.tokenizer_path!r}. "
+                "Check that the folder holds a processor of a family that verl knows."
+            )
+        sp_size = engine_config.ulysses_sequence_parallel_size
+        if sp_size > 1 and not model_config.use_remove_padding:
+            raise ValueError(
+                "sequence parallelism needs packed micro-batches; got use_remove_padding=False with "
+                f"ulysses_sequence_parallel_size={sp_size}. Set model.use_remove_padding=True."
+            )
+        model_type = model_config.hf_config.model_type
+        family = get_family(model_type)
+        if model_config.use_remove_padding and family.unpackable:
+            raise ValueError(
+                f"samples of {model_type} cannot be packed ({family.unpackable}); got use_remove_padding=True. Set "
+                "model.use_remove_padding=False."
+            )
+        agto, vars_ = engine_config.agto, engine_config.vars
+        wants_image_mass = bool((agto and agto.alpha > 0) or (vars_ and vars_.measures))
+        if family.cross_attention and wants_image_mass:
+            raise ValueError(
+                "L_enhance and r_visual need image and system keys in one softmax; got "
+                f"model_type={model_type!r}, which reads images in cross-attention layers. Set avar.agto.alpha and "
+                "avar.vars.lambda_v to 0 and avar.vars.measure to false; L_suppress (avar.agto.beta) works."
+            )
+        text_config = model_config.hf_config.get_text_config()
+        for part in (engine_config.agto, engine_config.vars):
+            if part is not None:
+                head_size = getattr(text_config, "head_dim", None) or (
+                    text_config.hidden_size // text_config.num_attention_heads
+                )
+                choose_implementation(part.implementation, get_device_name(), len(TokenRole), head_size)
+                layers = resolve_indices("layers", part.layers, text_config.num_hidden_layers)
+                if part.layers is None:
+                    cross = getattr(text_config, "cross_attention_layers", ())
+                    layers = tuple(layer for layer in layers if layer not in cross)
+                types = getattr(text_config, "layer_types", None) or ()
+                sliding = [layer for layer in layers if types and types[layer] == "sliding_attention"]
+                if sliding:
+                    full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+                    raise ValueError(
+                        "masses need layers in which a response sees the system turn and the image; got layers "
+                        f"{sliding}, whose window of {text_config.sliding_window} tokens moves on. Set "
+                        f"avar.agto.layers and avar.vars.layers to some of {full}."
+                    )
+                if part.layer_weights is not None and len(part.layer_weights) != len(layers):
+                    raise ValueError(
+                        f"layer_weights must be as many as layers; got {len(part.layer_weights)} for {len(layers)} "
+                        "layers. Give one weight for every layer, or null."
+                    )
+        if engine_config.agto is not None:
+            resolve_indices("heads", engine_config.agto.heads, text_config.num_attention_heads)
+            if engine_config.agto.heads is not None and sp_size > 1:
+                raise ValueError(
+                    "a subset of heads cannot be guided under sequence parallelism, which gives a rank some heads of "
+                    f"its own; got avar.agto.heads={list(engine_config.agto.heads)} with a size of {sp_size}. Set "
+                    "heads=null, or ulysses_sequence_parallel_size=1."
+                )
+
+    def _build_module(self):
+        module = super()._build_module()
+        if isinstance(self.engine_config, AvarFSDPEngineConfig):
+            tower, projector = self.engine_config.freeze_vision_tower, self.engine_config.freeze_projector
+            freeze_vision(module, self.model_config.hf_config.model_type, tower, projector)
+            if self._family is not None and self._family.prepare is not None:
+                self._family.prepare(module)
+        return module
+
+    def _build_model_optimizer(self):
+        super()._build_model_optimizer()
+        # verl has a dummy image of its own for the families whose forward it replaces.
+        if self._family is not None and not self._family.verl_forward and self.model_config.processor is not None:
+            self._dummy_image = DummyImage(self.module, self.model_config.processor, self._family)
+
+    # ---- roles -------------------------------------------------------------------------------------------------
+
+    def _roles(self, data: TensorDict) -> torch.Tensor:
+        """(B, S) roles of right-padded samples, aligned with the padded model inputs (prepare_model_inputs)."""
+        input_ids, mask = data["input_ids"], data["loss_mask"]
+        ids_BS = torch.nested.to_padded_tensor(input_ids, padding=0)
+        lengths_B = input_ids.offsets().diff()
+        positions_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        real_BS = positions_S < lengths_B[:, None]
+        # SFT masks whole samples, RL the response alone: in both the mask ends where the sample ends.
+        mask_BM = torch.nested.to_padded_tensor(mask, padding=0)
+        index_BS = positions_S - (lengths_B - mask.offsets().diff())[:, None]
+        inside_BS = (index_BS >= 0) & real_BS
+        response_BS = mask_BM.gather(1, index_BS.clamp(0, mask_BM.shape[1] - 1)).bool() & inside_BS
+        roles_BS = self._role_map(ids_BS, real_BS, response_BS)
+        if REGION_KEY in data.keys():  # From plugin.datasets.region: image tokens outside the boxes have no role.
+            region_BS = torch.nested.to_padded_tensor(data[REGION_KEY], padding=0).bool()
+            roles_BS = roles_BS.masked_fill((roles_BS == TokenRole.IMAGE) & ~region_BS, TokenRole.OTHER)
+        return roles_BS
+
+    def _images_beside(self, data: TensorDict) -> torch.Tensor | None:
+        """Which samples have images that a cross-attention family reads, (B,) bool; None for other families."""
+        if not self._family.cross_attention:
+            return None
+        token_id = self.model_config.hf_config.image_token_index
+        return torch.stack([(ids_S == token_id).any() for ids_S in data["input_ids"].unbind()])
+
+    def _inside_boxes(self, roles_BS: torch.Tensor, data: TensorDict) -> torch.Tensor:
+        """Roles in which image tokens outside the reference boxes of a rollout's sample have no role."""
+        roles_BS = roles_BS.clone()
+        samples = zip(data["input_ids"].unbind(), data["extra_info"], data["multi_modal_inputs"], strict=True)
+        for row, (ids_S, info, inputs) in enumerate(samples):
+            info = info or {}
+            boxes, size = info.get("boxes"), info.get("boxes_size")
+            if not inputs:  # No image.
+                continue
+            places = self._family.image_places(self.model_config.processor, inputs)
+            if boxes is None or size is None or len(places) != 1:
+                raise ValueError(
+                    "avar.vars.region needs extra_info['boxes'] and extra_info['boxes_size'] for the one image of a "
+                    f"sample; got {sorted(info)} and {len(places)} images for sample {info.get('index')}. Add them "
+                    "([] for the whole image), or set avar.vars.region=false."
+                )
+            region_S = image_region(ids_S, self._role_map.image_token_ids, [boxes], [size], places)
+            outside_S = (roles_BS[row, : len(ids_S)] == TokenRole.IMAGE) & ~region_S
+            roles_BS[row, : len(ids_S)][outside_S] = TokenRole.OTHER
+        return roles_BS
+
+    # ---- training: guidance ------------------------------------------------------------------------------------
+
+    def _begin_guidance(self, data: TensorDict) -> _Guidance:
+        roles_BS = self._roles(data)
+        _, valid_BQ = select_queries(roles_BS, QUERY_ROLES[self._agto.query_role])
+        has_enhance_B, has_suppress_B = eligible(roles_BS, valid_BQ, self._images_beside(data))
+        counts = torch.stack([has_enhance_B.sum(), has_suppress_B.sum(), torch.tensor(len(roles_BS))])
+        counts = counts.to(get_device_id())
+        torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
+        # The scheduler has made one step for every optimizer step, and is part of the checkpoint.
+        factor = schedule(self.lr_scheduler.last_epoch, self._agto.warmup_steps, self._agto.anneal)
+        return _Guidance(factor, *counts.tolist(), dp_size=self.get_data_parallel_size())
+
+    def _guided(self, loss_function: Callable, captured: CapturedMass) -> Callable:
+        agto, guidance = self._agto, self._guidance
+
+        def loss_with_guidance(model_output, data, dp_group=None):
+            loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
+            mean_mass_BLHR = torch.stack(captured.per_layer(), dim=1)
+            mean_mass_BLHR = mean_mass_BLHR[:, :, list(resolve_indices("heads", agto.heads, mean_mass_BLHR.shape[2]))]
+            terms = agto_terms(
+                mean_mass_BLHR,
+                captured.roles,
+                captured.valid,
+                agto.epsilon,
+                agto.image_target,
+                agto.system_floor,
+                agto.layer_weights,
+                self._images_beside(data),
+            )
+            # Under Ulysses a rank holds some of the heads. Values become the mean over all of them; the gradient stays
+            # the one of the rank's own mean, which FSDP's average over the ranks makes the mean over all heads.
+            terms = replace(
+                terms, enhance_B=_mean_over_heads(terms.enhance_B), suppress_B=_mean_over_heads(terms.suppress_B)
+            )
+            guidance.add(terms, _mean_over_heads(mean_mass_BLHR.detach().double().mean((1, 2))), loss)
+            # Per-sample terms averaged over the global batch; FSDP then averages gradients over the ranks, which the
+            # factor dp_size undoes, as in verl's sft_loss (verl/workers/utils/losses.py).
+            if agto.alpha > 0 and guidance.num_enhance:
+                weight = guidance.factor * agto.alpha * guidance.dp_size / guidance.num_enhance
+                loss = loss + weight * terms.enhance_B.sum()
+            if agto.beta > 0 and guidance.num_suppress:
+                weight = guidance.factor * agto.beta * guidance.dp_size / guidance.num_suppress
+                loss = loss + weight * terms.suppress_B.sum()
+            return loss, metrics
+
+        return loss_with_guidance
+
+    # ---- verl's methods ----------------------------------------------------------------------------------------
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False):
+        if forward_only or self._agto is None or not (self._agto.guides or self._agto.measure):
+            return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+        self._guidance = self._begin_guidance(data)
+        try:
+            outputs = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+            outputs["metrics"].update(
+                self._guidance.metrics(self.get_data_parallel_group(), self._agto.alarm_system_mass)
+            )
+        finally:
+            self._guidance = None
+        return outputs
+
+    def forward_step(self, micro_batch: TensorDict, loss_function, forward_only):
+        if self._guidance is not None:
+            capture = dict(
+                layers=self._agto.layers,
+                query_role=QUERY_ROLES[self._agto.query_role],
+                reduction=mean_over_queries,
+                implementation=self._agto.implementation,
+            )
+        elif (
+            self._vars is not None
+            and self._vars.measures
+            and tu.get_non_tensor_data(data=micro_batch, key=MEASURE_FLAG, default=False)
+        ):
+            capture = dict(
+                layers=self._vars.layers,
+                query_role=TokenRole.RESPONSE,
+                reduction=VisualReduction(self._vars.epsilon, lambda mass: _mean_over_heads(mass.mean(1))),
+                columns=VISUAL_ROLES,
+                implementation=self._vars.implementation,
+            )
+        else:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        micro_batch = micro_batch.to(get_device_id())
+        if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
+            capture["packed_offsets"] = micro_batch["input_ids"].offsets()
+        roles_BS = self._roles(micro_batch)
+        if self._guidance is None and self._vars.region:
+            roles_BS = self._inside_boxes(roles_BS, micro_batch)
+        with capture_mass(self.module, roles_BS, **capture) as captured:
+            self._captured = captured
+            try:
+                if self._guidance is not None:
+                    loss_function = self._guided(loss_function, captured)
+                return super().forward_step(micro_batch, loss_function, forward_only)
+            finally:
+                self._captured = None
+
+    def prepare_model_inputs(self, micro_batch: TensorDict):
+        if self._family is None or "multi_modal_inputs" not in micro_batch.keys():
+            return super().prepare_model_inputs(micro_batch)
+        dummy = self._dummy_image
+        features, micro_batch = merged_features(self._family, micro_batch, dummy.features if dummy else None)
+        if dummy is not None:
+            dummy.wanted = not features
+        inputs, output_args = super().prepare_model_inputs(micro_batch)
+        if self._family.token_inputs is not None:
+            inputs.update(self._family.token_inputs(self.model_config.hf_config, inputs["input_ids"], features))
+        return inputs, output_args
+
+    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
+        params, peft_config = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
+        module = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        if hasattr(module, "peft_config"):
+            return params, peft_config
+        name_of = checkpoint_name(module)
+        return ((name_of(name), param) for name, param in params), peft_config
+
+    def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
+        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        if self._captured is not None and self._guidance is None:
+            captured = self._captured
+            fields_BF = visual_fields(captured.per_layer(), captured.roles, captured.valid, self._vars.layer_weights)
+            assert fields_BF.shape[1] == len(VISUAL_FIELDS)
+            model_output[VISUAL_OUTPUT] = fields_BF
+        return model_output

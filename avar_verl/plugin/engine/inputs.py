@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model inputs of a micro-batch that verl's engine does not make: features of unequal images, and no image at all."""
+
+import torch
+from PIL import Image
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorData
+
+from avar_verl.attention.capture import find_decoder
+from avar_verl.model.families import Family
+from avar_verl.model.render import merge_features, render
+
+
+def merged_features(
+    family: Family, micro_batch: TensorDict, like: dict[str, torch.Tensor] | None = None
+) -> tuple[dict[str, torch.Tensor], TensorDict]:
+    """Features of a micro-batch, and the micro-batch with them in the place of those of its samples.
+
+    verl concatenates the samples' features (verl/utils/model.py:759-809), which fails where one image has more tiles
+    than another. `like`: features of some image, for families in which every sample must have some.
+    """
+    samples = [item.data if isinstance(item, NonTensorData) else item for item in micro_batch["multi_modal_inputs"]]
+    features = merge_features(family, samples, like)
+    merged = micro_batch.copy()
+    # One entry for every sample, since it is a batch; all but the first are empty.
+    rows = [NonTensorData(features if row == 0 else {}) for row in range(len(samples))]
+    merged["multi_modal_inputs"] = torch.stack(rows, dim=0)
+    return features, merged
+
+
+class DummyImage:
+    """Runs the vision tower on a black image, times zero, in a forward pass without an image.
+
+    Under FSDP every rank must take part in the collectives of every module. A rank whose micro-batch has no image would
+    leave those of the vision tower out, and all would wait for it. `wanted` is set before each forward pass.
+    """
+
+    def __init__(self, module: torch.nn.Module, processor, family: Family):
+        image = Image.new("RGB", (64, 64))
+        messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "."}]}]
+        self.wanted = False
+        self.features = render(processor, messages).features
+        if family.fill_text_only is None:  # Else every sample gets an image that no token sees.
+            self._model = next(part for part in module.modules() if hasattr(part, "get_image_features"))
+            find_decoder(module).register_forward_pre_hook(self._add, with_kwargs=True)
+
+    def _add(self, _decoder, args, kwargs):
+        if not self.wanted:
+            return args, kwargs
+        embeds = kwargs["inputs_embeds"]
+        features = {key: value.to(embeds.device) for key, value in self.features.items()}
+        output = self._model.get_image_features(**features).pooler_output
+        parts = output if isinstance(output, list | tuple) else [output]
+        zero = sum(0.0 * part.float().mean() for part in parts).to(embeds.dtype)
+        return args, {**kwargs, "inputs_embeds": embeds + zero}

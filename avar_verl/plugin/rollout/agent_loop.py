@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's single-turn agent loop for any known family, without image placeholders in the response.
+
+A policy that samples `<|image_pad|>` writes a response with more image tokens than image features, and the actor's
+forward pass ends the run ("Image features and image tokens do not match"). The logits of the family's placeholders get
+vLLM's lowest bias in every sampling of a rollout.
+"""
+
+import functools
+from typing import Any
+
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+from avar_verl.model.render import Rendered, as_blocks, render
+from avar_verl.model.roles import RoleMap
+from avar_verl.plugin.compat.verl.rollout_features import FEATURES
+
+FORBIDDEN = -100.0  # vLLM's smallest logit bias: a factor of exp(-100)
+
+
+def forbid(sampling_params: dict[str, Any], token_ids: list[int]) -> dict[str, Any]:
+    """A copy of `sampling_params` under which `token_ids` are not sampled; other biases stay."""
+    bias = {**(sampling_params.get("logit_bias") or {}), **dict.fromkeys(token_ids, FORBIDDEN)}
+    return {**sampling_params, "logit_bias": bias}
+
+
+def image_fields(mm_inputs: dict, patch_size: int | None) -> dict[str, list]:
+    """What the reward learns about the images as the model saw them, from the processor's output.
+
+    `image_grids`: (t, h, w) patches of every image; `image_sizes`: its (width, height) in pixels. Empty without a grid,
+    as in families that do not keep the shape of an image.
+    """
+    grids = mm_inputs.get("image_grid_thw")
+    if grids is None or patch_size is None:
+        return {}
+    grids = [[int(n) for n in grid] for grid in grids]
+    return {"image_grids": grids, "image_sizes": [[w * patch_size, h * patch_size] for _, h, w in grids]}
+
+
+def with_images(messages: list[dict], images: list) -> list[dict]:
+    """`messages` with the opened `images` in their image blocks."""
+    opened = iter(images)
+    out = []
+    for message in messages:
+        blocks = as_blocks(message["content"])
+        is_image = [block["type"] == "image" or "image" in block or "image_url" in block for block in blocks]
+        blocks = [
+            {"type": "image", "image": next(opened)} if image else block
+            for image, block in zip(is_image, blocks, strict=True)
+        ]
+        out.append({**message, "content": blocks})
+    return out
+
+
+class _Client:
+    """verl's server client, which sends a prompt with images as vLLM wants it: one placeholder for an image."""
+
+    def __init__(self, client, loop: "AvarSingleTurnAgentLoop"):
+        self._client, self._loop = client, loop
+
+    def __getattr__(self, name: str):
+        return getattr(self._client, name)
+
+    async def generate(self, *args, **kwargs):
+        if kwargs.get("image_data"):
+            kwargs["prompt_ids"] = self._loop.rendered.prompt_ids
+        return await self._client.generate(*args, **kwargs)
+
+
+class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
+    """`SingleTurnAgentLoop`; changes:
+
+    - the prompt is rendered by `avar_verl.model.render`: no second BOS, and vLLM gets one placeholder for an image
+      (verl does that for Qwen's image processor alone, verl/workers/rollout/utils.py:93-113);
+    - the features of the prompt go with the rollout (`plugin.compat.verl.rollout_features`);
+    - a logit bias on the family's image and video placeholders;
+    - `image_fields` among the rollout's extra fields, which reach the reward function as `extra_info`.
+
+    Videos and audio take verl's path. One instance runs one rollout (agent_loop.py, `_run_agent_loop`).
+    """
+
+    rendered: Rendered | None = None
+
+    async def ct_build_initial_tokens(self, messages, tools=None, images=None, videos=None, audios=None, **kwargs):
+        if self.processor is None or videos or audios:
+            media = dict(images=images, videos=videos, audios=audios)
+            return await super().ct_build_initial_tokens(messages, tools, **media, **kwargs)
+        template_kwargs = {**self.apply_chat_template_kwargs, **({"tools": tools} if tools else {})}
+        work = functools.partial(
+            render,
+            self.processor,
+            with_images(messages, images or []),
+            add_generation_prompt=True,
+            template_kwargs=template_kwargs,
+            processor_kwargs=dict(self.mm_processor_kwargs or {}),
+        )
+        self.rendered = await self.loop.run_in_executor(None, work)
+        ids, longest = self.rendered.ids_S.tolist(), self.rollout_config.prompt_length
+        if images and len(ids) > longest:
+            raise ValueError(
+                f"a prompt with images must have at most rollout.prompt_length={longest} tokens; got {len(ids)}. "
+                "Raise data.max_prompt_length, or make the images smaller."
+            )
+        return self._cap_text_prompt_length(ids)
+
+    async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs):
+        if self.processor is not None:
+            role_map = RoleMap.from_pretrained(self.processor, self.processor.config)
+            sampling_params = forbid(sampling_params, list(role_map.image_token_ids))
+        self.server_manager = _Client(self.server_manager, self)
+        output = await super().run(sampling_params, priority, **kwargs)
+        if self.rendered is not None:
+            features = self.rendered.features
+            patch_size = getattr(self.processor.image_processor, "patch_size", None)
+            output.multi_modal_data = {**(output.multi_modal_data or {}), FEATURES: features}
+            output.extra_fields.update(image_fields(features, patch_size))
+        return output

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's synchronous PPO/GRPO trainer with the visual attention reward (VARS).
+
+Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
+"""
+
+import math
+from numbers import Real
+
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+
+from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
+from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
+from avar_verl.plugin.config import VarsConfig
+from avar_verl.plugin.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
+
+
+def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
+    """Refuse trainer configs under which VARS cannot be right.
+
+    Raises:
+        ValueError: naming the field and what to set it to.
+    """
+    if not vars_config.measures:
+        return
+    if config.actor_rollout_ref.actor.fsdp_config.get("vars") is None:
+        raise ValueError(
+            "VARS is measured by the actor's engine; got actor_rollout_ref.actor.fsdp_config.vars=null. Start from "
+            "avar_grpo.yaml, which sets fsdp_config._target_ and fsdp_config.vars."
+        )
+    correction = config.algorithm.get("rollout_correction")
+    if correction and correction.get("bypass_mode", False):
+        raise ValueError(
+            "VARS is measured while the actor recomputes old_log_probs; got "
+            "algorithm.rollout_correction.bypass_mode=True, which skips that pass. Set it to False."
+        )
+    filter_groups = config.algorithm.get("filter_groups")
+    if filter_groups and filter_groups.enable and vars_config.lambda_v > 0 and filter_groups.metric == "reward":
+        raise ValueError(
+            "group filtering happens before r_visual is known; got algorithm.filter_groups.metric='reward' with "
+            f"lambda_v={vars_config.lambda_v}. Filter on the gate: "
+            f"algorithm.filter_groups.metric={vars_config.gate_key}."
+        )
+
+
+class AvarPPOTrainer(PPOTrainerSync):
+    """`PPOTrainerSync` plus `lambda_v * r_visual` on the last response token of right answers, before the advantage.
+
+    Changes w.r.t. verl's trainer: the old-log-prob pass is asked for attention masses; `rm_scores` of rollouts whose
+    answer is right rise by the weighted visual reward; `avar/*` metrics. With lambda_v = 0 `rm_scores` are not touched.
+    """
+
+    def __init__(self, config: DictConfig):
+        self.vars: VarsConfig = omega_conf_to_dataclass(config.avar.vars)
+        self._rise_alarm = RiseAlarm(self.vars.alarm_window)
+        self._is_measuring = False  # of validation, see _get_required_batch_multiple
+        check_grpo_config(config, self.vars)
+        super().__init__(config)
+
+    # verl compares the configured mode with the literal "sync" in six places (trainer_base.py:153, 731, 902, 912, 1004,
+    # 1499) and gives every other name an asynchronous replay buffer and checkpoints. This trainer is synchronous under
+    # another name; the base class assigns the configured name, which the setter drops.
+    @property
+    def trainer_mode(self) -> str:
+        return "sync"
+
+    @trainer_mode.setter
+    def trainer_mode(self, name: str) -> None:
+        return
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info[MEASURE_FLAG] = self.vars.measures
+        batch = super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info[MEASURE_FLAG] = False
+        return batch
+
+    def _validate(self) -> dict[str, float]:
+        """verl's validation, which also logs masses and r_visual of its rollouts, by data source.
+
+        verl has no place between the rollouts of a validation batch and its metrics, so the replay buffer that hands
+        them over is wrapped for as long as it lasts (trainer_base.py:1076).
+        """
+        if not self.vars.measures:
+            return super()._validate()
+        buffer = self.replay_buffer
+        self.replay_buffer = _MeasuringBuffer(buffer, self._measure_validation)
+        try:
+            return super()._validate()
+        finally:
+            self.replay_buffer = buffer
+
+    def _measure_validation(self, batch: KVBatchMeta) -> None:
+        """Add what the log-prob pass measures to the reward's parts of validation rollouts."""
+        # As verl does around a colocated reward model: the actor needs the memory of the rollout engine.
+        self.checkpoint_manager.sleep_replicas()
+        measured = KVBatchMeta(keys=list(batch.keys), tags=batch.tags, partition_id=batch.partition_id)
+        self._is_measuring = True
+        try:
+            measured = self._balance_batch(measured, metrics={})
+        finally:
+            self._is_measuring = False
+        measured.extra_info.update(calculate_entropy=False, compute_loss=False, **{MEASURE_FLAG: True})
+        measured.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+        self.actor_rollout_wg.compute_log_prob(measured)
+        self.checkpoint_manager.update_weights(self.global_steps)
+        fields = ["uid", "extra_fields", VISUAL_OUTPUT]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        extra_fields = [dict(extra) for extra in data["extra_fields"]]
+        visual_BF = torch.stack(list(data[VISUAL_OUTPUT].unbind())).float()
+        infos = [extra["reward_extra_info"] for extra in extra_fields]
+        parts = validation_parts(visual_BF, infos, list(data["uid"]), self.vars)
+        for extra, info, own in zip(extra_fields, infos, parts, strict=True):
+            extra["reward_extra_info"] = {**info, **own}
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=tu.get_tensordict({"extra_fields": extra_fields}),
+        )
+        padding = sorted(set(measured.keys) - set(batch.keys))
+        if padding:
+            tq.kv_clear(keys=padding, partition_id=batch.partition_id)
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        """verl pads batches to whole mini-batches of the actor; what is only measured needs whole micro-batches."""
+        if not self._is_measuring:
+            return super()._get_required_batch_multiple(dp_size)
+        rollout = self.config.actor_rollout_ref.rollout
+        return dp_size * (1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu)
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        self._add_visual_reward(batch, metrics)
+        return super()._compute_advantage(batch, metrics)
+
+    def _add_visual_reward(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """Add the weighted r_visual to `rm_scores` in the TransferQueue and log every part of the reward."""
+        fields = ["uid", "rm_scores", "extra_fields"] + ([VISUAL_OUTPUT] if self.vars.measures else [])
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        real = [not tag.get("is_padding", False) for tag in batch.tags]
+        infos = [extra["reward_extra_info"] for extra in list(data["extra_fields"])]
+        metrics.update(reward_part_metrics(infos, real))
+        if not self.vars.measures:
+            return
+
+        visual_BF = torch.stack(list(data[VISUAL_OUTPUT].unbind())).float()
+        correct_B = correct_answers(infos, real, self.vars)
+        raw_B = visual_BF[:, VISUAL_FIELDS.index(self.vars.statistic)]
+        if self.vars.lambda_v == 0:
+            metrics.update(visual_metrics(visual_BF, correct_B, real))
+            metrics.update(self._alarms(metrics))
+            return
+        shaped_B = shape_visual_reward(raw_B, correct_B, list(data["uid"]), self.vars.shaping, self.vars.clip_max)
+        weighted_B = self.vars.lambda_v * shaped_B
+        metrics.update(visual_metrics(visual_BF, correct_B, real, raw_B, shaped_B, weighted_B))
+        metrics.update(self._alarms(metrics))
+
+        scores = list(data["rm_scores"].unbind())
+        for score, reward in zip(scores, weighted_B, strict=True):
+            if reward != 0:
+                score[-1] += reward.to(score.dtype)  # The outcome reward sits there too (AgentLoopOutput.as_dict).
+        rm_scores = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({"rm_scores": rm_scores}, batch_size=len(batch)),
+        )
+
+    def _alarms(self, metrics: dict) -> dict[str, float]:
+        """`avar/alarm/*`, 1 while an alarm rings; none without a measured rollout."""
+        if "avar/ratio" not in metrics:
+            return {}
+        statistic = metrics[f"avar/{self.vars.statistic}"]
+        rises = self._rise_alarm.update(statistic, metrics["avar/correct"])
+        starved = system_mass_alarm(metrics["avar/system_mass"], self.vars.alarm_system_mass)
+        return {"avar/alarm/system_mass": float(starved), "avar/alarm/rise_without_accuracy": float(rises)}
+
+
+class _MeasuringBuffer:
+    """A replay buffer that shows every batch it hands over to `measure` first."""
+
+    def __init__(self, buffer, measure):
+        self._buffer, self._measure = buffer, measure
+
+    def __getattr__(self, name):
+        return getattr(self._buffer, name)
+
+    def sample(self, *args, **kwargs):
+        batch, metrics = self._buffer.sample(*args, **kwargs)
+        self._measure(batch)
+        return batch, metrics
+
+
+def validation_parts(
+    visual_BF: torch.Tensor, infos: list[dict], groups: list, vars_config: VarsConfig
+) -> list[dict[str, float | None]]:
+    """`vas`, `ratio`, `image_share`, `r_visual_raw`, `r_visual_gated` and `r_visual_weighted` of validation rollouts.
+
+    None, which verl leaves out of its means, where a rollout has no system turn or no response; r_visual of such a one
+    is 0.
+    """
+    raw_B = visual_BF[:, VISUAL_FIELDS.index(vars_config.statistic)]
+    correct_B = correct_answers(infos, [True] * len(infos), vars_config) & torch.isfinite(raw_B)
+    gated_B = shape_visual_reward(raw_B, correct_B, groups, vars_config.shaping, vars_config.clip_max)
+    columns = {
+        **{name: visual_BF[:, VISUAL_FIELDS.index(name)] for name in ("vas", "ratio", "image_share")},
+        "r_visual_raw": raw_B,
+        "r_visual_gated": gated_B,
+        "r_visual_weighted": vars_config.lambda_v * gated_B,
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [
+        {name: value if math.isfinite(value) else None for name, value in zip(columns, row, strict=True)}
+        for row in rows
+    ]
+
+
+def correct_answers(infos: list[dict], real: list[bool], vars_config: VarsConfig) -> torch.Tensor:
+    """(B,) bool: the gate's value of the reward function's dict is above the threshold; False on padding rows.
+
+    Raises:
+        ValueError: the reward function does not return the gate's key.
+    """
+    key = vars_config.gate_key
+    for info in infos:
+        if key not in info:
+            raise ValueError(
+                f"r_visual is paid for right answers alone, which the reward function's {key!r} tells; it returned "
+                f"{sorted(info)}. Return {key!r} from compute_score, or set avar.vars.gate_key."
+            )
+    values = [float(info[key]) > vars_config.gate_threshold and keep for info, keep in zip(infos, real, strict=True)]
+    return torch.tensor(values)
+
+
+def reward_part_metrics(infos: list[dict], real: list[bool]) -> dict[str, float]:
+    """`avar/reward/<key>`: mean of every numeric part of the reward function's dict over the real rollouts."""
+    kept = [info for info, keep in zip(infos, real, strict=True) if keep]
+    keys = [key for key, value in (kept[0] if kept else {}).items() if isinstance(value, Real)]
+    return {f"avar/reward/{key}": sum(float(info[key]) for info in kept) / len(kept) for key in keys}
+
+
+def visual_metrics(
+    visual_BF: torch.Tensor,
+    correct_B: torch.Tensor,
+    real: list[bool],
+    raw_B: torch.Tensor | None = None,
+    shaped_B: torch.Tensor | None = None,
+    weighted_B: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Metrics of a batch of rollouts, over the real ones.
+
+    `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
+    where they are defined, whose number is `avar/measured_rollouts`; `avar/r_visual/raw` of the same;
+    `avar/r_visual/gated` after gate and shaping and `avar/r_visual/weighted` after lambda_v, over all.
+    """
+    real_B = torch.tensor(real)
+    fields = dict(zip(VISUAL_FIELDS, visual_BF.unbind(1), strict=True))
+    measured_B = real_B & torch.isfinite(fields["ratio"]) & torch.isfinite(fields["image_share"])
+    out = {"avar/measured_rollouts": int(measured_B.sum()), "avar/correct": float(correct_B[real_B].float().mean())}
+    if bool(measured_B.any()):
+        for name in ("vas", "ratio", "image_share", "image_mass", "system_mass"):
+            out[f"avar/{name}"] = float(fields[name][measured_B].mean())
+        if raw_B is not None:
+            out["avar/r_visual/raw"] = float(raw_B[measured_B].mean())
+    if shaped_B is not None:
+        out["avar/r_visual/gated"] = float(shaped_B[real_B].mean())
+        out["avar/r_visual/weighted"] = float(weighted_B[real_B].mean())
+    return out

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point `vllm.general_plugins`: called in every vLLM process before it builds a model. Does not import verl."""
+
+import wrapt
+
+from avar_verl.plugin.compat.cpu import detect
+from avar_verl.plugin.compat.cpu import vllm as vllm_cpu
+
+
+def register() -> None:
+    """On the CPU, make vLLM answer to its name and keep weights that can be updated. Everywhere, let requests ask for
+    the intervention (`intervention.vllm_hook`), as soon as vLLM imports what is patched for it.
+    """
+    hook = "avar_verl.intervention.vllm_hook"
+    wrapt.register_post_import_hook(f"{hook}:patch_input_processor", "vllm.v1.engine.input_processor")
+    wrapt.register_post_import_hook(f"{hook}:patch_model_runner", "vllm.v1.worker.gpu_model_runner")
+    if detect.is_active():
+        vllm_cpu.alias_distribution()
+        vllm_cpu.keep_linear_weights()
+        experts = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
+        wrapt.register_post_import_hook(vllm_cpu.name_moe_activation, experts)

@@ -1,4 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""verl agent loops. verl's come first, for the reason given in `avar_verl.engine`."""
-
-import verl.experimental.agent_loop  # noqa: F401

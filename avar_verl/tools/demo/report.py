@@ -1,0 +1,622 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's report: `report.json` with the numbers, and `report.html`, one file that needs nothing else.
+
+Reads what `avar_verl.tools.demo.run` leaves in its folder: `stages/<name>.json` (measured on held-out samples), the
+metrics that verl's file logger has written to `logs/<name>.jsonl`, and `settings.json` where there is one.
+
+A number that is not finite (VAS is a ratio, and a head can drive its denominator to zero) is null in report.json and
+said in words in report.html; nothing is clipped or replaced.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
+
+from avar_verl.objectives.vas import band
+from avar_verl.tools.plots import (
+    RC,
+    data_uri,
+    decode_image,
+    duration_text,
+    heat_figure,
+    legend_above,
+    number_text,
+    overlay,
+    printable,
+    svg,
+)
+
+STAGES = ("base", "sft", "agto", "avar")
+STARTS_FROM = {"base": None, "sft": "base", "agto": "base", "avar": "agto"}
+QUERIES = ("response", "user")
+VAS_FIELDS = ("vas", "vas_median", "ratio_of_means", "log_ratio", "image_share", "image_mass", "system_mass")
+BOUNDED_FIELDS = ("image_share", "image_mass", "system_mass")  # In [0, 1].
+STAGE_KEYS = (
+    *("name", "title", "seconds", "accuracy", "n_eval", "chance", "by_kind"),
+    *("vas", "heatmap", "samples", "guidance"),
+)
+SAMPLE_KEYS = ("image", "question", "response", "answer", "predicted", "correct", "attention", "answer_tokens")
+
+# Okabe and Ito's palette, which the common kinds of colour blindness can tell apart.
+STAGE_COLORS = {"base": "#7a7a7a", "sft": "#0072B2", "agto": "#E69F00", "avar": "#009E73"}
+BLACK, BLUE, SKY, VERMILION, PURPLE = "#222222", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7"
+LONG_RESPONSE = 160  # Characters; a longer text without a closed reasoning block is folded away.
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def _check(condition: bool, rule: str, got, fix: str) -> None:
+    if not condition:
+        raise ValueError(f"{rule}; got {got!r}. {fix}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def read_stage(path: Path) -> dict:
+    """One file of `stages/`, checked.
+
+    Raises:
+        ValueError: no such file, not JSON, or a field that is missing or cannot be right.
+    """
+    redo = "Delete the file and run the demo again: it measures the stage anew."
+    _check(path.is_file(), f"the report needs every stage of {STAGES}", f"no file {path}", "Run the demo to its end.")
+    try:
+        stage = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold one JSON object; got {error}. {redo}") from error
+    keys = stage.keys() if isinstance(stage, dict) else ()
+    missing = [key for key in STAGE_KEYS if key not in keys]
+    _check(not missing, f"{path} must hold the fields {STAGE_KEYS}", f"none of {missing}", redo)
+    _check(stage["name"] == path.stem, f"{path} must be named after its stage", stage["name"], redo)
+    for key in ("seconds", "chance"):
+        _check(_is_number(stage[key]), f"{key} in {path} must be a number", stage[key], redo)
+    _check_accuracy(f"{path}", stage["accuracy"], stage["n_eval"], redo)
+    for kind, part in stage["by_kind"].items():
+        _check_accuracy(f"by_kind.{kind} in {path}", part.get("accuracy"), part.get("n"), redo)
+    for query in QUERIES:
+        _check_vas(f"{query} in {path}", stage["vas"].get(query), stage["heatmap"].get(query), redo)
+    for index, sample in enumerate(stage["samples"]):
+        _check_sample(f"sample {index} in {path}", sample, redo)
+    return stage
+
+
+def _check_accuracy(where: str, accuracy, n, redo: str) -> None:
+    _check(_is_number(accuracy) and 0 <= accuracy <= 1, f"accuracy of {where} must be between 0 and 1", accuracy, redo)
+    _check(type(n) is int and n > 0, f"the number of samples of {where} must be positive", n, redo)
+
+
+def _check_vas(where: str, summary, heatmap, redo: str) -> None:
+    _check(isinstance(summary, dict), f"vas must be measured for {where}", summary, redo)
+    for key in VAS_FIELDS:
+        _check(_is_number(summary.get(key)), f"vas.{key} of {where} must be a number", summary.get(key), redo)
+    _check(isinstance(heatmap, dict), f"heatmap must be measured for {where}", heatmap, redo)
+    shapes = {key: _shape(heatmap.get(key)) for key in ("share", "ratio")}
+    ok = shapes["share"] is not None and shapes["share"] == shapes["ratio"]
+    _check(ok, f"heatmap of {where} must hold share and ratio, a number per layer and head", shapes, redo)
+
+
+def _shape(rows) -> tuple[int, int] | None:
+    """(rows, columns) of a list of equally long, non-empty lists of numbers, else None."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
+        return None
+    if len({len(row) for row in rows}) != 1 or not rows[0] or not all(_is_number(x) for row in rows for x in row):
+        return None
+    return len(rows), len(rows[0])
+
+
+def _check_sample(where: str, sample: dict, redo: str) -> None:
+    missing = [key for key in SAMPLE_KEYS if key not in sample]
+    _check(not missing, f"{where} must hold the fields {SAMPLE_KEYS}", f"none of {missing}", redo)
+    attention = sample["attention"]
+    ok = attention is None or (
+        _shape(attention) is not None and all(math.isfinite(x) and x >= 0 for row in attention for x in row)
+    )
+    _check(ok, f"attention of {where} must be null or rows of numbers that are finite and >= 0", attention, redo)
+
+
+def read_stages(run_dir: Path) -> list[dict]:
+    """The four stages in the order of `STAGES`.
+
+    Raises:
+        ValueError: from `read_stage`, or stages that were not measured alike.
+    """
+    stages = [read_stage(run_dir / "stages" / f"{name}.json") for name in STAGES]
+    alike = {
+        "held-out questions": lambda stage: [sample["question"] for sample in stage["samples"]],
+        "kinds of question": lambda stage: sorted(stage["by_kind"]),
+        "layers and heads": lambda stage: [_shape(stage["heatmap"][query]["share"]) for query in QUERIES],
+    }
+    for what, of in alike.items():
+        for stage in stages[1:]:
+            fix = f"Delete {run_dir / 'stages'} and run the demo again."
+            rule = f"stage {stage['name']} must show the same {what} as {stages[0]['name']}"
+            _check(of(stage) == of(stages[0]), rule, of(stage), fix)
+    return stages
+
+
+def read_log(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every metric of `wanted` in a file of verl's file logger; a metric may be absent.
+
+    Raises:
+        ValueError: a line that is not `{"step": int, "data": {metric: number}}`, with its number.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        where, fix = f"{path.name} line {number}", "Delete the line, or run the stage again."
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} must hold one JSON object; got {line[:80]!r}. {fix}") from error
+        ok = isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("data"), dict)
+        _check(ok, f"{where} must hold an integer 'step' and an object 'data'", line[:80], fix)
+        for key in wanted:
+            if key in record["data"]:
+                value = record["data"][key]
+                _check(_is_number(value), f"{key} in {where} must be a number", value, fix)
+                curves.setdefault(key, []).append((record["step"], float(value)))
+    return curves
+
+
+# ---- words -----------------------------------------------------------------------------------------------------
+
+
+def standard_error(accuracy: float, n: int) -> float:
+    """sqrt(p (1 - p) / n), the standard error of a share of right answers."""
+    return math.sqrt(accuracy * (1 - accuracy) / n)
+
+
+def accuracy_text(accuracy: float, n: int) -> str:
+    """Per cent with its standard error, in one piece: the spaces do not break."""
+    return f"{100 * accuracy:.1f} \u00b1 {100 * standard_error(accuracy, n):.1f} %".replace(" ", "\u00a0")
+
+
+def compare(stage: dict, before: dict) -> str:
+    """What the accuracy of a stage is against that of another, as the end of a sentence.
+
+    A difference counts as clear from two standard errors of the difference on, the two taken as independent.
+    """
+    points = 100 * (stage["accuracy"] - before["accuracy"])
+    if points == 0:
+        return f"level with {before['title']}"
+    errors = [standard_error(one["accuracy"], one["n_eval"]) for one in (stage, before)]
+    clear = abs(points) >= 200 * math.hypot(*errors)
+    word = f"{'better' if points > 0 else 'worse'} than {before['title']}"
+    return f"clearly {word} ({points:+.1f} points)" if clear else f"{word}, but not clearly so ({points:+.1f} points)"
+
+
+def summary_text(stages: Sequence[dict], seconds: float) -> str:
+    """The paragraph at the top, from the numbers alone."""
+    base, sft, _, last = stages
+    pairs = list(zip(stages, stages[1:], strict=False))
+    out = [
+        f"{base['title']} answers {accuracy_text(base['accuracy'], base['n_eval'])} of {base['n_eval']} held-out "
+        f"questions right; guessing gives {100 * base['chance']:.1f}\u00a0%."
+    ]
+    for before, stage in pairs:
+        reached = accuracy_text(stage["accuracy"], stage["n_eval"])
+        out.append(f"{stage['title']} reaches {reached}, {compare(stage, before)}.")
+    out.append(f"{last['title']}, the end of the recipe, is {compare(last, sft)}.")
+    out.append("Clear means at least two standard errors of the difference.")
+    shares = ", ".join(f"{stage['title']} {number_text(_share(stage))}" for stage in stages)
+    out.append(f"Of the attention that response tokens give to the image or the system turn, the image gets: {shares}.")
+    for before, stage in pairs:
+        if _share(stage) > _share(before) and stage["accuracy"] < before["accuracy"]:
+            out.append(
+                f"{stage['title']} looks more at the image than {before['title']} and yet answers fewer questions "
+                "right."
+            )
+    out.append(
+        f"The run took {duration_text(seconds)}. One seed and a tiny model: compare the stages with one another, not "
+        "with published numbers."
+    )
+    return " ".join(out)
+
+
+def _share(stage: dict) -> float:
+    return stage["vas"]["response"]["image_share"]
+
+
+def split_response(response: str) -> tuple[str, str, str]:
+    """(reasoning, rest, note) of a response; `note` says what is odd about its reasoning block.
+
+    >>> split_response("<think>A cat.</think><answer>cat</answer>")
+    ('A cat.', '<answer>cat</answer>', '')
+    """
+    before, opening, after = response.partition("<think>")
+    if not opening:
+        return ("", response, "") if len(response) <= LONG_RESPONSE else (response, "", "no reasoning block")
+    reasoning, closing, rest = after.partition("</think>")
+    if not closing:
+        return reasoning, before.strip(), "never closed"
+    return reasoning.strip(), (before + rest).strip(), ""
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------
+
+
+def accuracy_figure(stages: Sequence[dict]) -> Markup:
+    """Accuracy by kind of question and over all, a bar per stage."""
+    kinds = list(stages[0]["by_kind"])
+    width = 0.8 / len(stages)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(10.5, 3.1))
+        axes = figure.subplots(gridspec_kw={"left": 0.05, "right": 0.995, "bottom": 0.14, "top": 0.9})
+        alts = []
+        for index, stage in enumerate(stages):
+            parts = [(stage["by_kind"][kind]["accuracy"], stage["by_kind"][kind]["n"]) for kind in kinds]
+            parts.append((stage["accuracy"], stage["n_eval"]))
+            heights = [100 * accuracy for accuracy, _ in parts]
+            errors = [100 * standard_error(accuracy, n) for accuracy, n in parts]
+            x = np.arange(len(parts)) + (index - (len(stages) - 1) / 2) * width
+            color = STAGE_COLORS[stage["name"]]
+            axes.bar(x, heights, width * 0.92, color=color, label=stage["title"])
+            axes.errorbar(x, heights, errors, fmt="none", ecolor=BLACK, elinewidth=0.8, capsize=2)
+            for at, height, error in zip(x, heights, errors, strict=True):
+                axes.annotate(f"{height:.0f}", (at, height + error), (0, 2), textcoords="offset points", ha="center",
+                              fontsize=8)  # fmt: skip
+            alts.append(f"{stage['title']} " + ", ".join(f"{height:.0f}" for height in heights))
+        chance = 100 * stages[0]["chance"]
+        axes.hlines(chance, len(kinds) - 0.46, len(kinds) + 0.46, BLACK, "dashed", linewidth=1, label="chance (all)")
+        counts = [stages[0]["by_kind"][kind]["n"] for kind in kinds] + [stages[0]["n_eval"]]
+        names = [f"{name}\n(n = {n})" for name, n in zip([*kinds, "all"], counts, strict=True)]
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylim(0, 112)
+        axes.set_yticks(range(0, 101, 20))
+        axes.set_ylabel("right answers (%)")
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(stages) + 1)
+        return svg(figure, "kinds", f"Right answers in per cent for {', '.join(kinds)}, all: {'; '.join(alts)}.")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one log: `stage` names the file. `label` may hold stages' titles: `{sft} image`."""
+
+    stage: str
+    key: str
+    label: str
+    color: str
+    style: str = "-"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of training curves; `about` is its caption."""
+
+    title: str
+    about: str
+    curves: tuple[Curve, ...]
+    log_scale: bool = False
+
+
+def _both_cold_starts(key: str, suffix: str = "", style: str = "-") -> tuple[Curve, ...]:
+    return tuple(Curve(stage, key, f"{{{stage}}}{suffix}", STAGE_COLORS[stage], style) for stage in ("sft", "agto"))
+
+
+COLD_START_PANELS = (
+    Panel(
+        "Language-model loss",
+        "Cross entropy of the reference responses, without guidance terms.",
+        _both_cold_starts("avar/lm_loss"),
+    ),
+    Panel("Total training loss", "What the optimizer sees: guidance included.", _both_cold_starts("train/loss")),
+    Panel("Validation loss", "verl's val/loss.", _both_cold_starts("val/loss")),
+    Panel(
+        "Attention masses",
+        "Share of all attention, mean over layers, heads and query tokens.",
+        (*_both_cold_starts("avar/image_mass", " image"), *_both_cold_starts("avar/system_mass", " system", "--")),
+    ),
+    Panel("Image share", "Image mass / (image mass + system mass).", _both_cold_starts("avar/image_share")),
+    Panel(
+        "AGTO terms",
+        "Before alpha and beta. Plain SFT only measures them.",
+        (*_both_cold_starts("avar/enhance", " enhance"), *_both_cold_starts("avar/suppress", " suppress", "--")),
+    ),
+    Panel(
+        "VAS of the training batches",
+        "Mean ratio as in the paper; single heads dominate it.",
+        _both_cold_starts("avar/vas"),
+        log_scale=True,
+    ),
+)
+GRPO_PANELS = (
+    Panel(
+        "Reward",
+        "Mean over rollouts; the score is the weighted sum that GRPO sees.",
+        (
+            Curve("avar", "critic/score/mean", "score", BLACK),
+            Curve("avar", "avar/reward/acc", "accuracy", BLUE),
+            Curve("avar", "avar/reward/format", "format", VERMILION, "--"),
+        ),
+    ),
+    Panel(
+        "Visual reward",
+        "Raw, after gate and shaping, after lambda_v.",
+        (
+            Curve("avar", "avar/r_visual/raw", "raw", SKY),
+            Curve("avar", "avar/r_visual/gated", "gated", BLUE),
+            Curve("avar", "avar/r_visual/weighted", "weighted", VERMILION, "--"),
+        ),
+    ),
+    Panel(
+        "Image share",
+        "Of the rollouts' response tokens.",
+        (Curve("avar", "avar/image_share", "image share", STAGE_COLORS["avar"]),),
+    ),
+    Panel(
+        "VAS of the rollouts",
+        "Mean ratio as in the paper.",
+        (Curve("avar", "avar/vas", "VAS", STAGE_COLORS["avar"]),),
+        log_scale=True,
+    ),
+    Panel(
+        "Response length",
+        "Tokens, mean over rollouts.",
+        (Curve("avar", "response_length/mean", "tokens", STAGE_COLORS["avar"]),),
+    ),
+    Panel(
+        "Rollout and actor agree",
+        "Correlation of the probabilities of vLLM and of the actor.",
+        (Curve("avar", "training/rollout_actor_probs_pearson_corr", "Pearson correlation", STAGE_COLORS["avar"]),),
+    ),
+    Panel(
+        "Time of a step",
+        "Seconds.",
+        (Curve("avar", "timing_s/step", "seconds", STAGE_COLORS["avar"]),),
+    ),
+)
+Logs = Mapping[str, dict[str, list[tuple[int, float]]]]
+
+
+def panels_with_notes(
+    panels: Sequence[Panel], logs: Logs, titles: Mapping[str, str], prefix: str
+) -> tuple[list[dict], list[str]]:
+    """The panels that have a curve, as `{"title", "about", "svg"}`, and a sentence for all that is missing.
+
+    `titles` are the stages' titles by name; `prefix` keeps the figures of two calls apart.
+    """
+    drawn, notes = [], []
+    for index, panel in enumerate(panels):
+        found = []
+        for curve in panel.curves:
+            points = logs[curve.stage].get(curve.key, [])
+            finite = [value for _, value in points if math.isfinite(value)]
+            if finite:
+                found.append((curve, points))
+            if 0 < len(finite) < len(points):
+                notes.append(
+                    f"{panel.title}: {len(points) - len(finite)} of {len(points)} values of {curve.key} in "
+                    f"logs/{curve.stage}.jsonl are not finite and leave a gap."
+                )
+        absent = [f"{c.key} in logs/{c.stage}.jsonl" for c in panel.curves if not any(c is one for one, _ in found)]
+        if absent:
+            what = "left out" if not found else "drawn without a curve"
+            notes.append(f"{panel.title}: {what}, no finite value of {' or '.join(absent)}.")
+        if found:
+            figure = _curve_figure(panel, found, titles, f"{prefix}{index}")
+            drawn.append({"title": panel.title, "about": panel.about, "svg": figure})
+    return drawn, notes
+
+
+def _curve_figure(
+    panel: Panel, found: Sequence[tuple[Curve, list[tuple[int, float]]]], titles: Mapping[str, str], name: str
+) -> Markup:
+    alts = []
+    with matplotlib.rc_context(RC):
+        # A fixed layout: matplotlib's automatic ones cost half a second a figure.
+        figure = Figure(figsize=(3.6, 2.4))
+        top = 0.91 if len(found) < 4 else 0.83  # Room for one or two lines of legend.
+        axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.98, "bottom": 0.18, "top": top})
+        for curve, points in found:
+            label = curve.label.format(**titles)
+            steps, values = np.array(points, dtype=float).T
+            marker = "." if len(points) <= 40 else None
+            axes.plot(
+                steps, np.where(np.isfinite(values), values, np.nan), curve.style, marker=marker, markersize=4,
+                color=curve.color, linewidth=1.2, label=label,
+            )  # fmt: skip
+            alts.append(f"{label} from {number_text(values[0])} to {number_text(values[-1])}")
+        if panel.log_scale:
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e5 else f"{value:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel("step")
+        legend_above(axes, len(found))
+        return svg(figure, name, f"{panel.title} over the steps: {'; '.join(alts)}.")
+
+
+def heatmap_figure(stages: Sequence[dict], query: str) -> Markup:
+    """Layer by head maps, a column per stage."""
+    maps = {stage["title"]: tuple(stage["heatmap"][query][key] for key in ("share", "ratio")) for stage in stages}
+    layers = range(len(stages[0]["heatmap"][query]["share"]))
+    return heat_figure(f"heat-{query}", f"Attention of {query} tokens", maps, layers)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------
+
+
+def stage_rows(stages: Sequence[dict]) -> list[dict]:
+    """The table of stages, a group of rows per stage: one for response and one for user queries."""
+    titles = {stage["name"]: stage["title"] for stage in stages}
+    rows = []
+    for stage in stages:
+        parts = []
+        for query in QUERIES:
+            summary = stage["vas"][query]
+            cells = {key: number_text(float(summary[key]), 3 if key in BOUNDED_FIELDS else 2) for key in VAS_FIELDS}
+            parts.append({"query": query, "band": band(summary["vas"]), **cells})
+        rows.append(
+            {
+                "title": stage["title"],
+                "color": STAGE_COLORS[stage["name"]],
+                "starts_from": titles.get(STARTS_FROM[stage["name"]], "random weights"),
+                "accuracy": accuracy_text(stage["accuracy"], stage["n_eval"]),
+                "n_eval": stage["n_eval"],
+                "chance": f"{100 * stage['chance']:.1f} %",
+                "seconds": duration_text(stage["seconds"]),
+                "parts": parts,
+            }
+        )
+    return rows
+
+
+def skipped_note(stages: Sequence[dict]) -> str:
+    """A sentence on samples for which VAS is not defined; empty where there is none."""
+    counts = [
+        f"{part['num_skipped']} of {part['num_skipped'] + part['num_samples']} ({stage['title']}, {query} tokens)"
+        for stage in stages
+        for query in QUERIES
+        if (part := stage["vas"][query]).get("num_skipped")
+    ]
+    text = f"Samples without an image or a system turn have no VAS and are skipped: {', '.join(counts)}."
+    return text if counts else ""
+
+
+def sample_rows(stages: Sequence[dict]) -> list[dict]:
+    """The sample rollouts: a row per question, in it a cell per stage."""
+    rows = []
+    for index, first in enumerate(stages[0]["samples"]):
+        image = decode_image(first["image"], f"sample {index} of {stages[0]['name']}")
+        cells = [_sample_cell(stage, stage["samples"][index], image) for stage in stages]
+        texts = {key: printable(first[key]) for key in ("question", "answer")}
+        rows.append({"image": data_uri(image), **texts, "cells": cells})
+    return rows
+
+
+def _sample_cell(stage: dict, sample: dict, image: Image.Image) -> dict:
+    attention = sample["attention"]
+    reasoning, rest, note = split_response(printable(sample["response"]))
+    return {
+        "title": stage["title"],
+        "overlay": None if attention is None else data_uri(overlay(image, attention)),
+        "mass": "" if attention is None else number_text(float(np.sum(attention))),
+        "tokens": printable(sample["answer_tokens"] or ""),
+        "reasoning": reasoning,
+        "rest": rest,
+        "note": note,
+        "words": len(reasoning.split()),
+        "predicted": printable(sample["predicted"] or "") or None,
+        "correct": bool(sample["correct"]),
+    }
+
+
+def setting_rows(run_dir: Path, stages: Sequence[dict]) -> list[tuple[str, str, str]]:
+    """(where, name, value) of `settings.json` and of the guidance of every stage."""
+    path, rows = run_dir / "settings.json", []
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        rows += [("demo", key, value) for key, value in settings.items() if not isinstance(value, dict)]
+    for stage in stages:
+        rows += [(stage["title"], key, value) for key, value in (stage["guidance"] or {}).items()]
+    return [(where, key, value if isinstance(value, str) else json.dumps(value)) for where, key, value in rows]
+
+
+def finite_or_none(value: float) -> float | None:
+    """The number, or None where JSON has none for it."""
+    return float(value) if math.isfinite(value) else None
+
+
+def report_dict(stages: Sequence[dict], seconds: float, versions: Mapping[str, str]) -> dict:
+    """What report.json holds."""
+    rows = []
+    for stage in stages:
+        user, response = stage["vas"]["user"], stage["vas"]["response"]
+        rows.append(
+            {
+                "name": stage["name"],
+                "vas_user": finite_or_none(user["vas"]),
+                "vas_response": finite_or_none(response["vas"]),
+                "image_share_response": finite_or_none(response["image_share"]),
+                "accuracy": float(stage["accuracy"]),
+                "n_eval": stage["n_eval"],
+                "accuracy_standard_error": standard_error(stage["accuracy"], stage["n_eval"]),
+                "image_share_user": finite_or_none(user["image_share"]),
+                "ratio_of_means_user": finite_or_none(user["ratio_of_means"]),
+                "ratio_of_means_response": finite_or_none(response["ratio_of_means"]),
+                "seconds": float(stage["seconds"]),
+            }
+        )
+    return {
+        "seconds": float(seconds),
+        "chance": float(stages[0]["chance"]),
+        "stages": rows,
+        "versions": dict(versions),
+    }
+
+
+def _read_logs(run_dir: Path) -> tuple[Logs, list[str]]:
+    logs, notes = {}, []
+    for name in STAGES[1:]:
+        path = run_dir / "logs" / f"{name}.jsonl"
+        panels = (*COLD_START_PANELS, *GRPO_PANELS)
+        wanted = sorted({curve.key for panel in panels for curve in panel.curves if curve.stage == name})
+        logs[name] = read_log(path, wanted) if path.is_file() else {}
+        if not path.is_file():
+            notes.append(f"logs/{name}.jsonl does not exist.")
+    return logs, notes
+
+
+def page(run_dir: Path, stages: Sequence[dict], seconds: float, versions: Mapping[str, str]) -> str:
+    """report.html."""
+    logs, notes = _read_logs(run_dir)
+    titles = {stage["name"]: stage["title"] for stage in stages}
+    cold_start, cold_start_notes = panels_with_notes(COLD_START_PANELS, logs, titles, "cold")
+    grpo, grpo_notes = panels_with_notes(GRPO_PANELS, logs, titles, "grpo")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        summary=summary_text(stages, seconds),
+        stage_rows=stage_rows(stages),
+        skipped=skipped_note(stages),
+        accuracy_svg=accuracy_figure(stages),
+        cold_start=cold_start,
+        grpo=grpo,
+        curve_notes=notes + cold_start_notes + grpo_notes,
+        heatmaps=[(query, heatmap_figure(stages, query)) for query in QUERIES],
+        titles=titles,
+        sample_rows=sample_rows(stages),
+        versions=versions,
+        settings=setting_rows(run_dir, stages),
+    )
+
+
+def write_report(run_dir: Path, seconds: float, versions: dict[str, str]) -> dict:
+    """Write `report.html` and `report.json` into `run_dir`; returns what report.json holds.
+
+    Args:
+        run_dir: folder with `stages/` and `logs/`.
+        seconds: of the whole run, >= 0.
+        versions: package name to version, shown as it is.
+
+    Raises:
+        ValueError: a stage is missing or damaged, a log has an unreadable line, or `seconds` cannot be right.
+    """
+    ok = _is_number(seconds) and math.isfinite(seconds) and seconds >= 0
+    _check(ok, "seconds must be finite and not negative", seconds, "Pass the seconds that the run took.")
+    stages = read_stages(run_dir)
+    report = report_dict(stages, seconds, versions)
+    (run_dir / "report.html").write_text(page(run_dir, stages, seconds, versions), encoding="utf-8")
+    (run_dir / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return report

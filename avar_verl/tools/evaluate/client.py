@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions to an OpenAI-compatible server, a bounded number at a time."""
+
+import asyncio
+import ipaddress
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+
+from avar_verl.tools.evaluate.items import Item
+
+MAX_FAILURES_IN_A_ROW = 10
+"""Items without an answer, one after the other, that end a run: that is no bad item any more."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request says beside its messages."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+
+    max_tokens: int = 2048
+    """Most tokens of a response."""
+
+    seed: int = 0
+    """Of the sampling; without effect at temperature 0."""
+
+    top_p: float = 1.0
+    """1 keeps every token; without effect at temperature 0."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative; got {self.temperature}. 0 is greedy.")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1; got {self.max_tokens}. A response needs some.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}. 1 keeps every token.")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A server's answer to one item; `seconds` from the first request on, retries included."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    response_tokens: int
+    seconds: float
+
+
+def make_client(url: str, *, timeout_s: float, max_retries: int, api_key: str = "none") -> openai.AsyncOpenAI:
+    """A client that asks again after 408, 409, 429, 5xx, a lost connection and a timeout, with exponential back-off and
+    the server's Retry-After. Proxies of the environment are not used for a server on this machine.
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    http_client = openai.DefaultAsyncHttpxClient(trust_env=not local)
+    return openai.AsyncOpenAI(
+        base_url=url, api_key=api_key, timeout=timeout_s, max_retries=max_retries, http_client=http_client
+    )
+
+
+async def served_name(client: openai.AsyncOpenAI, wanted: str) -> str:
+    """The model's name on the server: `wanted` where the server has it, else the only one it has.
+
+    Raises:
+        ValueError: several, and none of them is `wanted`.
+    """
+    names = [model.id async for model in client.models.list()]
+    if wanted in names:
+        return wanted
+    if len(names) != 1:
+        raise ValueError(f"the server must serve --model {wanted!r} or one model alone; got {names}. Name one of them.")
+    return names[0]
+
+
+async def ask(
+    client: openai.AsyncOpenAI, model: str, item: Item, sampling: Sampling, extra_body: dict[str, Any] | None = None
+) -> Reply:
+    """One item's response.
+
+    Raises:
+        openai.APIError: the server refused, or did not answer in spite of the retries.
+        ValueError: a reply without text or counts.
+    """
+    begin = time.monotonic()
+    reply = await client.chat.completions.create(
+        model=model,
+        messages=item.chat(),
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        top_p=sampling.top_p,
+        extra_body=extra_body or None,
+    )
+    if not reply.choices or reply.usage is None:
+        raise ValueError(f"a reply must have a choice and its usage; got {reply.model_dump_json()[:200]}. Use vLLM.")
+    choice = reply.choices[0]
+    return Reply(
+        text=choice.message.content or "",
+        finish_reason=choice.finish_reason,
+        prompt_tokens=reply.usage.prompt_tokens,
+        response_tokens=reply.usage.completion_tokens,
+        seconds=time.monotonic() - begin,
+    )
+
+
+async def ask_all(
+    items: Iterable[Item],
+    answer: Callable[[Item], Any],
+    *,
+    concurrency: int,
+    check: Callable[[], None] = lambda: None,
+    check_s: float = 1.0,
+) -> dict[str, str]:
+    """Await `answer(item)` for every item, `concurrency` at a time; the reasons of those that failed, by id.
+
+    Args:
+        items: taken one by one, when one of the running ones is done.
+        answer: asks, grades and records.
+        check: called every `check_s` seconds; what it raises ends everything.
+
+    Raises:
+        ValueError: `concurrency` < 1.
+        RuntimeError: `MAX_FAILURES_IN_A_ROW` failures in a row.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1; got {concurrency}. 64 suits one GPU.")
+    queue = iter(items)
+    failures: dict[str, str] = {}
+    in_a_row = 0
+
+    async def work() -> None:
+        nonlocal in_a_row
+        for item in queue:
+            try:
+                await answer(item)
+                in_a_row = 0
+            except openai.APIError as error:
+                check()  # A server that has died is the better reason.
+                failures[item.id] = f"{type(error).__name__}: {error}"
+                in_a_row += 1
+                if in_a_row >= MAX_FAILURES_IN_A_ROW:
+                    raise RuntimeError(
+                        f"{in_a_row} items in a row have no answer, the last one because of {failures[item.id]}. Mend "
+                        "the server and run the command again: it goes on."
+                    ) from error
+
+    async def watch() -> None:
+        while True:
+            check()
+            await asyncio.sleep(check_s)
+
+    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
+    watcher = asyncio.create_task(watch())
+    pending = set(workers)
+    try:
+        while pending:
+            done, _ = await asyncio.wait([*pending, watcher], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            pending -= done
+    finally:
+        for task in (*workers, watcher):
+            task.cancel()
+        await asyncio.gather(*workers, watcher, return_exceptions=True)
+    return failures

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One question with its images, and local data files in the layout of verl's RL data set."""
+
+import hashlib
+import io
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from avar_verl.data.images import as_verl_image
+from avar_verl.data.rows import Row, read_rows
+from avar_verl.rewards.accuracy import accepted_answers
+from avar_verl.tools.evaluate.grade import check_letter
+
+IMAGE = "<image>"
+"""Where an image stands in the text of a message, as in verl's data."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        task: name of the task it belongs to.
+        id: unique in the task, the same in every run.
+        messages: `{"role": ..., "content": text}` in order; `<image>` stands for the next image.
+        images: the exact bytes of the image files, in the order of the placeholders.
+        ground_truth: accepted answers, at least one.
+        options: texts of the options A, B, ... that the question gives, empty for an open question.
+        groups: names of the groups that it belongs to, by the metric that counts a group as right if all of it is.
+        data_source: as in verl's data.
+    """
+
+    task: str
+    id: str
+    messages: tuple[dict[str, str], ...]
+    images: tuple[bytes, ...]
+    ground_truth: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    groups: dict[str, str] = field(default_factory=dict)
+    data_source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.messages or self.messages[-1]["role"] != "user":
+            raise ValueError(
+                f"a prompt must end with a turn of the user; got roles {[m['role'] for m in self.messages]} in item "
+                f"{self.id} of {self.task}. Leave the answer out of the prompt."
+            )
+        placeholders = sum(message["content"].count(IMAGE) for message in self.messages)
+        if placeholders != len(self.images):
+            raise ValueError(
+                f"a prompt must name each image once with {IMAGE}; got {placeholders} placeholders for "
+                f"{len(self.images)} images in item {self.id} of {self.task}. Mend the row or leave it out."
+            )
+
+    def prompt_hash(self) -> str:
+        """SHA-256 of messages, image bytes, answers, options and groups: what a record is about."""
+        digest = hashlib.sha256()
+        for part in (self.messages, self.ground_truth, self.options, sorted(self.groups.items())):
+            digest.update(repr(part).encode() + b"\0")
+        for image in self.images:
+            digest.update(hashlib.sha256(image).digest())
+        return digest.hexdigest()
+
+    def chat(self) -> list[dict[str, Any]]:
+        """The messages as OpenAI's chat API takes them, images as data URIs of their exact bytes."""
+        images = iter(self.images)
+        chat = []
+        for message in self.messages:
+            parts: list[dict[str, Any]] = []
+            for number, text in enumerate(message["content"].split(IMAGE)):
+                if number:
+                    parts.append({"type": "image_url", "image_url": {"url": data_uri(next(images))}})
+                if text:
+                    parts.append({"type": "text", "text": text})
+            plain = len(parts) == 1 and parts[0]["type"] == "text"
+            chat.append({"role": message["role"], "content": parts[0]["text"] if plain else parts})
+        return chat
+
+
+def data_uri(content: bytes) -> str:
+    """`data:image/png;base64,...` of an image file.
+
+    Raises:
+        ValueError: bytes that are no image that Pillow knows.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            kind = Image.MIME[image.format]
+    except (UnidentifiedImageError, KeyError) as error:
+        raise ValueError(
+            f"an image must be in a format that Pillow knows; got {len(content)} bytes that start with "
+            f"{content[:8]!r}. Convert it to PNG or JPEG."
+        ) from error
+    return f"data:{kind};base64,{b64encode(content).decode()}"
+
+
+def _image_bytes(value: Any, where: str) -> bytes:
+    held = as_verl_image(value, embed=True)
+    if "bytes" not in held:
+        raise ValueError(
+            f"images must be bytes or files on this machine; got {str(held.get('image'))[:60]!r} in {where}. "
+            "Embed them."
+        )
+    return held["bytes"]
+
+
+def _row_item(task: str, row: Row) -> Item:
+    where = f"row {row.number} of {row.file}"
+    values = row.values
+    missing = [key for key in ("prompt", "reward_model") if not values.get(key)]
+    if missing or "ground_truth" not in values["reward_model"]:
+        raise ValueError(
+            f"a row must have prompt and reward_model.ground_truth, as verl's RL data; got columns "
+            f"{sorted(values)} in {where}. See docs/data.md."
+        )
+    messages = []
+    for message in values["prompt"]:
+        if not isinstance(message.get("content"), str):
+            raise ValueError(
+                f"the content of a message must be text; got {type(message.get('content')).__name__} in {where}. "
+                f"Write {IMAGE} where an image stands."
+            )
+        messages.append({"role": message["role"], "content": message["content"]})
+    options = tuple((values.get("extra_info") or {}).get("options") or ())
+    truth = tuple(accepted_answers(values["reward_model"]["ground_truth"], where))
+    if options:
+        check_letter(truth[0], options)
+    return Item(
+        task=task,
+        id=str(row.number),
+        messages=tuple(messages),
+        images=tuple(_image_bytes(image, where) for image in values.get("images") or ()),
+        ground_truth=truth,
+        options=options,
+        data_source=str(values.get("data_source") or ""),
+    )
+
+
+def parquet_items(path: Path) -> Iterator[Item]:
+    """The rows of a data file in verl's RL layout, one at a time; the task is named after the file.
+
+    Raises:
+        ValueError: a row without a prompt or an answer, placeholders that do not match the images, an image that is
+            not here; the message names the row.
+    """
+    for row in read_rows(path):
+        yield _row_item(path.stem, row)

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`avar eval`: ask, grade, record, go on where a killed run stopped, and sum up."""
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import openai
+from tqdm import tqdm
+
+from avar_verl.tools.evaluate.benchmarks import Benchmark, benchmark_items, expand, load_benchmark, resolve_revision
+from avar_verl.tools.evaluate.client import Sampling, ask, ask_all, make_client, served_name
+from avar_verl.tools.evaluate.grade import find_answer, is_correct
+from avar_verl.tools.evaluate.intervene import Intervention, check_server, make_intervention
+from avar_verl.tools.evaluate.items import Item, parquet_items
+from avar_verl.tools.evaluate.records import Record, RecordFile, model_fingerprint, read_records
+from avar_verl.tools.evaluate.server import NAME, cpu_environment, free_port, running_server, server_command
+from avar_verl.tools.evaluate.statistics import group_accuracy, standard_error
+
+RESULTS = "results.json"
+# Changes whenever the same response would be graded otherwise.
+GRADER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """One run of `avar eval`; the fields are its options."""
+
+    model: str
+    """Hugging Face folder, or a name on the hub; with `server_url` whatever the server calls it."""
+
+    out: Path
+    """Folder of the records, a folder for each task in it."""
+
+    tasks: str = ""
+    """Benchmarks, separated by commas."""
+
+    data: tuple[Path, ...] = ()
+    """Parquet files in verl's RL layout; a task is named after its file."""
+
+    n: int = 0
+    """First items of each task; 0 is all."""
+
+    intervene: str | None = None
+    """Training-free intervention, such as alpha_img=0.15,alpha_sys=0.4."""
+
+    server_url: str | None = None
+    """Address of a running server, with /v1; None starts vLLM here and ends it."""
+
+    server_args: tuple[str, ...] = ()
+    """Further arguments of vLLM."""
+
+    server_timeout: float = 900.0
+    """Seconds until vLLM must answer."""
+
+    max_model_len: int | None = None
+    """Tokens of prompt and response together in a vLLM started here; None is the model's own."""
+
+    concurrency: int = 64
+    """Requests at a time."""
+
+    request_timeout: float = 1800.0
+    """Seconds until a request is asked again."""
+
+    max_retries: int = 6
+    """Times that a request is asked again, with exponential back-off."""
+
+    answer_rule: str = "reward"
+    """See `grade.find_answer`."""
+
+    sampling: Sampling = Sampling()
+    """Of every request."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the items of one task come from."""
+
+    name: str
+    source: dict[str, Any]
+    """Part of the settings: what the items depend on."""
+
+    items: Callable[[], Iterator[Item]]
+
+
+def _benchmark_task(benchmark: Benchmark) -> Task:
+    revision = resolve_revision(benchmark)
+    source = {
+        "dataset": benchmark.dataset,
+        "config": benchmark.config,
+        "split": benchmark.split,
+        "revision": revision,
+        "prompt": benchmark.prompt_id(),
+    }
+    return Task(benchmark.name, source, lambda: benchmark_items(benchmark, revision))
+
+
+def _file_task(path: Path) -> Task:
+    # What the rows hold is in the prompt hashes of the records: a longer file with the same rows goes on.
+    return Task(path.stem, {"file": path.name}, lambda: parquet_items(path))
+
+
+def make_tasks(settings: EvalSettings) -> list[Task]:
+    """The tasks of a run.
+
+    Raises:
+        ValueError: none, two of one name, a benchmark that does not exist, or a data file with a bad row.
+    """
+    benchmarks = [load_benchmark(name) for name in (expand(settings.tasks) if settings.tasks else [])]
+    names = [benchmark.name for benchmark in benchmarks] + [path.stem for path in settings.data]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"avar eval needs --tasks or --data, every task once; got {names}. Name one.")
+    return [_benchmark_task(one) for one in benchmarks] + [_file_task(path) for path in settings.data]
+
+
+def local_model(settings: EvalSettings) -> Path | None:
+    """The model's folder, fetched from the hub where `model` is a name there; None for a remote server's model."""
+    path = Path(settings.model)
+    if path.is_dir():
+        return path.resolve()
+    if settings.server_url:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(settings.model))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"--model must be a Hugging Face folder or a name on the hub; got {settings.model!r}: {error}. Check the "
+            "path."
+        ) from error
+
+
+def record_settings(
+    settings: EvalSettings, task: Task, model: Path | None, intervention: Intervention
+) -> dict[str, Any]:
+    """What a record depends on: records of other values are not mixed with these."""
+    return {
+        "model": str(model or settings.model),
+        "model_fingerprint": model_fingerprint(model) if model else None,
+        "task": task.name,
+        "source": task.source,
+        "sampling": asdict(settings.sampling),
+        "intervene": intervention.text,
+        "answer_rule": settings.answer_rule,
+        "grader": GRADER_VERSION,
+    }
+
+
+@dataclass(frozen=True)
+class Index:
+    """The items of a task, without their content."""
+
+    ids: tuple[str, ...]
+    """In the task's order."""
+
+    open: frozenset[str]
+    """Those without a record."""
+
+    num_images: int
+    """Most images of an item."""
+
+
+def index_items(items: Iterable[Item], records: Mapping[str, Record]) -> Index:
+    """Read every item once, before anything is asked: a bad row is an error here, not after hours.
+
+    Raises:
+        ValueError: two items of one id, or a record of another question than its item.
+    """
+    ids: dict[str, None] = {}
+    num_images = 0
+    for item in items:
+        if item.id in ids:
+            raise ValueError(f"items must have different ids; got {item.id!r} twice in {item.task}. Mend the data.")
+        if item.id in records and records[item.id].prompt_hash != item.prompt_hash():
+            raise ValueError(
+                f"a record must be about its item's question; got another one for item {item.id!r} of {item.task}: the "
+                "data have changed. Choose another folder with --out."
+            )
+        ids[item.id] = None
+        num_images = max(num_images, len(item.images))
+    return Index(tuple(ids), frozenset(ids.keys() - records.keys()), num_images)
+
+
+async def _run_task(
+    settings: EvalSettings,
+    task: Task,
+    index: Index,
+    file: RecordFile,
+    client: openai.AsyncOpenAI,
+    model: str,
+    intervention: Intervention,
+    check: Callable[[], None],
+) -> dict[str, str]:
+    """Ask every open item of a task; the reasons of those without an answer, by id."""
+    # The items may be a few gigabytes of images: they are read again, one by one, as requests have room.
+    todo = (item for item in islice(task.items(), len(index.ids)) if item.id in index.open)
+    num_done = len(index.ids) - len(index.open)
+    with tqdm(total=len(index.ids), initial=num_done, desc=task.name, unit="item") as bar:
+
+        async def answer(item: Item) -> None:
+            reply = await ask(client, model, item, settings.sampling, intervention.extra_body)
+            found = find_answer(reply.text, settings.answer_rule)
+            # math-verify may take seconds; requests go on meanwhile.
+            correct = await asyncio.to_thread(is_correct, found, item.ground_truth, item.options)
+            file.add(
+                Record(
+                    id=item.id,
+                    task=item.task,
+                    prompt_hash=item.prompt_hash(),
+                    response=reply.text,
+                    answer=found,
+                    ground_truth=list(item.ground_truth),
+                    correct=correct,
+                    prompt_tokens=reply.prompt_tokens,
+                    response_tokens=reply.response_tokens,
+                    finish_reason=reply.finish_reason,
+                    seconds=round(reply.seconds, 3),
+                    data_source=item.data_source,
+                    groups=item.groups,
+                )
+            )
+            bar.update()
+
+        return await ask_all(todo, answer, concurrency=settings.concurrency, check=check)
+
+
+@contextlib.contextmanager
+def _server(
+    settings: EvalSettings, model: Path | None, num_images: int, intervention: Intervention
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(address, wanted name, check) of the given server, or of a vLLM that lives as long as the block."""
+    if settings.server_url:
+        yield settings.server_url, settings.model, lambda: None
+        return
+    assert model is not None
+    from avar_verl.plugin.compat.cpu import detect  # Imports torch.
+
+    cpu, port = detect.is_active(), free_port()
+    command = server_command(
+        model,
+        port,
+        num_images=num_images,
+        cpu=cpu,
+        max_model_len=settings.max_model_len,
+        extra=(*intervention.server_arguments, *settings.server_args),
+    )
+    environment = cpu_environment() if cpu else {}
+    log = settings.out / "server.log"
+    with running_server(command, port, log, timeout_s=settings.server_timeout, environment=environment) as server:
+        yield server.url, NAME, server.check
+
+
+def run_eval(settings: EvalSettings) -> dict[str, Any]:
+    """Run every task; returns what results.json holds.
+
+    Raises:
+        ValueError: a setting, or a folder that was made with others.
+        RuntimeError: the server failed, or items have no answer: nothing is summed up then, the same command goes on.
+    """
+    intervention = make_intervention(settings.intervene)
+    tasks, model = make_tasks(settings), local_model(settings)
+    with contextlib.ExitStack() as stack:
+        files = {
+            task.name: stack.enter_context(
+                RecordFile(settings.out / task.name, record_settings(settings, task, model, intervention))
+            )
+            for task in tasks
+        }
+        indices = {
+            task.name: index_items(islice(task.items(), settings.n or None), files[task.name].records) for task in tasks
+        }
+        num_items, num_open = (sum(len(getattr(index, x)) for index in indices.values()) for x in ("ids", "open"))
+        if num_open < num_items:
+            print(f"going on: {num_items - num_open} of {num_items} items are in {settings.out}", flush=True)
+        failures: dict[str, dict[str, str]] = {}
+        if num_open:
+            num_images = max(1, *(index.num_images for index in indices.values()))
+            with _server(settings, model, num_images, intervention) as (url, wanted, check):
+                failures = asyncio.run(_run_tasks(settings, tasks, indices, files, url, wanted, intervention, check))
+        num_failed = sum(map(len, failures.values()))
+        if num_failed:
+            lines = [f"{task} {i}: {why}" for task, reasons in failures.items() for i, why in reasons.items()]
+            raise RuntimeError(
+                f"{num_failed} items have no answer; the others are recorded and the same command asks these alone.\n"
+                + "\n".join(lines[:5])
+            )
+        results = {
+            "model": str(model or settings.model),
+            "intervene": intervention.text,
+            "tasks": {name: summarize([files[name].records[i] for i in index.ids]) for name, index in indices.items()},
+        }
+    (settings.out / RESULTS).write_text(json.dumps(results, indent=1))
+    return results
+
+
+async def _run_tasks(
+    settings: EvalSettings,
+    tasks: Sequence[Task],
+    indices: Mapping[str, Index],
+    files: Mapping[str, RecordFile],
+    url: str,
+    wanted: str,
+    intervention: Intervention,
+    check: Callable[[], None],
+) -> dict[str, dict[str, str]]:
+    async with make_client(
+        url,
+        timeout_s=settings.request_timeout,
+        max_retries=settings.max_retries,
+        api_key=os.environ.get("OPENAI_API_KEY", "none"),
+    ) as client:
+        try:
+            name = await served_name(client, wanted)
+        except openai.APIError as error:
+            raise RuntimeError(
+                f"the server at {url} must list its models; got {type(error).__name__}: {error}."
+            ) from error
+        await check_server(client, name, intervention)
+        return {
+            task.name: await _run_task(
+                settings, task, indices[task.name], files[task.name], client, name, intervention, check
+            )
+            for task in tasks
+            if indices[task.name].open
+        }
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """Accuracy and what else a table shows, of one task's records.
+
+    `score` is what is compared with the paper: the accuracy, or the mean of the accuracy and of the group accuracies
+    where the items have groups (HallusionBench: aAcc, fAcc, qAcc).
+    """
+    if not records:
+        raise ValueError("a summary needs records; got none. Ask for one item or more.")
+    n, correct = len(records), [record.correct for record in records]
+    accuracy = sum(correct) / n
+    metrics = sorted({metric for record in records for metric in record.groups})
+    groups = {metric: group_accuracy(correct, [record.groups[metric] for record in records]) for metric in metrics}
+    return {
+        "n": n,
+        "correct": sum(correct),
+        "accuracy": accuracy,
+        "standard_error": standard_error(accuracy, n),
+        "groups": groups,
+        "score": (accuracy + sum(groups.values())) / (1 + len(groups)),
+        "no_answer": sum(record.answer is None for record in records),
+        "cut_off": sum(record.finish_reason == "length" for record in records),
+        "response_tokens": sum(record.response_tokens for record in records) / n,
+    }
+
+
+def read_run(folder: Path) -> dict[str, dict[str, Record]]:
+    """Records of every task of a run's folder, by task and item id.
+
+    Raises:
+        ValueError: no records there.
+    """
+    tasks = {path.parent.name: read_records(path.parent)[0] for path in sorted(folder.glob("*/records.jsonl"))}
+    tasks = {name: records for name, records in tasks.items() if records}
+    if not tasks:
+        raise ValueError(
+            f"a run's folder must hold records of tasks; got none in {folder}. Run avar eval --out {folder}."
+        )
+    return tasks

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy answers to prompts under an intervention, from transformers or from vLLM in this process.
+
+Both get the same ids (`avar_verl.model.render`), stop at the same tokens and, at the same dtype, give the same answers
+but for ties that rounding decides.
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from avar_verl.intervention.spec import InterventionSpec
+from avar_verl.intervention.transformers_hook import generate
+from avar_verl.model.families import get_family
+from avar_verl.model.render import Rendered, collate, images_of, render
+from avar_verl.model.roles import RoleMap, TokenRole
+
+BACKENDS = ("transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model gets it, and how many of its tokens have a role whose keys can be scaled."""
+
+    rendered: Rendered
+    images: list[Image.Image]
+    image_keys: int
+    system_keys: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` without special tokens; `finish_reason` is "stop", or "length" for one that was cut off."""
+
+    text: str
+    response_tokens: int
+    finish_reason: str
+
+
+class PromptReader:
+    """Renders conversations for one model.
+
+    Raises:
+        ValueError: a model of an unknown family.
+    """
+
+    def __init__(self, path: str | Path):
+        self.config = AutoConfig.from_pretrained(path)
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.family = get_family(self.config.model_type)
+        self.role_map = RoleMap.from_pretrained(self.processor, self.config)
+
+    @property
+    def patch_size(self) -> int:
+        """Of the image processor; 14, as in verl's data sets, where it has none."""
+        return getattr(self.processor.image_processor, "patch_size", None) or 14
+
+    def __call__(self, messages: Sequence[dict], template_kwargs: dict[str, Any] | None = None) -> Prompt:
+        """The prompt of a conversation with images in its blocks, up to where the assistant speaks."""
+        rendered = render(self.processor, messages, add_generation_prompt=True, template_kwargs=template_kwargs)
+        ids_1S = rendered.ids_S[None]
+        roles_1S = self.role_map(ids_1S, torch.ones_like(ids_1S))
+        counts = [int((roles_1S == role).sum()) for role in (TokenRole.IMAGE, TokenRole.SYSTEM)]
+        return Prompt(rendered, images_of(messages), *counts)
+
+    def answer(self, ids: Sequence[int], finish_reason: str) -> Answer:
+        """The answer of generated ids, the one that ended it included."""
+        text = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return Answer(text, len(ids), finish_reason)
+
+
+class TransformersBackend:
+    """Answers from transformers, `batch_size` prompts at a time."""
+
+    def __init__(
+        self, path: str | Path, reader: PromptReader, device: str, dtype: str, max_new_tokens: int, batch_size: int
+    ):
+        self.reader, self.max_new_tokens, self.batch_size = reader, max_new_tokens, batch_size
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        self.model = model.to(device).eval()
+        stops = self.model.generation_config.eos_token_id
+        self.stops = set(stops if isinstance(stops, list) else [stops])
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Prompt], spec: InterventionSpec) -> list[Answer]:
+        """Answers of one batch, in order."""
+        reader = self.reader
+        tokenizer = reader.processor.tokenizer
+        inputs = collate(
+            reader.family,
+            reader.config,
+            [prompt.rendered for prompt in prompts],
+            pad_id=tokenizer.pad_token_id,
+            padding_side="left",
+        )
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        ids_BS = generate(
+            self.model,
+            reader.role_map,
+            spec,
+            inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # Some checkpoints have another one, which vLLM leaves to whoever asks.
+        )
+        return [self._answer(ids_S.tolist()) for ids_S in ids_BS[:, inputs["input_ids"].shape[1] :]]
+
+    def _answer(self, ids: list[int]) -> Answer:
+        at = next((at for at, token in enumerate(ids) if token in self.stops), None)
+        return self.reader.answer(*((ids, "length") if at is None else (ids[: at + 1], "stop")))
+
+
+class VllmBackend:
+    """Answers from a vLLM engine in this process, `batch_size` prompts at a time."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        reader: PromptReader,
+        device: str,
+        dtype: str,
+        max_new_tokens: int,
+        batch_size: int,
+        max_model_len: int | None = None,
+    ):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        cpu = device == "cpu"
+        if cpu:  # Little memory, no pinned cores.
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import LLM
+
+        from avar_verl.intervention.vllm_hook import engine_arguments
+
+        self.reader, self.max_new_tokens, self.batch_size = reader, max_new_tokens, batch_size
+        self.llm = LLM(
+            model=str(path),
+            dtype=dtype,
+            enforce_eager=cpu,
+            skip_mm_profiling=cpu,
+            max_model_len=max_model_len,
+            max_num_seqs=batch_size,
+            seed=0,
+            **engine_arguments(),
+        )
+
+    def answers(self, prompts: Sequence[Prompt], spec: InterventionSpec) -> list[Answer]:
+        """Answers of one batch, in order."""
+        from vllm import SamplingParams, TokensPrompt
+
+        from avar_verl.intervention.vllm_hook import request_arguments
+
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=self.max_new_tokens, extra_args=request_arguments(spec) or None
+        )
+        requests = [
+            TokensPrompt(
+                prompt_token_ids=prompt.rendered.prompt_ids,
+                **({"multi_modal_data": {"image": prompt.images}} if prompt.images else {}),
+            )
+            for prompt in prompts
+        ]
+        outputs = [output.outputs[0] for output in self.llm.generate(requests, sampling, use_tqdm=False)]
+        # vLLM's own text leaves out what could become a character by one more token.
+        return [self.reader.answer(output.token_ids, output.finish_reason) for output in outputs]
+
+
+Backend = TransformersBackend | VllmBackend
+
+
+def default_dtype(reader: PromptReader, device: str) -> str:
+    """float32 without an accelerator, else the checkpoint's."""
+    dtype = reader.config.dtype or getattr(reader.config.get_text_config(), "dtype", None)
+    return "float32" if device == "cpu" or dtype is None else str(dtype).removeprefix("torch.")
+
+
+def open_backend(
+    name: str,
+    path: str | Path,
+    reader: PromptReader,
+    *,
+    device: str,
+    dtype: str | None = None,
+    max_new_tokens: int,
+    batch_size: int,
+    max_model_len: int | None = None,
+) -> Backend:
+    """A backend by name.
+
+    Args:
+        max_model_len: tokens of prompt and answer that vLLM makes room for; None is what the model's config says.
+
+    Raises:
+        ValueError: an unknown name, sizes below 1, or `max_model_len` for transformers.
+    """
+    for what, size in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if size < 1:
+            raise ValueError(f"{what} must be at least 1; got {size}. Leave it out for the default.")
+    dtype = dtype or default_dtype(reader, device)
+    if name == "vllm":
+        return VllmBackend(path, reader, device, dtype, max_new_tokens, batch_size, max_model_len)
+    if name != "transformers":
+        raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}. Use transformers.")
+    if max_model_len is not None:
+        raise ValueError(f"max_model_len is vLLM's; got {max_model_len} for transformers. Leave it out.")
+    return TransformersBackend(path, reader, device, dtype, max_new_tokens, batch_size)
+
+
+def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def check_effect(spec: InterventionSpec, image_keys: int, system_keys: int) -> None:
+    """Refuse to call an intervention what had nothing to act on.
+
+    Args:
+        image_keys, system_keys: in all prompts together.
+
+    Raises:
+        ValueError: image keys are to be scaled and no prompt has an image, or the same of system turns.
+    """
+    for name, alpha, count, what in (
+        ("alpha_img", spec.alpha_img, image_keys, "an image"),
+        ("alpha_sys", spec.alpha_sys, system_keys, "a system turn"),
+    ):
+        if alpha != 0 and count == 0:
+            raise ValueError(
+                f"{name} needs a prompt with {what}; got {name}={alpha} and none. Set it to 0, or add one."
+            )

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A grid of interventions on the same questions: accuracy of each, against doing nothing, with significance.
+
+Every cell of the grid is a folder of records (`avar_verl.tools.evaluate.records`), written answer by answer, so a
+killed sweep goes on, and a grid can be widened later. `run_sweep` asks, `cell_results` compares, the rest shows.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from avar_verl.intervention.spec import InterventionSpec
+from avar_verl.tools.evaluate.items import Item
+from avar_verl.tools.evaluate.records import Record, RecordFile
+from avar_verl.tools.evaluate.statistics import Comparison, compare
+
+LEVEL = 0.05
+TASK = "sweep"
+# `ask(items, spec)` yields a record for every item as its answer is there, in any order.
+Ask = Callable[[Sequence[Item], InterventionSpec], Iterator[Record]]
+
+
+def grid(
+    alphas_img: Sequence[float],
+    alphas_sys: Sequence[float],
+    layers: tuple[int, ...] | None = None,
+    heads: tuple[int, ...] | None = None,
+) -> list[InterventionSpec]:
+    """Every pair of alphas, doing nothing first.
+
+    Raises:
+        ValueError: an alpha twice, or a grid without (0, 0), with which the others are compared.
+    """
+    for name, alphas in (("alpha_img", alphas_img), ("alpha_sys", alphas_sys)):
+        if len(set(alphas)) != len(alphas) or 0 not in alphas:
+            raise ValueError(
+                f"values of {name} must differ, and 0 must be among them, with which the others are compared; got "
+                f"{list(alphas)}. Mend --{name.replace('_', '-')}."
+            )
+    cells = [InterventionSpec(img, sys, layers, heads) for sys in sorted(alphas_sys) for img in sorted(alphas_img)]
+    return sorted(cells, key=lambda spec: not spec.is_identity)
+
+
+def cell_folder(out: Path, spec: InterventionSpec) -> Path:
+    """Where the records of a cell are; doing nothing is the same in any layer."""
+    return out / (str(InterventionSpec()) if spec.is_identity else str(spec))
+
+
+def run_sweep(
+    cells: Sequence[InterventionSpec],
+    items: Sequence[Item],
+    ask: Ask,
+    out: Path,
+    settings: dict[str, Any],
+    progress: Callable[[InterventionSpec, int], None] = lambda spec, done: None,
+) -> dict[InterventionSpec, dict[str, bool]]:
+    """Ask every cell what it has not answered yet.
+
+    Args:
+        settings: whatever else would change an answer or its grade; kept beside the records.
+        progress: called with how many answers a cell has so far.
+
+    Returns:
+        For every cell whether each item, by id, is right.
+
+    Raises:
+        ValueError: `out` holds answers of other settings, or of other questions under the same id.
+    """
+    correct = {}
+    for spec in cells:
+        name = cell_folder(out, spec).name
+        with RecordFile(cell_folder(out, spec), {**settings, "intervene": name}) as file:
+            hashes = {item.id: item.prompt_hash() for item in items}
+            for record in file.records.values():
+                if record.id in hashes and record.prompt_hash != hashes[record.id]:
+                    raise ValueError(
+                        f"answers must be to the questions of the data; got another question {record.id!r} in "
+                        f"{file.folder}. Choose another folder with --out."
+                    )
+            progress(spec, len(hashes.keys() & file.records.keys()))
+            for record in ask([item for item in items if item.id not in file.records], spec):
+                file.add(record)
+                progress(spec, len(hashes.keys() & file.records.keys()))
+            correct[spec] = {item.id: file.records[item.id].correct for item in items}
+    return correct
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment: with k p-values, the i-th smallest times k - i + 1, never less than the one before, at most 1.
+
+    An adjusted value below 5 % is significant with a chance of at most 5 % that any of those called so is not.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[at]))
+        adjusted[at] = least
+    return adjusted
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One cell against doing nothing.
+
+    comparison: B is the cell; difference of accuracies with a paired bootstrap interval, and McNemar's exact p.
+    adjusted_p: that p by Holm over the cells of the grid.
+    """
+
+    spec: InterventionSpec
+    comparison: Comparison
+    adjusted_p: float
+
+    @property
+    def is_significant(self) -> bool:
+        return self.adjusted_p < LEVEL
+
+    def as_dict(self) -> dict[str, Any]:
+        fields = {"alpha_img": self.spec.alpha_img, "alpha_sys": self.spec.alpha_sys, "intervene": str(self.spec)}
+        return {**fields, **asdict(self.comparison), "adjusted_p": self.adjusted_p}
+
+
+def cell_results(correct: dict[InterventionSpec, dict[str, bool]]) -> list[CellResult]:
+    """Every cell but the first, which does nothing, against it."""
+    (nothing, baseline), *others = correct.items()
+    assert nothing.is_identity
+    comparisons = [compare({TASK: baseline}, {TASK: cell})[TASK] for _, cell in others]
+    adjusted = holm([comparison.p_value for comparison in comparisons])
+    return [CellResult(spec, *rest) for (spec, _), *rest in zip(others, comparisons, adjusted, strict=True)]
+
+
+def results_table(results: Sequence[CellResult]) -> Table:
+    """The grid as a table, doing nothing first."""
+    first = results[0].comparison
+    table = Table(
+        title=f"{first.n} questions; doing nothing: {100 * first.accuracy_a:.1f} %",
+        caption="difference in points with a 95 % interval (paired bootstrap); p: McNemar, adjusted by Holm",
+    )
+    for column in ("alpha_img", "alpha_sys", "accuracy", "difference", "interval", "won", "lost", "p", "adjusted p"):
+        table.add_column(column, justify="right")
+    for result in results:
+        c = result.comparison
+        table.add_row(
+            f"{result.spec.alpha_img:g}",
+            f"{result.spec.alpha_sys:g}",
+            f"{100 * c.accuracy_b:.1f} %",
+            f"{100 * c.difference:+.1f}",
+            f"{100 * c.low:+.1f} to {100 * c.high:+.1f}",
+            str(c.only_b),
+            str(c.only_a),
+            f"{c.p_value:.3g}",
+            f"{result.adjusted_p:.3g}" + (" *" if result.is_significant else ""),
+        )
+    return table
+
+
+def write_results(results: Sequence[CellResult], settings: dict[str, Any], out: Path) -> None:
+    """`sweep.json` and `sweep.png` in the folder `out`."""
+    text = json.dumps({"settings": settings, "cells": [result.as_dict() for result in results]}, indent=1)
+    (out / "sweep.json").write_text(text)
+    plot(results, out / "sweep.png")
+
+
+def plot(results: Sequence[CellResult], path: Path) -> None:
+    """Accuracy by alpha_img and alpha_sys, coloured by the difference to doing nothing; `*` where it is significant."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first = results[0].comparison
+    imgs = sorted({0.0, *(result.spec.alpha_img for result in results)})
+    syss = sorted({0.0, *(result.spec.alpha_sys for result in results)})
+    points = [[float("nan")] * len(imgs) for _ in syss]
+    labels = [[""] * len(imgs) for _ in syss]
+    row, column = syss.index(0.0), imgs.index(0.0)
+    points[row][column], labels[row][column] = 0.0, f"{100 * first.accuracy_a:.1f}"
+    for result in results:
+        row, column = syss.index(result.spec.alpha_sys), imgs.index(result.spec.alpha_img)
+        points[row][column] = 100 * result.comparison.difference
+        labels[row][column] = f"{100 * result.comparison.accuracy_b:.1f}" + ("*" if result.is_significant else "")
+    figure = Figure(figsize=(1.6 + 0.9 * len(imgs), 1.6 + 0.6 * len(syss)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    limit = max(1.0, *(abs(value) for line in points for value in line))
+    image = axes.imshow(points, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
+    for at, line in enumerate(labels):
+        for where, label in enumerate(line):
+            dark = abs(points[at][where]) > 0.6 * limit
+            axes.text(where, at, label, ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(imgs)), [f"{alpha:g}" for alpha in imgs])
+    axes.set_yticks(range(len(syss)), [f"{alpha:g}" for alpha in syss])
+    axes.set_xlabel("alpha_img")
+    axes.set_ylabel("alpha_sys")
+    axes.set_title(f"accuracy in %, {first.n} questions", fontsize=10)
+    figure.colorbar(image, label="points against (0, 0)")
+    figure.savefig(path, dpi=150)

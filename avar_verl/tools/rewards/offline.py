@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score recorded rollouts: try a reward before a GPU is spent on it. No verl import.
+
+Reads what verl writes with `trainer.rollout_data_dir` (jsonl with `output` and `gts`), and any jsonl or parquet file
+with a column of responses and one of ground truths.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from avar_verl.anchors import parse_anchors
+from avar_verl.rewards.compose import load_function
+from avar_verl.tools.text import highlighted, histogram
+
+SHIPPED = ("avar", "accuracy", "format", "visual_anchor", "grounding_iou", "compose")
+RESPONSES = ("response", "output", "solution_str", "completion")
+GROUND_TRUTHS = ("ground_truth", "gts", "answer")
+HISTOGRAM_WIDTH = 40
+
+
+def load_reward(name: str) -> Callable[..., dict]:
+    """`compute_score` of a shipped reward, of a file, or of `pkg://package.module`.
+
+    Raises:
+        ValueError: neither a shipped name nor something that can be loaded.
+    """
+    if name in SHIPPED:
+        name = f"pkg://reward_fns.{name}"
+    elif not name.startswith("pkg://") and not Path(name).is_file():
+        raise ValueError(f"a reward is one of {list(SHIPPED)}, a file or pkg://module; got {name!r}. Name one.")
+    return load_function(f"{name}:compute_score")
+
+
+def _column(row: dict, names: Iterable[str], what: str, number: int):
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    if what == "ground truth" and isinstance(row.get("reward_model"), dict):
+        return row["reward_model"].get("ground_truth")
+    raise ValueError(f"row {number} needs a {what}, one of the columns {list(names)}; got {sorted(row)}. Rename one.")
+
+
+def read_rollouts(path: Path) -> Iterator[dict]:
+    """`{"data_source", "solution_str", "ground_truth", "extra_info"}` of every row.
+
+    Raises:
+        ValueError: a file of another kind, a line that is no JSON object, or a row without response or ground truth;
+            the message names the row.
+    """
+    if path.suffix == ".parquet":
+        import pandas
+
+        rows = (dict(row) for row in pandas.read_parquet(path).to_dict("records"))
+    elif path.suffix in (".jsonl", ".json"):
+        rows = _json_lines(path)
+    else:
+        raise ValueError(f"rollouts are read from .jsonl and .parquet; got {path}. Convert the file.")
+    for number, row in enumerate(rows):
+        response = _column(row, RESPONSES, "response", number)
+        if not isinstance(response, str):
+            raise ValueError(f"a response is text; got {type(response).__name__} in row {number} of {path}.")
+        yield {
+            "data_source": row.get("data_source") or path.stem,
+            "solution_str": response,
+            "ground_truth": _column(row, GROUND_TRUTHS, "ground truth", number),
+            "extra_info": {"index": number, **(row.get("extra_info") or {})},
+        }
+
+
+def _json_lines(path: Path) -> Iterator[dict]:
+    with path.open() as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"line {number + 1} of {path} must be a JSON object; {error}. Mend the file."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number + 1} of {path} must be a JSON object; got {type(row).__name__}.")
+            yield row
+
+
+def summary(results: list[dict]) -> dict[str, dict[str, float]]:
+    """mean, std, min, max and number of values of every numeric part."""
+    out = {}
+    for key in results[0] if results else ():
+        values = [float(result[key]) for result in results if isinstance(result.get(key), (int, float))]
+        if values:
+            mean = sum(values) / len(values)
+            std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+            out[key] = {"mean": mean, "std": std, "min": min(values), "max": max(values), "n": len(values)}
+    return out
+
+
+def score_file(
+    path: Path, reward: str, settings: dict, limit: int, show: int, out: Path | None, console: Console
+) -> int:
+    """Score every rollout and print a table, a histogram and the first responses; the number of rollouts.
+
+    Raises:
+        ValueError: nothing to score, or what the reward refuses, with the row.
+    """
+    compute_score = functools.partial(load_reward(reward), **settings)
+    rollouts = [row for number, row in enumerate(read_rollouts(path)) if not limit or number < limit]
+    if not rollouts:
+        raise ValueError(f"{path} must have at least one rollout; got none. Check the file.")
+    results = []
+    for number, rollout in enumerate(track(rollouts, description="score", console=console, transient=True)):
+        try:
+            result = compute_score(**rollout)
+        except ValueError as error:
+            raise ValueError(f"row {number} of {path}: {error}") from error
+        results.append(dict(result) if isinstance(result, dict) else {"score": float(result)})
+
+    table = Table(title=f"{reward} on {len(results)} rollouts of {path.name}")
+    for name in ("part", "mean", "std", "min", "max", "n"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for key, row in summary(results).items():
+        table.add_row(key, *(f"{row[name]:.4g}" for name in ("mean", "std", "min", "max")), str(row["n"]))
+    console.print(table)
+    bins = histogram([float(result["score"]) for result in results])
+    most = max(count for *_, count in bins)
+    for low, high, count in bins:
+        console.print(
+            f"{low:8.3f} .. {high:8.3f}  {'█' * round(HISTOGRAM_WIDTH * count / most)} {count}", highlight=False
+        )
+    for number in range(min(show, len(results))):
+        rollout = rollouts[number]
+        sizes = rollout["extra_info"].get("image_sizes")
+        size = tuple(sizes[0]) if sizes is not None and len(sizes) == 1 else None
+        coordinates = settings.get("coordinates", "auto")
+        console.rule(f"row {number}, score {float(results[number]['score']):.4g}")
+        console.print(highlighted(rollout["solution_str"], size, coordinates))
+        for anchor in parse_anchors(rollout["solution_str"], size, coordinates):
+            label = f"  {anchor.label}" if anchor.label else ""
+            words = rollout["solution_str"][anchor.start : anchor.end]
+            console.print(f"  {anchor.start:5d}  {anchor.kind:6s}  {words}{label}", markup=False, highlight=False)
+    if out is not None:
+        with out.open("w") as file:
+            for rollout, result in zip(rollouts, results, strict=True):
+                file.write(json.dumps({"index": rollout["extra_info"]["index"], **result}) + "\n")
+    return len(results)

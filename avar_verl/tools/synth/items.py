@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs: rows of any data file as items with a name of their own, made of their content. No Ray.
+
+A row that cannot be used becomes an item too, with a `problem`: nothing is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from avar_verl.data.images import open_image
+from avar_verl.data.rows import data_files, read_rows
+from avar_verl.rewards.accuracy import accepted_answers
+from avar_verl.tools.synth.config import InputConfig
+
+# Formats that endpoints read as they are; others are sent as PNG.
+SENT_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+MARKER = "<image>"
+
+Box = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of an item: the bytes that are sent and stored, and what it is recognised by.
+
+    `pixels` is SHA-256 of size and RGB values, 32 hexadecimal digits of it; `dhash` the difference hash, 64 bits.
+    """
+
+    data: bytes
+    mime: str
+    width: int
+    height: int
+    pixels: str
+    dhash: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about pictures.
+
+    `source` and `row` say where it stands; `question` has a marker for every picture; `boxes` a list for every
+    picture, or none at all; `problem` why the item cannot be used, "" if it can.
+    """
+
+    source: str
+    row: int
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    boxes: tuple[tuple[Box, ...], ...] = ()
+    problem: str = ""
+
+    @property
+    def words(self) -> str:
+        """The question without markers."""
+        return self.question.replace(MARKER, "").strip()
+
+    @property
+    def id(self) -> str:
+        """Name made of content alone: the same question about the same pixels is the same item."""
+        content = [self.question, self.answers, [picture.pixels for picture in self.pictures], self.boxes]
+        if self.problem:
+            content += [self.source, self.row]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+# ---- recognising -----------------------------------------------------------------------------------------------
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits: whether each of 8 x 8 grey cells is darker than its right neighbour. It survives scaling and encoding.
+
+    >>> difference_hash(Image.new("RGB", (20, 20)))
+    0
+    """
+    grey = image.convert("L").resize((9, 8), Image.BILINEAR).tobytes()
+    bits = [grey[9 * y + x] < grey[9 * y + x + 1] for y in range(8) for x in range(8)]
+    return sum(bit << place for place, bit in enumerate(bits))
+
+
+def text_hash(text: str) -> str:
+    """Hash of the words of a text, without case, width, punctuation and markers; 32 hexadecimal digits."""
+    folded = unicodedata.normalize("NFKC", text.replace(MARKER, " ")).casefold()
+    return hashlib.sha256(" ".join(re.findall(r"\w+", folded)).encode()).hexdigest()[:32]
+
+
+def make_picture(value: Any, *, root: str | None = None, allow_urls: bool = False) -> Picture:
+    """A row's image, decoded once to see that it can be, its own bytes kept where an endpoint reads them.
+
+    Raises:
+        ValueError: what `open_image` refuses.
+    """
+    image = open_image(value, allow_urls=allow_urls, root=root)
+    data, kind = _own_bytes(value, root)
+    if kind not in SENT_FORMATS:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        data, kind = buffer.getvalue(), "PNG"
+    size = f"{image.width}x{image.height}:".encode()
+    pixels = hashlib.sha256(size + image.tobytes()).hexdigest()[:32]
+    return Picture(data, SENT_FORMATS[kind], *image.size, pixels, difference_hash(image))
+
+
+def _own_bytes(value: Any, root: str | None) -> tuple[bytes, str]:
+    """The encoded file of an image and its format, as far as it is at hand; (b"", "") if not."""
+    held = (
+        next((value[key] for key in ("bytes", "image", "path") if value.get(key) is not None), None)
+        if (isinstance(value, Mapping))
+        else value
+    )
+    if isinstance(held, str) and re.match(r"(data:|https?://)", held):
+        return b"", ""
+    if isinstance(held, str):
+        held = Path(root or ".", held.removeprefix("file://")).read_bytes()
+    if not isinstance(held, bytes):
+        return b"", ""
+    with Image.open(io.BytesIO(held)) as image:
+        # RGB alone: endpoints differ in what they make of transparency, and open_image has decided on white.
+        return (held, image.format) if image.mode in ("RGB", "L") else (b"", "")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def _field(values: Mapping[str, Any], path: str) -> Any:
+    """Value at a dotted path; None where a part of it is missing."""
+    for name in path.split("."):
+        if not isinstance(values, Mapping):
+            return None
+        values = values.get(name)
+    return values
+
+
+def _question(value: Any) -> str:
+    if isinstance(value, list):
+        turns = [turn for turn in value if isinstance(turn, Mapping) and turn.get("role") == "user"]
+        value = turns[-1].get("content") if turns else None
+    if isinstance(value, list):  # blocks
+        value = "".join(MARKER if block.get("type") == "image" else block.get("text") or "" for block in value)
+    if not isinstance(value, str) or not value.replace(MARKER, "").strip():
+        raise ValueError(f"a question must have words; got {value!r}. Name its column with input.question.")
+    return value.strip()
+
+
+def _boxes(value: Any, pictures: Sequence[Picture]) -> tuple[tuple[Box, ...], ...]:
+    if value is None:
+        return ()
+    value = [[] if boxes is None else boxes for boxes in value]
+    if len(pictures) == 1 and any(box and isinstance(box[0], int | float) for box in value):
+        value = [value]  # the layout of GRPO rows: the boxes of the one image
+    if len(value) != len(pictures):
+        raise ValueError(f"boxes must be a list for every image; got {len(value)} for {len(pictures)}. Mend the row.")
+    for boxes, picture in zip(value, pictures, strict=True):
+        for box in boxes:
+            ok = len(box) == 4 and 0 <= box[0] < box[2] <= picture.width and 0 <= box[1] < box[3] <= picture.height
+            if not ok:
+                size = (picture.width, picture.height)
+                raise ValueError(f"a box must be (x1, y1, x2, y2) within its image of {size}; got {box}. Mend the row.")
+    return tuple(tuple(tuple(box) for box in boxes) for boxes in value)
+
+
+def make_item(source: str, row: int, values: Mapping[str, Any], config: InputConfig) -> Item:
+    """The item of a row; what is wrong with the row stands in `problem`."""
+    try:
+        question = _question(_field(values, config.question))
+        answers = tuple(accepted_answers(_field(values, config.answer), "this row"))
+        images = _field(values, config.images)
+        images = images if isinstance(images, list) else [] if images is None else [images]
+        if not images:
+            raise ValueError(f"an item must have an image; got none in {config.images!r}. Name it with input.images.")
+        if MARKER not in question:
+            question = MARKER * len(images) + question
+        if question.count(MARKER) != len(images):
+            raise ValueError(
+                f"a question must have a {MARKER} for every image; got {question.count(MARKER)} for {len(images)}. "
+                "Mend the row."
+            )
+        pictures = tuple(make_picture(image, root=config.root, allow_urls=config.allow_urls) for image in images)
+        boxes = _boxes(_field(values, config.boxes), pictures) if config.boxes else ()
+    except (ValueError, TypeError, OSError) as error:  # TypeError: accepted_answers; OSError: a file that went away.
+        return Item(source, row, str(_field(values, config.question) or "")[:2000], problem=str(error))
+    return Item(source, row, question, answers, pictures, boxes)
+
+
+def read_items(config: InputConfig, files: Sequence[str] | None = None, limit: int = 0) -> Iterator[Item]:
+    """Items of `files` (default: all of the config), in order.
+
+    Raises:
+        ValueError: a file that is not there or cannot be read (`data.rows`).
+    """
+    for number, row in enumerate(read_rows(config.files if files is None else files)):
+        if limit and number >= limit:
+            return
+        yield make_item(str(row.file), row.number, row.values, config)
+
+
+def input_files(config: InputConfig) -> list[str]:
+    """The files of the config, folders looked into."""
+    return [str(path) for path in data_files(config.files)]
+
+
+# ---- Ray rows --------------------------------------------------------------------------------------------------
+
+
+def pack(item: Item) -> dict[str, Any]:
+    """The item as a row of plain text and bytes, which Arrow leaves as it is."""
+    values = asdict(item)
+    blobs = [picture.pop("data") for picture in values["pictures"]]
+    return {"id": item.id, "item": json.dumps(values), "blobs": blobs}
+
+
+def unpack(row: Mapping[str, Any]) -> Item:
+    """The item of a packed row."""
+    values = json.loads(row["item"])
+    pictures = tuple(
+        Picture(data=bytes(blob), **picture) for picture, blob in zip(values["pictures"], row["blobs"], strict=True)
+    )
+    boxes = tuple(tuple(tuple(box) for box in boxes) for boxes in values["boxes"])
+    return Item(**{**values, "answers": tuple(values["answers"]), "pictures": pictures, "boxes": boxes})

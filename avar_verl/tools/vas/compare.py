@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`avar vas compare`: checkpoints beside each other, and VAS against benchmark scores.
+
+Differences are paired where two measurements share samples (same row, same prompt): both are computed from the same
+draws of the shared samples, so what a sample does to both cancels. A correlation is over checkpoints; its interval is
+the percentile bootstrap over them. Draws in which it is not defined, since they hold one distinct value, are left out
+and counted. Of a handful of checkpoints such an interval is too narrow: where they stand in order, so does every draw.
+
+Shape suffixes: N = samples or checkpoints, D = draws, the first of which takes each once
+"""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from avar_verl.objectives.vas import STATISTICS, vas_statistics
+from avar_verl.tools.plots import numbers
+from avar_verl.tools.vas.records import dumps, write_json
+from avar_verl.tools.vas.score import SUMS
+from avar_verl.tools.vas.show import estimate
+from avar_verl.tools.vas.statistics import LEVEL, MEAN_STATISTICS, Bootstrap, interval, means, with_interval
+
+# What is correlated with scores; the others are functions of these or say the same.
+CORRELATED = ("vas", "log_ratio", "image_share")
+MIN_MODELS = 3
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A `vas.json` under the name that it has in the comparison."""
+
+    name: str
+    summary: Mapping[str, Any]
+
+
+def read_measurements(files: Sequence[str]) -> list[Measurement]:
+    """`[NAME=]FILE`; without a name a file is named after its folder.
+
+    Raises:
+        ValueError: fewer than two files, one that is no `vas.json`, two of one name, or no query role in common.
+    """
+    if len(files) < 2:
+        raise ValueError(f"a comparison needs at least two files; got {len(files)}. Name another vas.json.")
+    out: list[Measurement] = []
+    for text in files:
+        name, found, path_text = text.partition("=")
+        path = Path(path_text if found else text)
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} must be a vas.json; got: {error}. Name the file that avar vas wrote.") from error
+        if not isinstance(summary, dict) or summary.get("format") != 1 or "samples" not in summary:
+            raise ValueError(f"{path} must be a vas.json; got something else. Name the file that avar vas wrote.")
+        name = name if found else path.resolve().parent.name
+        if name in {one.name for one in out}:
+            raise ValueError(f"checkpoints need names of their own; got {name!r} twice. Write NAME={path}.")
+        out.append(Measurement(name, summary))
+    if not common_queries(out):
+        raise ValueError(
+            f"a comparison needs a query role that all have; got {[sorted(one.summary['queries']) for one in out]}. "
+            "Measure them alike."
+        )
+    return out
+
+
+def common_queries(measurements: Sequence[Measurement]) -> list[str]:
+    """Query roles that every measurement has."""
+    first, *others = (one.summary["queries"] for one in measurements)
+    return [name for name in first if all(name in other for other in others)]
+
+
+# ---- differences -----------------------------------------------------------------------------------------------
+
+
+def shared_samples(one: Measurement, other: Measurement, query: str) -> tuple[list[int], list[int]]:
+    """Indices of the samples that both measured for a query role, in either."""
+
+    def keys(measurement: Measurement) -> dict[tuple, int]:
+        samples = measurement.summary["samples"]
+        triples = zip(samples["row"], samples["sample"], samples[query]["queries"], strict=True)
+        return {(row, sample): at for at, (row, sample, queries) in enumerate(triples) if queries is not None}
+
+    first, second = keys(one), keys(other)
+    shared = [key for key in first if key in second]
+    return [first[key] for key in shared], [second[key] for key in shared]
+
+
+def _statistics(measurement: Measurement, query: str, indices: Sequence[int], counts_DN: torch.Tensor) -> dict:
+    """(D,) of MEAN_STATISTICS over chosen samples."""
+    columns = measurement.summary["samples"][query]
+    chosen = {key: torch.from_numpy(numbers(columns[key])[list(indices)]) for key in ("queries", *SUMS)}
+    sums = {key: chosen[key][:, None, None] for key in SUMS}
+    mean_of = means(counts_DN, chosen["queries"], sums)
+    return vas_statistics(*(mean_of[key] for key in SUMS))
+
+
+def differences(one: Measurement, reference: Measurement, query: str, bootstrap: Bootstrap) -> dict[str, Any] | None:
+    """`one` minus `reference` in MEAN_STATISTICS, paired, with `num_samples`; None without a shared sample.
+
+    The median over heads needs sums by head, which `vas.json` does not have for every sample.
+    """
+    mine, theirs = shared_samples(one, reference, query)
+    if not mine:
+        return None
+    counts_DN = bootstrap.counts(len(mine))
+    value, other = (_statistics(m, query, at, counts_DN) for m, at in ((one, mine), (reference, theirs)))
+    parts = {key: with_interval(value[key] - other[key]) for key in MEAN_STATISTICS}
+    return {"num_samples": len(mine), **parts}
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------
+
+
+def read_scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
+    """Benchmark -> score of every checkpoint in the order of `names`; `mean` of them where there are several.
+
+    Raises:
+        ValueError: no column `name`, a checkpoint without a row, or a score that is not a finite number.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(f"scores must be a CSV file; got {path}: {error.strerror}. Check the path.") from error
+    columns = list(rows[0]) if rows else []
+    if "name" not in columns or len(columns) < 2:
+        raise ValueError(f"{path} must have a column `name` and one for every benchmark; got {columns}. Add a header.")
+    by_name = {row["name"]: row for row in rows}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise ValueError(f"{path} must have a row for every checkpoint; got none for {missing}. Add them.")
+    out: dict[str, list[float]] = {}
+    for column in columns:
+        if column == "name":
+            continue
+        out[column] = []
+        for name in names:
+            text = by_name[name][column]
+            try:
+                value = float(text)
+            except (TypeError, ValueError):
+                value = math.nan
+            if not math.isfinite(value):
+                raise ValueError(f"scores must be finite numbers; got {text!r} for {name} in {column}. Mend {path}.")
+            out[column].append(value)
+    if len(out) > 1 and MEAN not in out:
+        out[MEAN] = [sum(values) / len(values) for values in zip(*out.values(), strict=True)]
+    return out
+
+
+def correlate(x: Sequence[float], y: Sequence[float], bootstrap: Bootstrap) -> dict[str, Any]:
+    """`pearson` and `spearman` with intervals over checkpoints, `num_models`, and `undefined`, the number of draws that
+    were left out. The values are nan where x or y is constant or not finite."""
+    x_N, y_N = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    drawn_DN = np.random.default_rng(bootstrap.seed).integers(len(x_N), size=(bootstrap.num_draws, len(x_N)))
+    index_DN = np.concatenate([np.arange(len(x_N))[None], drawn_DN])
+    out: dict[str, Any] = {"num_models": len(x_N)}
+    for name, function in (("pearson", _pearson), ("spearman", _spearman)):
+        value_D = torch.from_numpy(function(x_N[index_DN], y_N[index_DN]))
+        defined_D = ~value_D[1:].isnan()
+        kept_D = torch.cat([value_D[:1], value_D[1:][defined_D]])
+        low, high = interval(kept_D)
+        ends = {"low": None if low is None else float(low), "high": None if high is None else float(high)}
+        out[name] = {"value": float(value_D[0]), **ends}
+        out["undefined"] = int((~defined_D).sum())
+    return out
+
+
+def _pearson(x_DN: np.ndarray, y_DN: np.ndarray) -> np.ndarray:
+    """(D,) correlation of every row; nan where a row is constant or not finite."""
+    with np.errstate(all="ignore"):
+        dx, dy = (values - values.mean(1, keepdims=True) for values in (x_DN, y_DN))
+        # Not exactly 0 for a constant row, by rounding.
+        varies = (np.ptp(x_DN, axis=1) > 0) & (np.ptp(y_DN, axis=1) > 0)
+        value = (dx * dy).sum(1) / np.sqrt((dx**2).sum(1) * (dy**2).sum(1))
+    return np.where(varies, np.clip(value, -1, 1), np.nan)
+
+
+def _spearman(x_DN: np.ndarray, y_DN: np.ndarray) -> np.ndarray:
+    """(D,) correlation of the ranks of every row, ties at their mean; inf has the highest rank."""
+    ranks = _pearson(stats.rankdata(x_DN, axis=1), stats.rankdata(y_DN, axis=1))
+    return np.where(np.isnan(x_DN).any(1) | np.isnan(y_DN).any(1), np.nan, ranks)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+
+def compare(
+    measurements: Sequence[Measurement], scores: Mapping[str, list[float]] | None, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """What `compare.json` holds.
+
+    Raises:
+        ValueError: scores of fewer than MIN_MODELS checkpoints.
+    """
+    if scores is not None and len(measurements) < MIN_MODELS:
+        raise ValueError(
+            f"a correlation needs at least {MIN_MODELS} checkpoints; got {len(measurements)}. Leave --scores out, or "
+            "measure more."
+        )
+    reference, *others = measurements
+    out: dict[str, Any] = {
+        "names": [one.name for one in measurements],
+        "models": [one.summary["model"] for one in measurements],
+        "data": [one.summary["data"] for one in measurements],
+        "bootstrap": {"draws": bootstrap.num_draws, "seed": bootstrap.seed, "level": LEVEL},
+        "scores": scores,
+        "queries": {},
+    }
+    for query in common_queries(measurements):
+        parts = [one.summary["queries"][query] for one in measurements]
+        overall = {one.name: part["overall"] for one, part in zip(measurements, parts, strict=True)}
+        entry = {
+            "overall": overall,
+            "band": {one.name: part["band"] for one, part in zip(measurements, parts, strict=True)},
+            "num_samples": {one.name: part["num_samples"] for one, part in zip(measurements, parts, strict=True)},
+            "difference": {one.name: differences(one, reference, query, bootstrap) for one in others},
+        }
+        if scores is not None:
+            values = {key: [float(numbers(part["overall"][key]["value"])) for part in parts] for key in CORRELATED}
+            entry["correlation"] = {
+                key: {benchmark: correlate(values[key], score, bootstrap) for benchmark, score in scores.items()}
+                for key in CORRELATED
+            }
+        out["queries"][query] = entry
+    return out
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="right" if at else "left", no_wrap=not at)
+    return table
+
+
+def print_comparison(result: Mapping[str, Any], console: Console) -> None:
+    """Tables of values, differences and correlations."""
+    for query, entry in result["queries"].items():
+        table = _table(f"attention of {query} tokens [95 % interval]", ["", *result["names"]])
+        for key in STATISTICS:
+            table.add_row(key, *(estimate(entry["overall"][name][key]) for name in result["names"]))
+        table.add_row("band of the paper", *(entry["band"][name] or "none" for name in result["names"]))
+        table.add_row("samples", *(str(entry["num_samples"][name]) for name in result["names"]))
+        console.print(table)
+        found = {name: part for name, part in entry["difference"].items() if part is not None}
+        if found:
+            table = _table(f"paired difference from {result['names'][0]}, {query} tokens", ["", *found])
+            for key in MEAN_STATISTICS:
+                table.add_row(key, *(estimate(part[key]) for part in found.values()))
+            table.add_row("shared samples", *(str(part["num_samples"]) for part in found.values()))
+            console.print(table)
+        for name in entry["difference"].keys() - found.keys():
+            console.print(f"{name} shares no sample with {result['names'][0]}: no paired difference of {query} tokens")
+        for key, by_benchmark in entry.get("correlation", {}).items():
+            columns = ["", "Pearson", "Spearman", "checkpoints", "undefined draws"]
+            table = _table(f"{key} of {query} tokens against scores", columns)
+            for benchmark, part in by_benchmark.items():
+                cells = [estimate(part["pearson"]), estimate(part["spearman"])]
+                table.add_row(benchmark, *cells, str(part["num_models"]), str(part["undefined"]))
+            console.print(table)
+
+
+def run_compare(files: Sequence[str], scores_file: str | None, out: Path | None, console: Console) -> dict[str, Any]:
+    """Compare, print, and with a folder `out` write `compare.json` and `compare.html`; returns what the first holds.
+
+    Raises:
+        ValueError: files or scores that cannot be compared.
+    """
+    if out is not None:
+        from avar_verl.tools.vas.run import check_report_packages
+
+        check_report_packages()
+    measurements = read_measurements(files)
+    names = [one.name for one in measurements]
+    scores = None if scores_file is None else read_scores(Path(scores_file), names)
+    result = json.loads(dumps(compare(measurements, scores, Bootstrap())))
+    print_comparison(result, console)
+    if out is not None:
+        from avar_verl.tools.vas.compare_report import write_compare_report
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "compare.json", result)
+        write_compare_report(out / "compare.html", result, measurements)
+        console.print(f"report: {out / 'compare.html'}", soft_wrap=True)
+    return result

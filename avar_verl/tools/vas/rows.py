@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows to measure on: data files in verl's layouts or a data set of the hub, one conversation a row.
+
+Images are opened as the trainers open them (docs/data.md).
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from avar_verl.data.images import open_image
+from avar_verl.data.rows import SUFFIXES, count_rows, data_files, read_rows
+from avar_verl.model.render import images_of
+from avar_verl.plugin.datasets.images import resized
+from avar_verl.plugin.datasets.sft import build_messages
+
+# Where a conversation stands, in the order in which a row is searched, and what may stand beside it.
+CONVERSATIONS = ("messages", "prompt", "question")
+COLUMNS = (*CONVERSATIONS, "images", "image", "response", "response_ids", "tools", "enable_thinking")
+
+
+class Row(NamedTuple):
+    """One row. `number` counts from 0 over all of the data; `where` names the row in messages."""
+
+    number: int
+    where: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row as a conversation.
+
+    prompt: messages with images in their blocks, up to the response.
+    response: the message that answers, or None.
+    response_ids: the answer as token ids, or None.
+    turns: every assistant turn is a response (rows of `messages`), and not only the last one.
+    template_kwargs: for the chat template.
+    """
+
+    prompt: list[dict]
+    response: str | list[dict] | None
+    response_ids: list[int] | None
+    turns: bool
+    template_kwargs: dict[str, Any]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """In the order in which they stand."""
+        answer = [] if self.response is None else [{"role": "assistant", "content": self.response}]
+        return images_of([*self.prompt, *answer])
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the prompt's text and pixels: equal prompts, whatever the answer."""
+        digest = hashlib.sha256()
+        for message in self.prompt:
+            for block in message["content"]:
+                is_image = block["type"] == "image"
+                content = block["image"].tobytes() if is_image else block["text"].encode("utf-8", "surrogatepass")
+                shape = str(block["image"].size) if is_image else ""
+                digest.update(f"{message['role']}/{block['type']}{shape}/{len(content)}/".encode())
+                digest.update(content)
+        return digest.hexdigest()[:16]
+
+
+def is_file(data: str) -> bool:
+    """Whether `data` names files on this machine; else it is a data set of the hub."""
+    return Path(data).exists() or Path(data).suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data)
+
+
+def _hub_rows(name: str, split: str | None) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    if split is None:
+        raise ValueError(f"a data set of the hub has splits; got none for {name!r}. Pass --split, for example test.")
+    try:
+        # Streaming: the first rows are there before the last ones are downloaded. Images come as PIL.
+        yield from load_dataset(name, split=split, streaming=True)
+    except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError.
+        raise ValueError(
+            f"data must be a file on this machine or a data set that the hub serves; got {name!r}: {error}. Check the "
+            "path or the name, and the connection."
+        ) from error
+
+
+def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The columns that a row is read from, under their own names; `columns` maps a name of COLUMNS to that in the data.
+
+    Raises:
+        ValueError: a column that the row does not have.
+    """
+    missing = sorted(set(columns.values()) - set(values))
+    if missing:
+        raise ValueError(f"columns must be those of the data; got {missing} for {sorted(values)}. Mend --columns.")
+    # A column of the data that already has one of these names, but is not meant, must not be taken for it.
+    out = {name: values[name] for name in COLUMNS if name in values and name not in columns.values()}
+    if any(name in CONVERSATIONS for name in columns):
+        out = {name: value for name, value in out.items() if name not in CONVERSATIONS}
+    if {"images", "image"} & set(columns):
+        out = {name: value for name, value in out.items() if name not in ("images", "image")}
+    return {**out, **{name: values[column] for name, column in columns.items()}}
+
+
+def read(data: str, split: str | None = None, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """The rows of a file, a folder of files or a data set of the hub, in order, as they are asked for.
+
+    Raises:
+        ValueError: whatever `read_rows` refuses, a split of a file, a data set that the hub does not serve, a column
+            that is not there.
+    """
+    if is_file(data):
+        if split is not None:
+            raise ValueError(f"splits are those of data sets of the hub; got split={split!r} for {data}. Leave it out.")
+        found = ((f"row {row.number} of {row.file}", row.values) for row in read_rows(data))
+    else:
+        found = ((f"row {number} of {data}", values) for number, values in enumerate(_hub_rows(data, split)))
+    for number, (where, values) in enumerate(found):
+        yield Row(number, where, renamed(values, columns or {}))
+
+
+def count(data: str) -> int | None:
+    """How many rows the data have, for a progress bar; None where that is not known beforehand."""
+    return count_rows(data_files(data)) if is_file(data) else None
+
+
+def _open(value: Any, patch_size: int) -> Image.Image:
+    """As `AvarSFTDataset` opens it: with `min_pixels` and the like beside it, in the sides that the trainers see."""
+    return resized(value, open_image(value), patch_size)
+
+
+def _images(values: Mapping[str, Any]) -> list[Any]:
+    images = values.get("images")
+    if images is None:
+        images = values.get("image")
+    if images is None:
+        return []
+    return list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+
+
+def _messages(values: Mapping[str, Any], images: list) -> tuple[str, list[dict]]:
+    """(column, messages); text that names no image has them all in front."""
+    name = next((name for name in CONVERSATIONS if values.get(name) is not None), None)
+    if name is None:
+        raise ValueError(
+            f"a row must have one of the columns {list(CONVERSATIONS)}; got {sorted(values)}. Name it, for example "
+            "--columns question=query."
+        )
+    messages = values[name]
+    if isinstance(messages, str) and name != "messages":
+        markers = "" if "<image>" in messages else "<image>" * len(images)
+        messages = [{"role": "user", "content": markers + messages}]
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"{name} must be a list of messages; got {messages!r}. Write role and content of each.")
+    return name, list(messages)
+
+
+def conversation(values: Mapping[str, Any], patch_size: int = 14, system: str | None = None) -> Conversation:
+    """The conversation of a row.
+
+    `messages` (cold start): its last turn is the response if an assistant speaks. `prompt` (GRPO): messages or text,
+    with the response as text in `response` or as token ids in `response_ids`. `question`: text, images in `images` or
+    `image`, a response as for `prompt`.
+
+    Args:
+        patch_size: of the image processor, see `verl.utils.dataset.vision_utils.process_image`.
+        system: a system turn for conversations that have none.
+
+    Raises:
+        ValueError: no conversation, one that does not fit its images, two responses, or an image that cannot be opened.
+    """
+    images = _images(values)
+    column, messages = _messages(values, images)
+    built = build_messages(messages, images, lambda image: _open(image, patch_size))
+    if system is not None and built[0]["role"] != "system":
+        built.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    response, response_ids = values.get("response"), values.get("response_ids")
+    ends_with_answer = built[-1]["role"] == "assistant"
+    given = [ends_with_answer, response is not None, response_ids is not None]
+    if sum(given) > 1:
+        raise ValueError(
+            "a row must have one response: the last message, `response` or `response_ids`; got "
+            f"{[name for name, there in zip(('message', 'response', 'response_ids'), given, strict=True) if there]}. "
+            "Keep one of them."
+        )
+    if ends_with_answer:
+        response = built.pop()["content"]
+    template_kwargs = {}
+    if values.get("tools"):
+        template_kwargs["tools"] = values["tools"]
+    if values.get("enable_thinking") is not None:
+        template_kwargs["enable_thinking"] = bool(values["enable_thinking"])
+    ids = None if response_ids is None else [int(token) for token in response_ids]
+    return Conversation(built, response, ids, turns=column == "messages", template_kwargs=template_kwargs)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`avar vas`: measure, summarize, report.
+
+A folder holds one measurement: `settings.json`, `records.jsonl` (a line a sample, appended as it is measured), and,
+made from these at the end, `vas.json`, `words.json` and `report.html`.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from avar_verl.tools.vas import rows as data_rows
+from avar_verl.tools.vas.measure import QUERIES
+from avar_verl.tools.vas.records import RecordFile, check_settings, dumps, write_json
+from avar_verl.tools.vas.score import measurable_layers
+from avar_verl.tools.vas.statistics import LEVEL, Bootstrap, by_sample, summarize_query
+from avar_verl.tools.vas.work import DTYPES, LocalWorkers, RayWorkers, Work, batched
+
+FORMAT = 1
+VERSIONS = ("avar-verl", "torch", "transformers", "verl")
+
+
+def default_device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class VasSettings:
+    """What to measure.
+
+    model: Hugging Face folder or name.
+    data: file or folder of files in verl's layouts, or a data set of the hub with its `split`; `columns` maps names of
+        `rows.COLUMNS` to those of the data.
+    n: the first n rows; 0: all.
+    queries: of QUERIES.
+    layers: default all; negative ones count from the end.
+    max_new_tokens: generate responses of at most as many tokens and measure those; None: those that the rows have.
+    system: a system turn for conversations without one.
+    device, dtype: of the model. batch_size, ray_workers: change no number. ray_workers 0: this process.
+    show: samples whose words are shown in the report; words: which words, default those that look most at the image.
+    bootstrap: draws and seed of the intervals.
+
+    Raises:
+        ValueError: a value that cannot be right.
+    """
+
+    model: str
+    data: str
+    split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    n: int = 0
+    queries: tuple[str, ...] = tuple(QUERIES)
+    layers: tuple[int, ...] | None = None
+    max_new_tokens: int | None = None
+    system: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch_size: int = 8
+    ray_workers: int = 0
+    show: int = 4
+    words: tuple[str, ...] | None = None
+    bootstrap: Bootstrap = Bootstrap()
+
+    def __post_init__(self):
+        for name, least in (("n", 0), ("batch_size", 1), ("ray_workers", 0), ("show", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}. Use a larger number.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}. Use a larger number.")
+        if not self.queries or set(self.queries) - set(QUERIES):
+            raise ValueError(f"queries must be some of {list(QUERIES)}; got {list(self.queries)}. Use both.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}; got {self.dtype!r}. Use float32.")
+        unknown = sorted(set(self.columns) - set(data_rows.COLUMNS))
+        if unknown:
+            raise ValueError(f"columns must name some of {data_rows.COLUMNS}; got {unknown}. Write NAME=COLUMN.")
+
+    @property
+    def work(self) -> Work:
+        return Work(self.model, self.queries, self.layers, self.max_new_tokens, self.system, self.device, self.dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """What records of one folder have in common: whatever changes a number of a sample. `n` may grow."""
+        return {
+            "model": absolute(self.model),
+            "model_files": fingerprint(Path(self.model)),
+            "data": absolute(self.data),
+            "data_files": fingerprint(Path(self.data)),
+            "split": self.split,
+            "columns": dict(sorted(self.columns.items())),
+            "queries": list(self.queries),
+            "layers": None if self.layers is None else list(self.layers),
+            "max_new_tokens": self.max_new_tokens,
+            "system": self.system,
+            "dtype": self.dtype,
+        }
+
+
+def absolute(name: str) -> str:
+    """The absolute path of what is on this machine, however it was given; a name on the hub as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def fingerprint(path: Path) -> str | None:
+    """Sixteen hex digits of the names, sizes and times of the files of a folder, or of one file; None of what is not on
+    this machine. A checkpoint that was trained on and written into the same place has another one."""
+    if not path.exists():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def model_name(model: str) -> str:
+    """A model's name in a report: the end of its path, without the folders that every checkpoint of verl has.
+
+    >>> model_name("checkpoints/avar/global_step_18/actor/huggingface")
+    'avar/global_step_18'
+    """
+    return "/".join([part for part in Path(model).parts if part not in ("huggingface", "actor", "/")][-2:])
+
+
+def check_report_packages() -> None:
+    """Before the model runs, not after.
+
+    Raises:
+        ValueError: a package of the extra is missing.
+    """
+    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"the report needs jinja2 and matplotlib; got no {' and no '.join(missing)}. pip install 'avar-verl[vas]', "
+            "or leave --out away."
+        )
+
+
+def _check_model(settings: VasSettings) -> tuple[int, ...]:
+    """The layers that will be measured, before any weight is loaded."""
+    from transformers import AutoConfig
+
+    from avar_verl.model.families import get_family
+
+    try:
+        config = AutoConfig.from_pretrained(settings.model)
+    except OSError as error:
+        raise ValueError(
+            f"a model must be a Hugging Face folder or a name on the hub; got {settings.model!r}: {error}. Check it."
+        ) from error
+    return measurable_layers(get_family(config.model_type), config, settings.layers)
+
+
+def measure(settings: VasSettings, records: RecordFile, workers) -> None:
+    """Add the records of all rows that have none."""
+    rows = data_rows.read(settings.data, settings.split, settings.columns)
+    rows = islice(rows, settings.n) if settings.n else rows
+    total = data_rows.count(settings.data)
+    total = min(total, settings.n) if total and settings.n else total or settings.n or None
+    with tqdm(total=total, desc="VAS", unit="sample", mininterval=1) as bar:
+
+        def pending():
+            for row in rows:
+                if row.number in records:
+                    bar.update()
+                else:
+                    yield row
+
+        for batch in workers.measure(batched(pending(), settings.batch_size)):
+            records.append(batch)
+            bar.update(len(batch))
+
+
+def look(settings: VasSettings, records: Sequence[dict[str, Any]], workers) -> list[dict[str, Any]]:
+    """Where the model looks as it writes words, of the first `show` samples with a measured response."""
+    wanted = {record["row"]: record.get("generated_ids") for record in records if "response" in record}
+    wanted = dict(islice(wanted.items(), settings.show))
+    if not wanted:
+        return []
+    rows = data_rows.read(settings.data, settings.split, settings.columns)
+    jobs = [(row, wanted[row.number], settings.words) for row in islice(rows, max(wanted) + 1) if row.number in wanted]
+    return workers.look(jobs)
+
+
+def summarize(
+    settings: VasSettings, records: Sequence[dict[str, Any]], layers: Sequence[int], seconds: float
+) -> dict[str, Any]:
+    """What `vas.json` holds.
+
+    Raises:
+        ValueError: a query role of which no sample has VAS.
+    """
+    bootstrap = settings.bootstrap
+    return {
+        "format": FORMAT,
+        **settings.identity(),
+        "name": model_name(settings.model),
+        "device": settings.device,
+        "layers": list(layers),
+        "num_rows": len(records),
+        "bootstrap": {"draws": bootstrap.num_draws, "seed": bootstrap.seed, "level": LEVEL},
+        "seconds": seconds,
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "queries": {name: summarize_query(name, records, layers, bootstrap) for name in settings.queries},
+        "samples": by_sample(records, settings.queries),
+    }
+
+
+def run_vas(settings: VasSettings, out: Path | None) -> dict[str, Any]:
+    """Measure and, with a folder `out`, keep records and write the report; returns what `vas.json` holds.
+
+    Raises:
+        ValueError: naming the row, the file or the setting that cannot be measured.
+    """
+    started = time.monotonic()
+    if out is not None:
+        check_report_packages()
+        out.mkdir(parents=True, exist_ok=True)
+    layers = _check_model(settings)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    workers = RayWorkers(settings.work, settings.ray_workers) if settings.ray_workers else LocalWorkers(settings.work)
+    with RecordFile(None if out is None else out / "records.jsonl") as store, workers:
+        if out is not None:
+            check_settings(out / "settings.json", settings.identity())
+        measure(settings, store, workers)
+        records = store.records(settings.n)
+        summary = json.loads(dumps(summarize(settings, records, layers, time.monotonic() - started)))
+        if out is None:
+            return summary
+        shown = _words(settings, records, workers, out / "words.json")
+    write_json(out / "vas.json", summary)
+    from avar_verl.tools.vas.report import write_report
+
+    write_report(out / "report.html", summary, shown)
+    return summary
+
+
+def _words(settings: VasSettings, records, workers, path: Path) -> list[dict[str, Any]]:
+    """`words.json`, made once for the same choice of samples and words."""
+    choice = {"show": settings.show, "words": settings.words, "n": len(records)}
+    choice = json.loads(dumps(choice))
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["choice"] == choice:
+            return kept["samples"]
+    samples = look(settings, records, workers)
+    write_json(path, {"choice": choice, "samples": samples})
+    return samples

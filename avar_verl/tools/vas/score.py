@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From conversations to records: one forward pass a batch, masses reduced to sums in the layer they come from.
+
+Shape suffixes:
+    B = samples, S = positions, Q = selected queries, L = measured layers, H = query heads, I = images of a sample,
+    G = groups of queries (user, then bins of positions in the response), C = key groups, K = statistics
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from avar_verl.attention import capture_mass
+from avar_verl.attention.capture import resolve_indices, select_queries
+from avar_verl.model.checkpoint import Checkpoint, generate_ids
+from avar_verl.model.families import Family
+from avar_verl.model.render import Rendered, as_blocks, render
+from avar_verl.model.roles import TokenRole
+from avar_verl.tools.vas.measure import QUERIES
+from avar_verl.tools.vas.rows import Conversation
+
+# First positions of the bins of a response, two an octave, the last one open: attention to the image fades with length.
+BIN_STARTS = (0, 4, *(edge for power in range(3, 18) for edge in (2**power, 3 * 2 ** (power - 1))))
+SUMS = ("ratio", "share", "image", "system")
+NO_IMAGE, NO_SYSTEM = "no image", "no system turn"
+NO_QUERY = {"user": "no user token", "response": "no response"}
+NUM_ROLES = len(TokenRole)
+
+
+def measurable_layers(family: Family, config, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """Ascending layers to measure, default all.
+
+    Raises:
+        ValueError: a family without the ratio, a layer that does not exist, or one with a sliding window.
+    """
+    if family.cross_attention:
+        raise ValueError(
+            "VAS needs image and system keys in one softmax; got "
+            f"model_type={config.model_type!r}, which reads images in cross-attention layers: image mass over system "
+            "mass is a division by zero there and zero elsewhere, whatever the weights (docs/families.md). There is no "
+            "VAS of this family."
+        )
+    text_config = config.get_text_config()
+    chosen = resolve_indices("layers", layers, text_config.num_hidden_layers)
+    types = getattr(text_config, "layer_types", None) or ()
+    sliding = [layer for layer in chosen if types and types[layer] == "sliding_attention"]
+    if sliding:
+        full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+        raise ValueError(
+            f"VAS needs layers in which a query sees the system turn and the image; got layers {sliding}, whose window "
+            f"of {text_config.sliding_window} tokens moves on. Pass --layers with some of {' '.join(map(str, full))}."
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A rendered conversation. `tokens_I` are the image tokens of every image; `response_ids` those generated or given
+    as ids, None where the response is text."""
+
+    rendered: Rendered
+    roles_S: torch.Tensor
+    tokens_I: tuple[int, ...]
+    response_ids: list[int] | None
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the sample has no VAS for any query; None where it may have one."""
+        roles = set(self.roles_S.tolist())
+        return NO_IMAGE if TokenRole.IMAGE not in roles else NO_SYSTEM if TokenRole.SYSTEM not in roles else None
+
+
+def tokens_by_image(checkpoint: Checkpoint, conversation: Conversation, rendered: Rendered, total: int) -> list[int]:
+    """How many of the `total` image tokens belong to each image, in order.
+
+    From the family's places where it has them; else every image is rendered alone.
+
+    Raises:
+        ValueError: the images' tokens are not those of the conversation.
+    """
+    images, family = conversation.images, checkpoint.family
+    if len(images) < 2:
+        return [total] * len(images)
+    if family.places is not None:
+        places = family.image_places(checkpoint.processor, rendered.features, [image.size for image in images])
+        counts = [len(places_N4) for places_N4 in places]
+    else:
+        counts = []
+        for image in images:
+            alone = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "."}]}]
+            ids_S = render(checkpoint.processor, alone).ids_S
+            is_image_S = torch.isin(ids_S, ids_S.new_tensor(checkpoint.role_map.image_token_ids))
+            counts.append(int(is_image_S.sum()))
+    if len(counts) != len(images) or sum(counts) != total:
+        raise ValueError(
+            f"the image tokens of a sample must be those of its images; got {total} tokens for {len(images)} images of "
+            f"{counts}. Take processor and tokenizer from one checkpoint."
+        )
+    return counts
+
+
+class Scorer:
+    """`Scorer(checkpoint, ...)`: `samples = prepare(conversations)`, then `score(samples)`.
+
+    Args:
+        queries: of QUERIES.
+        layers: default all, see `measurable_layers`.
+        max_new_tokens: None measures the response that a conversation has; a number generates one first.
+        padding_side: of the measured batches. The numbers do not depend on it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        queries: Sequence[str] = tuple(QUERIES),
+        layers: Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        padding_side: str = "right",
+    ):
+        self.checkpoint, self.queries = checkpoint, tuple(queries)
+        self.layers = measurable_layers(checkpoint.family, checkpoint.model.config, layers)
+        self.max_new_tokens, self.padding_side = max_new_tokens, padding_side
+
+    # ---- rendering ---------------------------------------------------------------------------------------------
+
+    def _render(self, conversation: Conversation, messages: list[dict], answered: bool) -> Rendered:
+        return render(
+            self.checkpoint.processor,
+            messages,
+            add_generation_prompt=not answered,
+            template_kwargs=conversation.template_kwargs,
+        )
+
+    def prepare(self, conversations: Sequence[Conversation]) -> list[Sample]:
+        """Conversations as samples, with responses generated in one batch if that is asked for.
+
+        Raises:
+            ValueError: a response of ids with image placeholders in it; whatever cannot be rendered.
+        """
+        if self.max_new_tokens is None:
+            return [self._given(conversation) for conversation in conversations]
+        prompts = [self._render(one, one.prompt, answered=False) for one in conversations]
+        responses = generate_ids(self.checkpoint, prompts, self.max_new_tokens)
+        return [self._with_ids(*parts) for parts in zip(conversations, prompts, responses, strict=True)]
+
+    def _given(self, conversation: Conversation) -> Sample:
+        if conversation.response_ids is not None:
+            prompt = self._render(conversation, conversation.prompt, answered=False)
+            return self._with_ids(conversation, prompt, conversation.response_ids)
+        messages, answered = conversation.prompt, conversation.response is not None
+        if answered:
+            messages = [*messages, {"role": "assistant", "content": as_blocks(conversation.response)}]
+        rendered = self._render(conversation, messages, answered)
+        roles_S = self._roles(rendered.ids_S)
+        if not conversation.turns:
+            roles_S = _without_earlier_turns(roles_S, answered)
+        return self._sample(conversation, rendered, roles_S, None)
+
+    def _with_ids(self, conversation: Conversation, prompt: Rendered, response_ids: list[int]) -> Sample:
+        """The response is what was generated, whatever these ids are."""
+        placeholders = sorted(set(response_ids) & set(self.checkpoint.role_map.image_token_ids))
+        if placeholders:
+            raise ValueError(
+                f"a response must not hold image placeholders, which have no image; got the ids {placeholders}. "
+                "Generate without them (avar_verl.plugin.rollout.agent_loop.forbid), or leave the row out."
+            )
+        ids_S = torch.cat([prompt.ids_S, prompt.ids_S.new_tensor(response_ids)])
+        mask_S = torch.arange(len(ids_S)) >= len(prompt.ids_S)
+        rendered = replace(prompt, ids_S=ids_S)
+        return self._sample(conversation, rendered, self._roles(ids_S, mask_S), response_ids)
+
+    def _roles(self, ids_S: torch.Tensor, response_S: torch.Tensor | None = None) -> torch.Tensor:
+        mask_1S = None if response_S is None else response_S[None]
+        return self.checkpoint.role_map(ids_S[None], torch.ones_like(ids_S)[None], mask_1S)[0]
+
+    def _sample(self, conversation, rendered, roles_S, response_ids) -> Sample:
+        total = int((roles_S == TokenRole.IMAGE).sum())
+        tokens_I = tokens_by_image(self.checkpoint, conversation, rendered, total)
+        return Sample(rendered, roles_S, tuple(tokens_I), response_ids)
+
+    # ---- masses ------------------------------------------------------------------------------------------------
+
+    def score(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """For every sample what its record holds (`_parts`), from one forward pass over those that can be measured."""
+        wanted = [int(QUERIES[name]) for name in self.queries]
+        measured = [
+            index
+            for index, sample in enumerate(samples)
+            if sample.skipped is None and bool(torch.isin(sample.roles_S, torch.tensor(wanted)).any())
+        ]
+        sums = dict(zip(measured, self._sums([samples[index] for index in measured]), strict=True)) if measured else {}
+        return [self._parts(sample, sums.get(index)) for index, sample in enumerate(samples)]
+
+    def _padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(B, S) as `Checkpoint.collate` pads ids; 0 is OTHER, and no group of its own."""
+        sides = {"padding_side": self.padding_side, "batch_first": True, "padding_value": 0}
+        return torch.nn.utils.rnn.pad_sequence(list(rows), **sides)
+
+    @torch.no_grad()
+    def _sums(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        """For every sample (L, H, G, K) float64 sums over queries; K: SUMS, then mass and ratio of every image."""
+        checkpoint = self.checkpoint
+        device = checkpoint.model.device
+        roles_BS = self._padded([sample.roles_S for sample in samples]).to(device)
+        num_images = max(len(sample.tokens_I) for sample in samples)
+        image_groups = range(NUM_ROLES, NUM_ROLES + num_images)
+        groups_BS = self._padded([_key_groups(sample) for sample in samples]).to(device)
+        wanted = [QUERIES[name] for name in self.queries]
+        positions_BQ, valid_BQ = select_queries(roles_BS, wanted)
+        groups_BQ = torch.where(valid_BQ, _query_groups(roles_BS).gather(1, positions_BQ), len(BIN_STARTS) + 1)
+
+        def reduction(mass_BHQC: torch.Tensor, _valid_BQ: torch.Tensor) -> torch.Tensor:
+            mass_BHQC = mass_BHQC.double()
+            images_BHQI, system_BHQ = mass_BHQC[..., NUM_ROLES:], mass_BHQC[..., TokenRole.SYSTEM]
+            image_BHQ = images_BHQI.sum(-1)
+            parts = [image_BHQ / system_BHQ, image_BHQ / (image_BHQ + system_BHQ), image_BHQ, system_BHQ]
+            stats_BHQK = torch.stack(parts, dim=-1)
+            stats_BHQK = torch.cat([stats_BHQK, images_BHQI, images_BHQI / system_BHQ[..., None]], dim=-1)
+            B, H, Q, K = stats_BHQK.shape
+            # One more group takes the filling, whose ratios are 0 / 0. It is added to nothing else.
+            out_BHGK = stats_BHQK.new_zeros(B, H, len(BIN_STARTS) + 2, K)
+            index = groups_BQ[:, None, :, None].expand(-1, H, -1, K)
+            return out_BHGK.scatter_add_(2, index, stats_BHQK)[:, :, :-1]
+
+        with capture_mass(
+            checkpoint.model,
+            roles_BS,
+            layers=self.layers,
+            query_role=wanted,
+            reduction=reduction,
+            key_groups=groups_BS,
+            num_groups=NUM_ROLES + num_images,
+            columns=(TokenRole.SYSTEM, *image_groups),
+        ) as captured:
+            inputs = checkpoint.collate([sample.rendered for sample in samples], self.padding_side)
+            checkpoint.model(**inputs, use_cache=False)
+        sums_BLHGK = torch.stack(captured.per_layer(), dim=1).cpu()
+        return list(sums_BLHGK)
+
+    def _parts(self, sample: Sample, sums_LHGK: torch.Tensor | None) -> dict[str, Any]:
+        """`images` (tokens of each), `skipped` (reason by query) and, by query, the sums (`_query_part`)."""
+        roles_S = sample.roles_S
+        out: dict[str, Any] = {"images": list(sample.tokens_I), "skipped": {}}
+        for name in self.queries:
+            is_query_S = roles_S == QUERIES[name]
+            reason = sample.skipped or (None if bool(is_query_S.any()) else NO_QUERY[name])
+            if reason is not None:
+                out["skipped"][name] = reason
+                continue
+            groups_S = _query_groups(roles_S[None])[0][is_query_S]
+            first_image = int((roles_S == TokenRole.IMAGE).nonzero()[0])
+            blind = int(is_query_S[:first_image].sum())
+            counts_G = torch.bincount(groups_S, minlength=len(BIN_STARTS) + 1)
+            out[name] = _query_part(name, sums_LHGK, counts_G, blind, len(sample.tokens_I))
+        return out
+
+
+def _without_earlier_turns(roles_S: torch.Tensor, answered: bool) -> torch.Tensor:
+    """Roles in which the last assistant turn alone is RESPONSE, as in a rollout; none without an answer."""
+    is_response_S = roles_S == TokenRole.RESPONSE
+    earlier_S = is_response_S
+    if answered and bool(is_response_S.any()):
+        last = int(is_response_S.nonzero()[-1])
+        start = int((~is_response_S[:last]).nonzero()[-1])
+        earlier_S = is_response_S & (torch.arange(len(roles_S)) < start)
+    return roles_S.masked_fill(earlier_S, TokenRole.OTHER)
+
+
+def _key_groups(sample: Sample) -> torch.Tensor:
+    """(S,) role of every key, and for image tokens NUM_ROLES plus the number of the image."""
+    groups_S = sample.roles_S.clone()
+    numbers = [NUM_ROLES + image for image, tokens in enumerate(sample.tokens_I) for _ in range(tokens)]
+    groups_S[sample.roles_S == TokenRole.IMAGE] = torch.tensor(numbers)
+    return groups_S
+
+
+def _query_groups(roles_BS: torch.Tensor) -> torch.Tensor:
+    """(B, S) group of a query: 0 for user, 1 plus its bin for a response's; of no meaning for others."""
+    position_BS = ((roles_BS == TokenRole.RESPONSE).long().cumsum(1) - 1).clamp(min=0)
+    bins_BS = torch.bucketize(position_BS, torch.tensor(BIN_STARTS, device=roles_BS.device), right=True)
+    return bins_BS.masked_fill(roles_BS == TokenRole.USER, 0)
+
+
+def _query_part(name: str, sums_LHGK: torch.Tensor, counts_G: torch.Tensor, blind: int, num_images: int) -> dict:
+    """What a record holds for a query role.
+
+    `queries`: how many; `before_image`: those of them that see no image, whose ratio is 0; SUMS: sums over queries by
+    layer and head; `image_mass`, `image_ratio`: sums over queries of every image, mean over layers and heads;
+    `positions` (response): for the bins that there are up to the last one, `queries` and SUMS by layer, mean over
+    heads.
+    """
+    groups = slice(0, 1) if name == "user" else slice(1, None)
+    sums_LHGK, counts_G = sums_LHGK[:, :, groups], counts_G[groups]
+    total_LHK = sums_LHGK.sum(2)
+    means_K = total_LHK.mean((0, 1))
+    most = (total_LHK.shape[-1] - len(SUMS)) // 2  # Images of the batch; this sample may have fewer.
+    start = len(SUMS)
+    out = {
+        "queries": int(counts_G.sum()),
+        "before_image": blind,
+        **{key: total_LHK[..., index].tolist() for index, key in enumerate(SUMS)},
+        "image_mass": means_K[start : start + num_images].tolist(),
+        "image_ratio": means_K[start + most : start + most + num_images].tolist(),
+    }
+    if name == "response":
+        last = int(counts_G.nonzero()[-1]) + 1
+        by_bin_GLK = sums_LHGK[:, :, :last].mean(1).movedim(1, 0)
+        out["positions"] = {
+            "queries": counts_G[:last].tolist(),
+            **{key: by_bin_GLK[..., index].tolist() for index, key in enumerate(SUMS)},
+        }
+    return out

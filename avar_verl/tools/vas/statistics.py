@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From records to numbers with intervals: VAS and its companions, overall and by layer, head, position and image.
+
+Every number is a function of sums over the queries of all samples that count. Its interval is the percentile bootstrap
+over samples (Efron): samples are drawn with replacement, as many as there are, `draws` times, the number is computed
+from the sums of each draw, and the interval is that between the quantiles 0.025 and 0.975. Queries of a sample depend
+on each other, so samples are drawn, not queries. Of one sample there is no interval.
+
+Shape suffixes: N = samples, D = draws, the first of which takes every sample once; L = layers, H = query heads,
+    P = bins of positions, X = anything
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from avar_verl.objectives.vas import STATISTICS, band, vas_statistics
+from avar_verl.tools.vas.score import BIN_STARTS, SUMS
+
+LEVEL, QUANTILES = 0.95, (0.025, 0.975)
+# What has a meaning for means over the heads of a layer: a median over heads needs the heads.
+MEAN_STATISTICS = tuple(name for name in STATISTICS if name != "vas_median")
+HEAD_STATISTICS = ("vas", "image_share", "image_mass", "system_mass")
+
+
+def draw_counts(num_samples: int, num_draws: int, seed: int) -> torch.Tensor:
+    """(D, N) float64, how often each sample is in each draw; the first row is all ones."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(num_samples, np.full(num_samples, 1 / num_samples), size=num_draws)
+    return torch.from_numpy(np.concatenate([np.ones((1, num_samples), dtype=drawn.dtype), drawn])).double()
+
+
+def totals(counts_DN: torch.Tensor, values_NX: torch.Tensor) -> torch.Tensor:
+    """(D, ...) sums of the samples in each draw; values may be inf or nan, which stay in their draws."""
+    flat_NX = values_NX.reshape(len(values_NX), -1)
+    finite_NX = torch.isfinite(flat_NX)
+    out_DX = counts_DN @ flat_NX.where(finite_NX, 0.0)
+    if not bool(finite_NX.all()):  # 0 times inf is nan, so what is not finite is counted and put back.
+        for is_special_NX, special in ((flat_NX == math.inf, math.inf), (flat_NX.isnan(), math.nan)):
+            out_DX = out_DX.masked_fill(counts_DN @ is_special_NX.double() > 0, special)
+    return out_DX.reshape(len(counts_DN), *values_NX.shape[1:])
+
+
+def interval(value_DX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Ends of the interval, (X,) each, from the draws behind the first; None of fewer than two draws.
+
+    Values that were drawn, with nothing between them interpolated, since a ratio may be inf. A nan in a draw makes both
+    ends nan.
+    """
+    drawn_DX = value_DX[1:]
+    if len(drawn_DX) < 2:
+        return None, None
+    sorted_DX = drawn_DX.sort(dim=0).values
+    ends = []
+    for level in QUANTILES:
+        index = min(max(math.ceil(level * len(sorted_DX)) - 1, 0), len(sorted_DX) - 1)
+        ends.append(sorted_DX[index].where(~drawn_DX.isnan().any(0), math.nan))
+    return ends[0], ends[1]
+
+
+def with_interval(value_DX: torch.Tensor) -> dict[str, Any]:
+    """`value`, `low` and `high` as numbers, or as nested lists in the shape of X; `low` and `high` may be None."""
+    low, high = interval(value_DX)
+    return {
+        "value": value_DX[0].tolist(),
+        "low": None if low is None else low.tolist(),
+        "high": None if high is None else high.tolist(),
+    }
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Draws over any number of samples, the same for every number."""
+
+    num_draws: int = 1000
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.num_draws < 100:
+            raise ValueError(f"a bootstrap needs at least 100 draws; got {self.num_draws}. Use 1000.")
+
+    def counts(self, num_samples: int) -> torch.Tensor:
+        """(D, N), D = 1 of fewer than two samples."""
+        return draw_counts(num_samples, self.num_draws if num_samples > 1 else 0, self.seed)
+
+
+def means(
+    counts_DN: torch.Tensor, queries_N: torch.Tensor, sums: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """(D, ...) mean over the queries of each draw, of every one of `sums` (N, ...)."""
+    queries_D = counts_DN @ queries_N.double()
+    return {
+        name: totals(counts_DN, sum_NX) / queries_D.reshape(-1, *[1] * (sum_NX.dim() - 1))
+        for name, sum_NX in sums.items()
+    }
+
+
+def _stacked(parts: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(N,) queries and SUMS (N, L, H) of records of one query role."""
+    queries_N = torch.tensor([part["queries"] for part in parts])
+    return queries_N, {name: _tensor([part[name] for part in parts]) for name in SUMS}
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float64))  # numpy reads "inf" and "nan".
+
+
+def _by_statistic(mean_of: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    values = vas_statistics(*(mean_of[name] for name in SUMS))
+    return {name: with_interval(values[name]) for name in names}
+
+
+def bin_range(index: int) -> tuple[int, int | None]:
+    """(first, last) position of a bin; last is None for the open one."""
+    return BIN_STARTS[index], BIN_STARTS[index + 1] - 1 if index + 1 < len(BIN_STARTS) else None
+
+
+def summarize_query(
+    name: str, records: Sequence[Mapping[str, Any]], layers: Sequence[int], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """What `vas.json` holds of one query role.
+
+    Raises:
+        ValueError: no sample has VAS for it.
+    """
+    kept = [record for record in records if name in record]
+    skipped = Counter(record["skipped"][name] for record in records if name in record["skipped"])
+    if not kept:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+        raise ValueError(
+            f"VAS needs samples with an image, a system turn and a query; got none for {name} queries in "
+            f"{len(records)} samples ({counts}). Give the rows what they lack (--system writes a system turn), or "
+            "measure other queries (--query)."
+        )
+    parts = [record[name] for record in kept]
+    counts_DN = bootstrap.counts(len(parts))
+    queries_N, sums = _stacked(parts)
+    mean_of = means(counts_DN, queries_N, sums)
+    by_layer = _by_statistic({key: value_DLH[..., None, :] for key, value_DLH in mean_of.items()}, STATISTICS)
+    by_head = _by_statistic({key: value_DLH[..., None, None] for key, value_DLH in mean_of.items()}, HEAD_STATISTICS)
+    overall = _by_statistic(mean_of, STATISTICS)
+    out = {
+        "num_samples": len(kept),
+        "num_queries": int(queries_N.sum()),
+        "num_queries_before_image": sum(part["before_image"] for part in parts),
+        "skipped": dict(sorted(skipped.items())),
+        "overall": overall,
+        "band": band(overall["vas"]["value"]),
+        "layers": {"layer": list(layers), **by_layer},
+        "heads": by_head,
+        "images": by_image(kept, name, bootstrap),
+    }
+    if name == "response":
+        out["positions"] = by_position([part["positions"] for part in parts], bootstrap)
+    return out
+
+
+def by_position(positions: Sequence[Mapping[str, Any]], bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """For every bin that a response reaches: `first`, `last`, `num_samples`, `num_queries` and MEAN_STATISTICS.
+
+    The samples of a bin are those whose response reaches it, so later bins are about longer responses.
+    """
+    out = []
+    for index in range(max(len(one["queries"]) for one in positions)):
+        there = [one for one in positions if len(one["queries"]) > index and one["queries"][index]]
+        if not there:
+            continue
+        queries_N = torch.tensor([one["queries"][index] for one in there])
+        sums = {name: _tensor([one[name][index] for one in there])[:, :, None] for name in SUMS}
+        mean_of = means(bootstrap.counts(len(there)), queries_N, sums)
+        first, last = bin_range(index)
+        counts = {"num_samples": len(there), "num_queries": int(queries_N.sum())}
+        by_layer = {key: value_DLH[..., None, :] for key, value_DLH in mean_of.items()}
+        layers = vas_statistics(*(by_layer[key] for key in SUMS))
+        out.append(
+            {
+                **{"first": first, "last": last},
+                **counts,
+                **_by_statistic(mean_of, MEAN_STATISTICS),
+                "image_share_by_layer": layers["image_share"][0].tolist(),
+            }
+        )
+    return out
+
+
+def by_image(records: Sequence[Mapping[str, Any]], name: str, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """For the first, second ... image of a sample, over the samples that have one: `num_samples`, mean `tokens`,
+    `image_mass` of this image, `mass_per_token` and `vas`, this image's part of the ratio."""
+    out = []
+    for index in range(max(len(record["images"]) for record in records)):
+        there = [record for record in records if len(record["images"]) > index]
+        parts = [record[name] for record in there]
+        counts_DN = bootstrap.counts(len(there))
+        queries_N = torch.tensor([part["queries"] for part in parts])
+        tokens_N = _tensor([record["images"][index] for record in there])
+        mass_N, ratio_N = (_tensor([part[key][index] for part in parts]) for key in ("image_mass", "image_ratio"))
+        sums = {"mass": mass_N, "ratio": ratio_N, "token": mass_N / tokens_N}
+        mean_of = means(counts_DN, queries_N, sums)
+        out.append(
+            {
+                "num_samples": len(there),
+                "tokens": float(tokens_N.mean()),
+                "image_mass": with_interval(mean_of["mass"]),
+                "mass_per_token": with_interval(mean_of["token"]),
+                "vas": with_interval(mean_of["ratio"]),
+            }
+        )
+    return out
+
+
+def by_sample(records: Sequence[Mapping[str, Any]], queries: Sequence[str]) -> dict[str, Any]:
+    """Columns with an entry for every record, for `avar vas compare`: `row`, `sample`, and by query role `queries` and
+    SUMS, mean over layers and heads; None where the sample has no VAS."""
+    out: dict[str, Any] = {key: [record[key] for record in records] for key in ("row", "sample")}
+    for name in queries:
+        parts = [record.get(name) for record in records]
+        out[name] = {"queries": [None if part is None else part["queries"] for part in parts]}
+        for key in SUMS:
+            out[name][key] = [None if part is None else float(_tensor(part[key]).mean()) for part in parts]
+    return out

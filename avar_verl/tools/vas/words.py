@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the model looks as it writes a word: attention to every image token, as rasters over the images.
+
+A token is written by the query before it. So the queries of a word are those before each of its tokens, as in the
+demo's report. (The word's own queries look ahead: they write what comes next.)
+
+Shape suffixes: S = positions, T = response tokens, I = image tokens, N = tokens of one image, Y = rows, X = columns
+"""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.model.roles import TokenRole
+from avar_verl.tools.vas.measure import attention_to_image_tokens
+from avar_verl.tools.vas.rows import Conversation
+from avar_verl.tools.vas.score import Sample
+
+NUM_WORDS = 4
+MIN_LETTERS = 3
+# Longest side of a picture in the report, in pixels.
+SIDE = 320
+# Response tokens that are looked at: the masses of all image tokens of each are in memory at a time.
+MAX_TOKENS = 512
+
+
+def words_of(tokenizer, ids_T: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """(word, its tokens' indices) of a response, in order; neither special tokens nor tags such as <think> are words.
+
+    A token belongs to the word to which it adds a character, since tokenizers differ in where they write spaces.
+    """
+    text, owners = "", []
+    for index in range(len(ids_T)):
+        longer = tokenizer.decode(ids_T[: index + 1], skip_special_tokens=True)
+        owners += [index] * (len(longer) - len(text))
+        text = longer
+    out = []
+    for match in re.finditer(r"</?\w+>|\w+", text):
+        if match.group().startswith("<"):
+            continue
+        tokens = sorted({owners[at] for at in range(*match.span()) if at < len(owners)})
+        out.append((match.group(), tokens))
+    return out
+
+
+def choose_words(
+    words: Sequence[tuple[str, list[int]]], mass_T: torch.Tensor, wanted: Sequence[str] | None
+) -> list[tuple[str, list[int]]]:
+    """Those of `wanted` (their first place, whatever the case), or the NUM_WORDS distinct ones of MIN_LETTERS letters
+    that were written with most mass on the image; in the order of the text.
+
+    mass_T: mass on the image of the query that has written each token.
+    """
+    first: dict[str, tuple[str, list[int]]] = {}
+    for word, tokens in words:
+        first.setdefault(word.lower(), (word, tokens))
+    if wanted is not None:
+        chosen = {word.lower() for word in wanted} & set(first)
+    else:
+        letters = {key for key in first if sum(letter.isalpha() for letter in key) >= MIN_LETTERS}
+        ranked = sorted(letters, key=lambda key: -float(mass_T[first[key][1]].mean()))
+        chosen = set(ranked[:NUM_WORDS])
+    return [first[key] for key in first if key in chosen]
+
+
+def raster(places_N4: torch.Tensor, values_N: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """(Y, X) density of `values_N` on a picture of `size` (width, height): every token's value, spread evenly over the
+    pixels of its place. Tiles and a thumbnail add up. The sum is that of the values.
+
+    >>> raster(torch.tensor([[0.0, 0.0, 0.5, 1.0]]), torch.tensor([8.0]), (4, 2)).tolist()
+    [[2.0, 2.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]]
+    """
+    width, height = size
+    out_YX = np.zeros((height, width))
+    scale = torch.tensor([width, height, width, height], dtype=torch.float64)
+    for (x1, y1, x2, y2), value in zip((places_N4 * scale).round().long().tolist(), values_N.tolist(), strict=True):
+        # A place smaller than a pixel has the pixel in which it starts.
+        x1, y1 = min(x1, width - 1), min(y1, height - 1)
+        x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
+        out_YX[y1:y2, x1:x2] += value / ((x2 - x1) * (y2 - y1))
+    return out_YX
+
+
+def shrunk(image: Image.Image) -> Image.Image:
+    """At most SIDE pixels a side."""
+    factor = min(1.0, SIDE / max(image.size))
+    return image.resize([max(1, round(side * factor)) for side in image.size]) if factor < 1 else image
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def where_words_look(
+    checkpoint: Checkpoint,
+    conversation: Conversation,
+    sample: Sample,
+    layers: Sequence[int],
+    wanted: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What the report shows of one sample.
+
+    Returns:
+        `question`, `response` (of the measured tokens); `images`, base64 PNG of each; `note`, why there are no words;
+        `words`: for each `word`, the mean over its queries of `mass` on all images, the `image` that gets most of it,
+        and `tokens_mass`, the attention to each token of this image, whose rectangles stand in `places`.
+    """
+    tokenizer = checkpoint.processor.tokenizer
+    is_response_S = sample.roles_S == TokenRole.RESPONSE
+    positions_T = is_response_S.nonzero()[:MAX_TOKENS, 0]
+    ids_T = sample.rendered.ids_S[positions_T].tolist()
+    question = next(
+        (
+            "".join(block["text"] for block in message["content"] if block["type"] == "text")
+            for message in reversed(conversation.prompt)
+            if message["role"] == "user"
+        ),
+        "",
+    )
+    out: dict[str, Any] = {
+        "question": question.strip(),
+        "response": tokenizer.decode(ids_T, skip_special_tokens=True).strip(),
+        "images": [_png(shrunk(image)) for image in conversation.images],
+        "places": [],
+        "words": [],
+        "note": "",
+    }
+    family = checkpoint.family
+    if family.places is None:
+        out["note"] = "The image tokens of this family stand for no known rectangles, so there is nothing to draw."
+        return out
+    sizes = [image.size for image in conversation.images]
+    places = family.image_places(checkpoint.processor, sample.rendered.features, sizes)
+    chosen_S = torch.zeros_like(is_response_S)
+    chosen_S[positions_T - 1] = True  # A response never stands first.
+    attention_TI = attention_to_image_tokens(checkpoint, sample.rendered, sample.roles_S, chosen_S, layers)
+    chosen = choose_words(words_of(tokenizer, ids_T), attention_TI.sum(1), wanted)
+    if not chosen:
+        out["note"] = "The response has none of the words to show."
+    out["places"] = [places_N4.tolist() for places_N4 in places]
+    for word, tokens in chosen:
+        by_image = attention_TI[tokens].mean(0).split([len(places_N4) for places_N4 in places])
+        best = max(range(len(by_image)), key=lambda index: float(by_image[index].sum()))
+        out["words"].append(
+            {
+                "word": word,
+                "mass": float(sum(values_N.sum() for values_N in by_image)),
+                "image": best,
+                "tokens_mass": by_image[best].tolist(),
+            }
+        )
+    return out

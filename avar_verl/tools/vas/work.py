@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who measures: a worker with a checkpoint, one in this process or several as Ray actors, which do the same."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.tools.vas.rows import Conversation, Row, conversation
+from avar_verl.tools.vas.score import Scorer
+from avar_verl.tools.vas.words import where_words_look
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Batches that wait at an actor: one is measured while the next one travels.
+BATCHES_PER_ACTOR = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker has to know, see `avar_verl.tools.vas.run.VasSettings`."""
+
+    model: str
+    queries: tuple[str, ...]
+    layers: tuple[int, ...] | None
+    max_new_tokens: int | None
+    system: str | None
+    device: str
+    dtype: str
+
+
+class Worker:
+    """Turns rows into records. Loads the checkpoint when it is made."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.checkpoint = Checkpoint.load(work.model, work.device, getattr(torch, work.dtype))
+        self.scorer = Scorer(self.checkpoint, work.queries, work.layers, work.max_new_tokens)
+        self.patch_size = getattr(self.checkpoint.processor.image_processor, "patch_size", None) or 14
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.scorer.layers
+
+    def conversation(self, row: Row) -> Conversation:
+        """The conversation of a row.
+
+        Raises:
+            ValueError: naming the row, whatever `conversation` refuses, and a row without what is to be measured.
+        """
+        try:
+            out = conversation(row.values, self.patch_size, self.work.system)
+            answered = out.response is not None or out.response_ids is not None
+            if "response" in self.work.queries and self.work.max_new_tokens is None and not answered:
+                raise ValueError(
+                    "response queries need a response; got a row without one. Pass --generate to have the model "
+                    "answer, or --query user."
+                )
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+        return out
+
+    def measure(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Records of rows, in their order."""
+        conversations = [self.conversation(row) for row in rows]
+        try:
+            samples = self.scorer.prepare(conversations)
+        except ValueError as error:
+            raise ValueError(f"among {rows[0].where} to {rows[-1].where}: {error}") from error
+        records = []
+        for row, one, sample, parts in zip(rows, conversations, samples, self.scorer.score(samples), strict=True):
+            record = {"row": row.number, "sample": one.digest, **parts}
+            if self.work.max_new_tokens is not None:
+                tokenizer = self.checkpoint.processor.tokenizer
+                record["generated"] = tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+                record["generated_ids"] = sample.response_ids
+            records.append(record)
+        return records
+
+    def look(self, row: Row, response_ids: list[int] | None, words: Sequence[str] | None) -> dict[str, Any]:
+        """Where words of a row's response look in its images (`where_words_look`); `response_ids` if generated."""
+        one = self.conversation(row)
+        scorer = self.scorer if response_ids is None else self._rescorer()
+        if response_ids is not None:
+            one = Conversation(one.prompt, None, response_ids, one.turns, one.template_kwargs)
+        return {
+            "row": row.number,
+            **where_words_look(self.checkpoint, one, scorer.prepare([one])[0], self.layers, words),
+        }
+
+    def _rescorer(self) -> Scorer:
+        return Scorer(self.checkpoint, self.work.queries, self.work.layers)
+
+
+def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of `size` rows, the last one shorter."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
+
+
+class LocalWorkers:
+    """One worker in this process, made when it is first needed: a finished measurement loads no model."""
+
+    def __init__(self, work: Work):
+        self._work = work
+        self._worker: Worker | None = None
+
+    def __enter__(self) -> "LocalWorkers":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._worker = None
+
+    @property
+    def worker(self) -> Worker:
+        if self._worker is None:
+            self._worker = Worker(self._work)
+        return self._worker
+
+    def measure(self, batches: Iterable[list[Row]]) -> Iterator[list[dict[str, Any]]]:
+        return (self.worker.measure(batch) for batch in batches)
+
+    def look(self, jobs: Sequence[tuple]) -> list[dict[str, Any]]:
+        return [self.worker.look(*job) for job in jobs]
+
+
+class RayWorkers:
+    """`num_workers` Ray actors, each with the checkpoint on a GPU or core of its own.
+
+    Rows travel as they are stored and are opened by the actors. The batches are those of one process, so the records
+    are too; they come in the order in which they are done. Joins the cluster at RAY_ADDRESS or the one that runs on
+    this machine, else starts Ray here.
+
+    Raises:
+        ValueError: fewer than one worker, or, with the first batch, more than the cluster has places for, for which it
+            would wait for ever.
+    """
+
+    def __init__(self, work: Work, num_workers: int):
+        if num_workers < 1:
+            raise ValueError(f"--ray is a number of workers; got {num_workers}. Use 1 or more, or leave it out.")
+        self._work, self._num_workers = work, num_workers
+        self._actors: list = []
+
+    def __enter__(self) -> "RayWorkers":
+        import ray
+
+        self._started = not ray.is_initialized()
+        if self._started:
+            ray.init(include_dashboard=False, log_to_driver=False)
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._started:
+            ray.shutdown()
+
+    @property
+    def actors(self) -> list:
+        """Made when they are first needed."""
+        import ray
+
+        if not self._actors:
+            kind = "GPU" if self._work.device.startswith("cuda") else "CPU"
+            places = int(ray.cluster_resources().get(kind, 0))
+            if places < self._num_workers:
+                raise ValueError(
+                    f"every worker takes one {kind} of the Ray cluster; got --ray {self._num_workers} for {places}. "
+                    "Use fewer, or start more nodes."
+                )
+            remote = ray.remote(**{f"num_{kind.lower()}s": 1})(Worker)
+            self._actors = [remote.remote(self._work) for _ in range(self._num_workers)]
+        return self._actors
+
+    def measure(self, batches: Iterable[list[Row]]) -> Iterator[list[dict[str, Any]]]:
+        import ray
+
+        batches, running = iter(batches), {}
+
+        def feed(actor) -> None:
+            batch = next(batches, None)
+            if batch is not None:
+                running[actor.measure.remote(batch)] = actor
+
+        first = next(batches, None)  # Without a batch no actor is made.
+        if first is None:
+            return
+        batches = itertools.chain([first], batches)
+        for actor in self.actors * BATCHES_PER_ACTOR:
+            feed(actor)
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1)
+            feed(running.pop(done[0]))
+            yield self._get(done[0])
+
+    def look(self, jobs: Sequence[tuple]) -> list[dict[str, Any]]:
+        return [self._get(self.actors[0].look.remote(*job)) for job in jobs]
+
+    @staticmethod
+    def _get(reference) -> Any:
+        """The result; a broken rule in an actor is that rule here."""
+        import ray
+
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise error.cause from error
+            raise

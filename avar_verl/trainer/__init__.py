@@ -1,4 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""verl trainers with the visual attention reward. verl's come first, for the reason given in `avar_verl.engine`."""
-
-import verl.trainer.ppo.v1  # noqa: F401

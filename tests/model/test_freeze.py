@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters `freeze_vision` takes out of training, on the tiny Qwen2.5-VL."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from avar_verl.model.freeze import freeze_vision
+
+
+@pytest.fixture
+def model(tiny_model_path):
+    return AutoModelForImageTextToText.from_pretrained(tiny_model_path)
+
+
+@pytest.mark.parametrize(
+    "tower, projector, frozen_prefixes",
+    [
+        (False, False, ()),
+        (True, False, ("model.visual.patch_embed", "model.visual.blocks")),
+        (False, True, ("model.visual.merger",)),
+        (True, True, ("model.visual",)),
+    ],
+)
+def test_the_chosen_parts_and_no_others(model, tower, projector, frozen_prefixes):
+    frozen = freeze_vision(model, "qwen2_5_vl", tower, projector)
+    without_gradient = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert sorted(frozen) == sorted(without_gradient)
+    expected = [name for name, _ in model.named_parameters() if name.startswith(frozen_prefixes)]
+    assert sorted(without_gradient) == sorted(expected)
+    assert bool(expected) is (tower or projector)
+
+
+def test_an_unknown_family_is_refused(model):
+    with pytest.raises(ValueError, match="known model family; got model_type='blip'"):
+        freeze_vision(model, "blip", True, False)
+
+
+def test_a_model_without_the_part_is_refused():
+    with pytest.raises(ValueError, match="needs parameters under 'model.visual'; got none in Linear"):
+        freeze_vision(torch.nn.Linear(2, 2), "qwen2_5_vl", True, False)

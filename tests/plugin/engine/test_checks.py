@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs that the engine refuses before it loads a model, where they need a device or a family that is not here."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from avar_verl.plugin.config import AgtoConfig
+from avar_verl.plugin.engine import fsdp
+from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
+
+
+def check(monkeypatch, model_type="qwen2_5_vl", use_remove_padding=True, processor="a processor", text=(), **engine):
+    monkeypatch.setattr(fsdp, "get_device_name", lambda: "cuda")
+    text = SimpleNamespace(num_hidden_layers=4, num_attention_heads=4, hidden_size=128, **dict(text))
+    config = SimpleNamespace(model_type=model_type, get_text_config=lambda: text)
+    model = SimpleNamespace(
+        processor=processor, tokenizer_path="folder", use_remove_padding=use_remove_padding, hf_config=config
+    )
+    fsdp.AvarFSDPEngine._check(model, AvarFSDPEngineConfig(**engine))
+
+
+@pytest.mark.parametrize("part", ["freeze_vision_tower", "freeze_projector"])
+def test_fsdp1_freezes_only_what_it_does_not_flatten(monkeypatch, part):
+    with pytest.raises(ValueError, match="FSDP1 flattens frozen and trained parameters together"):
+        check(monkeypatch, strategy="fsdp", **{part: True})
+    check(monkeypatch, strategy="fsdp", use_orig_params=True, **{part: True})
+    check(monkeypatch, strategy="fsdp2", **{part: True})
+    check(monkeypatch, strategy="fsdp")
+
+
+@pytest.mark.parametrize("model_type", ["glm4v", "gemma3", "mllama"])
+def test_samples_that_cannot_be_packed_are_refused_where_masses_are_wanted(monkeypatch, model_type):
+    agto = AgtoConfig(alpha=0.0)
+    with pytest.raises(
+        ValueError, match=rf"samples of {model_type} cannot be packed \(.*; got use_remove_padding=True"
+    ):
+        check(monkeypatch, model_type=model_type, strategy="fsdp2", agto=agto)
+    check(monkeypatch, model_type=model_type, strategy="fsdp2", use_remove_padding=False, agto=agto)
+    check(monkeypatch, model_type=model_type, strategy="fsdp2")
+
+
+def test_a_missing_processor_is_refused_where_masses_are_wanted(monkeypatch):
+    with pytest.raises(ValueError, match="need the model's processor; verl loaded none from 'folder'"):
+        check(monkeypatch, processor=None, strategy="fsdp2", agto=AgtoConfig())
+    check(monkeypatch, processor=None, strategy="fsdp2")
+
+
+def test_cross_attention_is_refused_where_masses_are_wanted(monkeypatch):
+    with pytest.raises(ValueError, match="image and system keys in one softmax; got model_type='mllama'"):
+        check(monkeypatch, model_type="mllama", strategy="fsdp2", use_remove_padding=False, agto=AgtoConfig())
+    common = dict(model_type="mllama", strategy="fsdp2", use_remove_padding=False)
+    check(monkeypatch, **common)
+    check(monkeypatch, **common, agto=AgtoConfig(alpha=0.0, beta=0.15))
+
+
+def test_layers_with_a_window_are_refused_where_masses_are_wanted(monkeypatch):
+    sliding, full = "sliding_attention", "full_attention"
+    text = dict(layer_types=[sliding, full, sliding, full], sliding_window=64)
+    common = dict(model_type="gemma3", strategy="fsdp2", use_remove_padding=False, text=text)
+    with pytest.raises(ValueError, match=r"got layers \[0, 2\], whose window of 64 .* to some of \[1, 3\]"):
+        check(monkeypatch, **common, agto=AgtoConfig())
+    check(monkeypatch, **common, agto=AgtoConfig(layers=[1, 3]))
+    check(monkeypatch, **common)

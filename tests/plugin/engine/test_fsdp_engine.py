@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's training worker with and without guidance: parity with stock verl, and what must not change the result."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from avar_verl.objectives.vars import VISUAL_FIELDS
+from avar_verl.tools.demo import photo_grid
+
+pytestmark = pytest.mark.e2e
+
+SCRIPT = Path(__file__).parent / "scenarios.py"
+GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
+LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+# 2e-5 is 2 % of a step of 1e-3. (Adam divides a gradient by its own size, which would make rounding of one near zero as
+# large as a step: its epsilon in scenarios.py is above that.)
+TOLERANCE = dict(rtol=2e-4, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory) -> Path:
+    """24 samples, every eighth without an image."""
+    path = tmp_path_factory.mktemp("engine") / "sft.parquet"
+    photo_grid.make_sft_parquet(path, 24, 0, "train")
+    rows = pd.read_parquet(path)
+    for index in range(3, 24, 8):
+        messages = [dict(message) for message in rows.at[index, "messages"]]
+        messages[0]["content"] = messages[0]["content"].replace("<image>", "")
+        rows.at[index, "messages"], rows.at[index, "images"] = messages, []
+    rows.to_parquet(path)
+    return path
+
+
+def run(work: Path, model: Path, data: Path, scenarios: dict[str, dict], processes: int = 1) -> dict:
+    work.mkdir(exist_ok=True)
+    spec = {"model": str(model), "data": str(data), "scenarios": [{"name": n, **s} for n, s in scenarios.items()]}
+    (work / "spec.json").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*command, str(SCRIPT), str(work)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(work / "result.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
+    """Every scenario that needs one process."""
+    scenarios = {
+        "stock": {"stock": True},
+        "zero": {"agto": {"alpha": 0.0, "beta": 0.0}},
+        "measured": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}},
+        "guided": {"agto": GUIDED},
+        "micro": {"agto": GUIDED, "micro": 2},
+        "checkpointing": {"agto": GUIDED, "checkpointing": True},
+        "eager": {"agto": GUIDED, "attention": "eager"},
+        "lora": {"agto": GUIDED, "model": LORA},
+        "lora_micro": {"agto": GUIDED, "model": LORA, "micro": 2},
+        "layers": {"agto": {**GUIDED, "layers": [-1], "heads": [0, 2]}},
+        "target": {"agto": {**GUIDED, "warmup_steps": 0, "image_target": 1e-9, "system_floor": 0.999}},
+        "visual": {"vars": {}},
+        "visual_micro": {"vars": {}, "micro": 1},
+        "visual_whole": {"vars": {"region": True}, "boxes": [[0, 0, 112, 112]]},
+        "visual_left": {"vars": {"region": True}, "boxes": [[0, 0, 56, 112]], "micro": 2},
+        "visual_right": {"vars": {"region": True}, "boxes": [[56, 0, 112, 56], [56, 56, 112, 112]]},
+        "visual_lse": {"vars": {"implementation": "lse"}},
+        "visual_chunked": {"vars": {"implementation": "chunked"}},
+        "stock_inference": {"vars": {"lambda_v": 0.0}},
+        "unpacked_ulysses": {"agto": GUIDED, "engine": {"ulysses_sequence_parallel_size": 2}},
+        "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
+        "frozen": {"agto": GUIDED, "engine": {"freeze_vision_tower": True, "freeze_projector": True}},
+        "frozen_tower": {"engine": {"freeze_vision_tower": True}},
+        "bad_weights": {"agto": {**GUIDED, "layer_weights": [1.0, 2.0]}},
+        "bad_layer": {"agto": {**GUIDED, "layers": [4]}},
+        "triton": {"agto": {**GUIDED, "implementation": "triton"}},
+    }
+    return run(tmp_path_factory.mktemp("one"), tiny_model_path, data_file, scenarios)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, tiny_model_path, data_file) -> dict:
+    """Packed micro-batches in one process: verl replaces the attention of the whole process for them."""
+    scenarios = {
+        "packed": {"agto": GUIDED, "use_remove_padding": True},
+        "packed_micro": {"agto": GUIDED, "use_remove_padding": True, "micro": 2, "checkpointing": True},
+        "packed_dynamic": {"agto": GUIDED, "use_remove_padding": True, "dynamic": 600},
+        "packed_stock": {"stock": True, "use_remove_padding": True},
+        "packed_zero": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}, "use_remove_padding": True},
+        "packed_visual": {"vars": {}, "use_remove_padding": True},
+        "packed_left": {"vars": {"region": True}, "boxes": [[0, 0, 56, 112]], "use_remove_padding": True},
+        "packed_lse": {"vars": {"implementation": "lse"}, "use_remove_padding": True},
+    }
+    return run(tmp_path_factory.mktemp("packed"), tiny_model_path, data_file, scenarios)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, tiny_model_path, data_file) -> dict:
+    """Two processes on gloo, four samples each."""
+    scenarios = {"guided": {"agto": GUIDED}, "guided_micro": {"agto": GUIDED, "micro": 2}}
+    return run(tmp_path_factory.mktemp("two"), tiny_model_path, data_file, scenarios, processes=2)
+
+
+@pytest.fixture(scope="module")
+def ulysses(tmp_path_factory, tiny_model_path, data_file) -> dict:
+    """Two processes on gloo, each with half of every sequence and, in the attention, half of the heads."""
+    packed = {"use_remove_padding": True, "engine": {"ulysses_sequence_parallel_size": 2}}
+    scenarios = {
+        "guided": {"agto": GUIDED, **packed},
+        "micro": {"agto": GUIDED, "micro": 2, "checkpointing": True, **packed},
+        "visual": {"vars": {}, **packed},
+        "heads": {"agto": {**GUIDED, "heads": [0]}, **packed},
+    }
+    return run(tmp_path_factory.mktemp("ulysses"), tiny_model_path, data_file, scenarios, processes=2)
+
+
+def assert_same_training(one: dict, other: dict, **tolerance) -> None:
+    for step, (a, b) in enumerate(zip(one["metrics"], other["metrics"], strict=True)):
+        for key in [key for key in a if key in ("loss", "grad_norm") or key.startswith("avar/")]:
+            if key in b:
+                torch.testing.assert_close(
+                    torch.tensor(float(b[key])),
+                    torch.tensor(float(a[key])),
+                    **tolerance,
+                    msg=lambda text, key=key, step=step: f"{key} at step {step}: {text}",
+                )
+    assert one["parameters"].keys() == other["parameters"].keys()
+    for name, parameter in one["parameters"].items():
+        torch.testing.assert_close(other["parameters"][name], parameter, **tolerance, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("scenario", ["zero", "measured"])
+def test_zero_coefficients_are_stock_verl_to_the_bit(one, scenario):
+    assert_same_training(one["stock"], one[scenario], rtol=0, atol=0)
+
+
+def test_measuring_logs_masses_without_guidance(one):
+    for metrics in one["measured"]["metrics"]:
+        assert metrics["avar/guided_samples"] == 7  # one of eight has no image
+        assert 0 < metrics["avar/image_share"] < 1
+        assert metrics["avar/lm_loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+
+
+def test_guidance_changes_loss_and_parameters(one):
+    first, second, third = one["guided"]["metrics"]
+    assert first["avar/schedule"] == 0 and second["avar/schedule"] == 0.5 and third["avar/schedule"] == 1
+    assert first["loss"] == pytest.approx(one["stock"]["metrics"][0]["loss"], rel=1e-6)  # warm-up starts at 0
+    for metrics in (second, third):
+        guidance = 0.15 * metrics["avar/enhance"] + 0.1 * metrics["avar/suppress"]
+        expected = metrics["avar/lm_loss"] + metrics["avar/schedule"] * guidance
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    moved = [
+        name for name, p in one["guided"]["parameters"].items() if not torch.equal(p, one["stock"]["parameters"][name])
+    ]
+    assert any("q_proj" in name for name in moved) and any("k_proj" in name for name in moved)
+
+
+def test_targets_that_are_met_stop_the_guidance(one):
+    """Every head is over an image target of 1e-9 and under a system floor of 0.999: the terms are constants."""
+    for name, parameter in one["target"]["parameters"].items():
+        torch.testing.assert_close(parameter, one["stock"]["parameters"][name], rtol=0, atol=0, msg=name)
+
+
+def test_a_subset_of_layers_and_heads_is_another_loss(one):
+    assert one["layers"]["metrics"][1]["avar/enhance"] != one["guided"]["metrics"][1]["avar/enhance"]
+
+
+def test_freezing_really_freezes(one, load_tiny):
+    start = dict(load_tiny().named_parameters())
+    for scenario, projector_moves in (("frozen", False), ("frozen_tower", True)):
+        moved = {
+            name: not torch.equal(parameter, start[name]) for name, parameter in one[scenario]["parameters"].items()
+        }
+        for name, has_moved in moved.items():
+            if name.startswith("model.visual.merger."):
+                assert has_moved is projector_moves, name
+            elif name.startswith("model.visual."):
+                assert not has_moved, name
+        assert all(has_moved for name, has_moved in moved.items() if name.startswith("model.language_model."))
+
+
+@pytest.mark.parametrize("scenario", ["micro", "checkpointing", "eager"])
+def test_one_process_invariance(one, scenario):
+    assert_same_training(one["guided"], one[scenario], **TOLERANCE)
+
+
+@pytest.mark.parametrize("scenario", ["packed", "packed_micro", "packed_dynamic"])
+def test_packing_changes_nothing(one, packed, scenario):
+    assert_same_training(one["guided"], packed[scenario], **TOLERANCE)
+
+
+def test_adapters_are_guided_and_nothing_else_moves(one, load_tiny):
+    """With LoRA the masses reach the adapters of q and k; micro-batches change nothing."""
+    start = dict(load_tiny().named_parameters())
+    names = one["lora"]["parameters"].keys()
+    assert any("lora_A" in name for name in names)
+    assert one["lora"]["metrics"][2]["avar/enhance"] != one["lora"]["metrics"][0]["avar/enhance"]
+    assert_same_training(one["lora"], one["lora_micro"], **TOLERANCE)
+    for name, parameter in one["lora"]["parameters"].items():
+        base = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if "lora_" not in name:
+            torch.testing.assert_close(parameter, start[base], rtol=0, atol=0, msg=name)
+    assert any(bool(p.abs().max() > 0) for name, p in one["lora"]["parameters"].items() if "lora_B" in name)
+
+
+def test_packed_zero_coefficients_are_stock_verl_to_the_bit(packed):
+    assert_same_training(packed["packed_stock"], packed["packed_zero"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scenario", ["guided", "micro"])
+def test_sequence_parallel_size_changes_nothing(one, ulysses, scenario):
+    assert_same_training(one["guided"], ulysses[scenario], **TOLERANCE)
+
+
+def test_a_subset_of_heads_is_refused_under_sequence_parallelism(ulysses):
+    assert "a subset of heads cannot be guided under sequence parallelism" in ulysses["heads"]["error"]
+
+
+@pytest.mark.parametrize("scenario", ["guided", "guided_micro"])
+def test_data_parallel_size_changes_nothing(one, two, scenario):
+    assert_same_training(one["guided"], two[scenario], **TOLERANCE)
+
+
+def test_log_prob_pass_returns_a_few_numbers_a_sample(one):
+    visual = one["visual"]["visual"]
+    assert visual.shape == (8, len(VISUAL_FIELDS))
+    fields = dict(zip(VISUAL_FIELDS, visual.unbind(1), strict=True))
+    assert fields["num_image"].tolist() == [16, 16, 16, 0, 16, 16, 16, 16]
+    assert bool((fields["num_system"] > 0).all()) and bool((fields["num_queries"] > 20).all())
+    assert fields["ratio"][3] == 0 and fields["image_share"][3] == 0  # no image, but a system turn
+    assert bool((fields["image_mass"] + fields["system_mass"] <= 1).all())
+    torch.testing.assert_close(one["visual_micro"]["visual"], visual, rtol=1e-5, atol=1e-6)
+
+
+def test_masses_of_rollouts_do_not_depend_on_packing_or_sequence_parallelism(one, packed, ulysses):
+    padded = one["visual"]["visual"]
+    torch.testing.assert_close(packed["packed_visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ulysses["visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
+
+
+def test_masses_of_rollouts_do_not_depend_on_the_implementation(one, packed):
+    """`lse` by name refuses a pass in which it cannot be used, so it was."""
+    for visual in (one["visual_lse"], packed["packed_lse"]):
+        torch.testing.assert_close(visual["visual"], one["visual_chunked"]["visual"], rtol=1e-5, atol=1e-6)
+
+
+def test_masses_of_rollouts_in_a_region(one, packed):
+    """Of the whole image it is the image's; the halves of an image share its mass; packing changes nothing."""
+    whole, left, right = (one[f"visual_{name}"]["visual"] for name in ("whole", "left", "right"))
+    torch.testing.assert_close(whole, one["visual"]["visual"], rtol=1e-5, atol=1e-6)
+    image, system, count = (VISUAL_FIELDS.index(name) for name in ("image_mass", "system_mass", "num_image"))
+    torch.testing.assert_close(left[:, image] + right[:, image], whole[:, image], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(left[:, system], whole[:, system], rtol=1e-5, atol=1e-6)
+    assert left[:, count].tolist() == [8, 8, 8, 0, 8, 8, 8, 8]
+    assert not torch.allclose(left[:, image], right[:, image])
+    torch.testing.assert_close(packed["packed_left"]["visual"], left, rtol=1e-5, atol=1e-6)
+
+
+def test_measuring_leaves_log_probs_alone(one):
+    assert "visual" not in one["stock_inference"]
+    torch.testing.assert_close(one["visual"]["log_probs"], one["stock_inference"]["log_probs"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "scenario, message",
+    [
+        ("unpacked_ulysses", "sequence parallelism needs packed micro-batches"),
+        ("fsdp1", "FSDP1 needs an accelerator"),
+        ("bad_weights", "layer_weights must be as many as layers; got 2 for 4 layers"),
+        ("bad_layer", "layers must be distinct indices among the 4"),
+        ("triton", "the Triton kernel needs a CUDA device"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(one, scenario, message):
+    assert message in one[scenario]["error"]

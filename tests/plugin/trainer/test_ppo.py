@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer's arithmetic, and r_visual through a real TransferQueue."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from avar_verl.objectives.alarms import RiseAlarm
+from avar_verl.objectives.vars import VISUAL_FIELDS
+from avar_verl.plugin.config import VarsConfig
+from avar_verl.plugin.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
+from avar_verl.plugin.trainer.ppo import (
+    AvarPPOTrainer,
+    check_grpo_config,
+    correct_answers,
+    reward_part_metrics,
+    visual_metrics,
+)
+
+# ---- the gate ------------------------------------------------------------------------------------------------------
+
+
+def test_gate():
+    """Right is above the threshold, not at it; padding never is right."""
+    infos = [{"acc": 1.0}, {"acc": 0.5}, {"acc": True}, {"acc": np.float64(0.51)}, {"acc": math.nan}, {"acc": 1}]
+    correct = correct_answers(infos, [True] * 5 + [False], VarsConfig())
+    assert correct.tolist() == [True, False, True, True, False, False] and correct.dtype == torch.bool
+    other = VarsConfig(gate_key="score", gate_threshold=0.2)
+    assert correct_answers([{"score": 0.3, "acc": 0}, {"score": 0.2}], [True, True], other).tolist() == [True, False]
+
+
+def test_a_reward_function_without_the_gate_is_an_error():
+    with pytest.raises(ValueError, match=r"'acc' tells; it returned \['score'\].*gate_key"):
+        correct_answers([{"acc": 1.0}, {"score": 1.0}], [True, True], VarsConfig())
+
+
+def test_a_flag_for_every_rollout():
+    for function in (
+        lambda: correct_answers([{"acc": 1}], [True] * 2, VarsConfig()),
+        lambda: reward_part_metrics([], [True]),
+    ):
+        with pytest.raises(ValueError, match="zip"):
+            function()
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_means_over_real_rollouts_and_words_are_left_out():
+    infos = [
+        {"acc": 1.0, "ok": True, "why": "x"},
+        {"acc": 0.0, "ok": np.bool_(0), "why": "y"},
+        {"acc": 9.0, "why": "z"},
+    ]
+    assert reward_part_metrics(infos, [True, True, False]) == {"avar/reward/acc": 0.5, "avar/reward/ok": 0.5}
+    assert reward_part_metrics(infos, [False] * 3) == reward_part_metrics([], []) == {}
+
+
+def rows(*ratios: float) -> torch.Tensor:
+    """(B, F) with the given ratio, the other fields 0.5."""
+    out = torch.full((len(ratios), len(VISUAL_FIELDS)), 0.5)
+    out[:, 0] = torch.tensor(ratios)
+    return out
+
+
+def test_metrics_leave_out_padding_and_what_is_not_defined():
+    """Rollouts: 2, 4, not defined, padding. Measured 2 and 4; paid 2, 0, 0 over the three real ones."""
+    visual = rows(2.0, 4.0, math.nan, 100.0)
+    correct = torch.tensor([True, False, False, False])
+    shaped = torch.tensor([2.0, 0, 0, 0])
+    out = visual_metrics(visual, correct, [True, True, True, False], visual[:, 0], shaped, 0.3 * shaped)
+    assert out["avar/measured_rollouts"] == 2 and out["avar/ratio"] == 3 and out["avar/r_visual/raw"] == 3
+    assert out["avar/correct"] == pytest.approx(1 / 3)
+    assert out["avar/r_visual/gated"] == pytest.approx(2 / 3)
+    assert out["avar/r_visual/weighted"] == pytest.approx(0.2)
+
+
+def test_every_metric_is_its_own_field():
+    visual = torch.tensor([[7.0, 0.9, 0.4, 0.05, 11.0, 10, 16, 8], [5.0, 0.7, 0.2, 0.15, 8.0, 20, 16, 8]])
+    out = visual_metrics(visual, torch.tensor([True, True]), [True, True])
+    expected = {"vas": 9.5, "ratio": 6.0, "image_share": 0.8, "image_mass": 0.3, "system_mass": 0.1}
+    assert {key: out[f"avar/{key}"] for key in expected} == pytest.approx(expected)
+    assert not any(key.startswith("avar/r_visual") for key in out)  # nothing is paid, nothing is logged as paid
+
+
+@pytest.mark.parametrize("field", ["ratio", "image_share"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_field_that_is_not_finite_leaves_the_rollout_out(field, value):
+    visual = rows(2.0, 4.0)
+    visual[1, VISUAL_FIELDS.index(field)] = value
+    out = visual_metrics(visual, torch.tensor([False, False]), [True, True])
+    assert out["avar/measured_rollouts"] == 1 and out["avar/ratio"] == 2
+
+
+def test_nothing_measured():
+    out = visual_metrics(rows(math.nan), torch.tensor([False]), [True], torch.tensor([math.nan]))
+    assert out == {"avar/measured_rollouts": 0, "avar/correct": 0.0}
+
+
+# ---- configs that cannot be right ----------------------------------------------------------------------------------
+
+
+def grpo_config(**algorithm):
+    fsdp_config = {"vars": {"lambda_v": 0.3}}
+    return OmegaConf.create(
+        {"actor_rollout_ref": {"actor": {"fsdp_config": fsdp_config}}, "algorithm": dict(algorithm)}
+    )
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {},
+        {"rollout_correction": None, "filter_groups": None},
+        {"rollout_correction": {"bypass_mode": False}},
+        {"filter_groups": {"enable": False, "metric": "reward"}},
+        {"filter_groups": {"enable": True, "metric": "acc"}},
+    ],
+)
+def test_configs_that_can_be_right(algorithm):
+    check_grpo_config(grpo_config(**algorithm), VarsConfig())
+
+
+def without_engine_config(**changes):
+    config = grpo_config()
+    config.actor_rollout_ref.actor.fsdp_config = changes
+    return config
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (without_engine_config(), r"fsdp_config.vars=null. Start from avar_grpo.yaml"),
+        (without_engine_config(vars=None), r"fsdp_config.vars=null. Start from avar_grpo.yaml"),
+        (
+            grpo_config(rollout_correction={"bypass_mode": True}),
+            r"bypass_mode=True, which skips that pass. Set it to False",
+        ),
+        (
+            grpo_config(filter_groups={"enable": True, "metric": "reward"}),
+            r"lambda_v=0.3. Filter on the gate: .*metric=acc",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_right_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_grpo_config(config, VarsConfig())
+    check_grpo_config(config, VarsConfig(lambda_v=0))  # nothing is measured
+
+
+def test_filtering_on_the_reward_is_right_where_nothing_is_added_to_it():
+    config = grpo_config(filter_groups={"enable": True, "metric": "reward"})
+    check_grpo_config(config, VarsConfig(lambda_v=0, measure=True))
+    for config in (without_engine_config(), grpo_config(rollout_correction={"bypass_mode": True})):
+        with pytest.raises(ValueError, match="VARS is measured"):
+            check_grpo_config(config, VarsConfig(lambda_v=0, measure=True))
+
+
+# ---- the trainer's own methods -------------------------------------------------------------------------------------
+
+
+def trainer_with(vars_config: VarsConfig) -> AvarPPOTrainer:
+    trainer = object.__new__(AvarPPOTrainer)
+    trainer.vars = vars_config
+    trainer._rise_alarm = RiseAlarm(vars_config.alarm_window)
+    return trainer
+
+
+def test_alarms_watch_the_statistic_that_is_paid_for():
+    """The share rises and the accuracy falls, while the ratio stands still; the system mass is under its floor."""
+    steps = [
+        {"avar/ratio": 9.0, "avar/image_share": share, "avar/system_mass": 0.002, "avar/correct": correct}
+        for share, correct in ((0.4, 0.5), (0.6, 0.4))
+    ]
+    for statistic, rings in (("image_share", 1.0), ("ratio", 0.0)):
+        trainer = trainer_with(VarsConfig(statistic=statistic, alarm_window=2))
+        first, second = (trainer._alarms(step) for step in steps)
+        assert first == {"avar/alarm/system_mass": 1.0, "avar/alarm/rise_without_accuracy": 0.0}
+        assert second["avar/alarm/rise_without_accuracy"] == rings
+    assert trainer._alarms({}) == {}  # no rollout was measured
+
+
+def test_the_trainer_is_synchronous_whatever_its_name():
+    trainer = trainer_with(VarsConfig())
+    trainer.trainer_mode = "avar_sync"  # verl's base class assigns the configured name
+    assert trainer.trainer_mode == "sync" and isinstance(trainer, PPOTrainerSync)
+
+
+@pytest.mark.parametrize("vars_config", [VarsConfig(), VarsConfig(lambda_v=0), VarsConfig(lambda_v=0, measure=True)])
+def test_masses_are_asked_for_in_the_old_log_prob_pass_alone(monkeypatch, vars_config):
+    seen = []
+
+    def old_log_prob(self, batch, metrics):
+        seen.append(batch.extra_info[MEASURE_FLAG])
+        return batch
+
+    monkeypatch.setattr(PPOTrainerSync, "_compute_old_log_prob", old_log_prob)
+    batch = trainer_with(vars_config)._compute_old_log_prob(SimpleNamespace(extra_info={}), {})
+    assert seen == [vars_config.measures] and batch.extra_info[MEASURE_FLAG] is False
+
+
+def test_the_reward_comes_before_the_advantage(monkeypatch):
+    order = []
+    monkeypatch.setattr(AvarPPOTrainer, "_add_visual_reward", lambda self, batch, metrics: order.append("reward"))
+    monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: order.append("advantage"))
+    trainer_with(VarsConfig())._compute_advantage(None, {})
+    assert order == ["reward", "advantage"]
+
+
+# ---- agent loop ----------------------------------------------------------------------------------------------------
+
+
+def test_parts_of_validation_rollouts():
+    """Two right answers, one of them without a system turn, and a wrong one."""
+    import torch
+
+    from avar_verl.objectives.vars import VISUAL_FIELDS
+    from avar_verl.plugin.config import VarsConfig
+    from avar_verl.plugin.trainer.ppo import validation_parts
+
+    visual = torch.zeros(3, len(VISUAL_FIELDS))
+    visual[:, VISUAL_FIELDS.index("ratio")] = torch.tensor([4.0, float("nan"), 2.0])
+    visual[:, VISUAL_FIELDS.index("image_share")] = torch.tensor([0.75, float("nan"), 0.5])
+    visual[:, VISUAL_FIELDS.index("vas")] = torch.tensor([6.0, float("nan"), float("inf")])
+    infos = [{"acc": 1.0}, {"acc": 1.0}, {"acc": 0.0}]
+    first, second, third = validation_parts(visual, infos, ["a", "a", "b"], VarsConfig(lambda_v=0.5))
+    assert first == {
+        "vas": 6.0,
+        "ratio": 4.0,
+        "image_share": 0.75,
+        "r_visual_raw": 4.0,
+        "r_visual_gated": 4.0,
+        "r_visual_weighted": 2.0,
+    }
+    assert second["vas"] is None and second["r_visual_raw"] is None and second["r_visual_weighted"] == 0
+    assert third["vas"] is None and third["r_visual_raw"] == 2.0 and third["r_visual_gated"] == 0
+
+
+def test_placeholders_are_forbidden_and_other_biases_stay():
+    from avar_verl.plugin.rollout.agent_loop import forbid
+
+    given = {"temperature": 1.0, "logit_bias": {7: 2.0}}
+    assert forbid(given, [3, 4])["logit_bias"] == {7: 2.0, 3: -100.0, 4: -100.0}
+    assert given == {"temperature": 1.0, "logit_bias": {7: 2.0}} and forbid({}, [3])["logit_bias"] == {3: -100.0}
+
+
+# ---- r_visual through a TransferQueue ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def queue():
+    """A TransferQueue of one storage unit on a local Ray."""
+    import ray
+    import transfer_queue as tq
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer").transfer_queue
+    OmegaConf.update(config, "backend.SimpleStorage.num_data_storage_units", 1)
+    tq.init(config)
+    yield tq
+    tq.close()
+    ray.shutdown()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "vars_config, expected",
+    [
+        # rows: right, wrong, right (1 token), padding; raw 2, 4, 8, 100; outcome rewards 1.1, 0.1, 1, 0
+        (VarsConfig(), [[0, 0, 1.1 + 0.3 * 2], [0, 0.1], [1.0 + 0.3 * 8], [0.0]]),
+        (VarsConfig(shaping="clip", clip_max=3.0), [[0, 0, 1.1 + 0.6], [0, 0.1], [1.0 + 0.9], [0.0]]),
+        (VarsConfig(lambda_v=0.0, measure=True), [[0, 0, 1.1], [0, 0.1], [1.0], [0.0]]),
+        (VarsConfig(lambda_v=0.0), [[0, 0, 1.1], [0, 0.1], [1.0], [0.0]]),
+    ],
+    ids=["paper", "clip", "lambda 0 measured", "lambda 0"],
+)
+def test_r_visual_lands_on_the_last_token_of_right_answers(queue, vars_config, expected):
+    from tensordict import TensorDict
+    from tensordict.tensorclass import NonTensorStack
+
+    keys = [f"uid_{i}_0" for i in range(4)]
+    scores = [torch.tensor(s) for s in ([0, 0, 1.1], [0, 0.1], [1.0], [0.0])]
+    infos = [{"reward_extra_info": {"acc": acc, "format": 1.0}} for acc in (1.0, 0.0, 1.0, 1.0)]
+    fields = TensorDict(
+        {
+            "uid": NonTensorStack("a", "a", "b", "b"),
+            "rm_scores": torch.nested.as_nested_tensor(scores, layout=torch.jagged),
+            "extra_fields": NonTensorStack(*infos),
+            VISUAL_OUTPUT: rows(2.0, 4.0, 8.0, 100.0),
+        },
+        batch_size=4,
+    )
+    tags = [{"is_padding": i == 3} for i in range(4)]
+    batch = queue.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=tags)
+    batch.tags = tags
+    trainer = trainer_with(vars_config)
+    metrics: dict = {}
+    trainer._add_visual_reward(batch, metrics)
+    got = queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["rm_scores"])["rm_scores"].unbind()
+    exact = vars_config.lambda_v == 0
+    for row, value in zip(got, expected, strict=True):
+        torch.testing.assert_close(row, torch.tensor(value), **(dict(rtol=0, atol=0) if exact else {}))
+    assert metrics["avar/reward/acc"] == pytest.approx(2 / 3) and metrics["avar/reward/format"] == 1
+    assert ("avar/vas" in metrics) == vars_config.measures
+    assert ("avar/r_visual/weighted" in metrics) == (vars_config.lambda_v > 0)
+    queue.kv_clear(keys=keys, partition_id="train")

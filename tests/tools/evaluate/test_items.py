@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of data files, and what is sent for them."""
+
+import io
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.evaluate.items import Item, data_uri, parquet_items
+from tests.tools.evaluate.conftest import png
+
+
+def _item(**changes) -> Item:
+    fields = {
+        "task": "t",
+        "id": "1",
+        "messages": ({"role": "user", "content": "<image>What?"},),
+        "images": (png(1),),
+        "ground_truth": ("x",),
+    }
+    return Item(**{**fields, **changes})
+
+
+def test_images_stand_where_the_text_says():
+    item = _item(
+        messages=(
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "First <image>, then <image><image>?"},
+        ),
+        images=(png(1), png(2), png(3)),
+    )
+    system, user = item.chat()
+    assert system == {"role": "system", "content": "Be brief."}
+    kinds = [part["text"] if part["type"] == "text" else part["image_url"]["url"] for part in user["content"]]
+    assert kinds == ["First ", data_uri(png(1)), ", then ", data_uri(png(2)), data_uri(png(3)), "?"]
+
+
+def test_the_hash_depends_on_everything_that_is_asked_or_graded():
+    hashes = [
+        _item().prompt_hash(),
+        _item(messages=({"role": "user", "content": "<image>Why?"},)).prompt_hash(),
+        _item(images=(png(2),)).prompt_hash(),
+        _item(ground_truth=("y",)).prompt_hash(),
+        _item(ground_truth=("A",), options=("x", "y")).prompt_hash(),
+        _item(groups={"f": "1"}).prompt_hash(),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert _item(id="2").prompt_hash() == hashes[0]
+
+
+@pytest.mark.parametrize(("form", "mime"), [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp")])
+def test_data_uris_name_the_format(form, mime):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, form)
+    assert data_uri(buffer.getvalue()).startswith(f"data:{mime};base64,")
+
+
+def test_photo_grid_rows(tmp_path):
+    photo_grid.make_rl_parquet(tmp_path / "grid.parquet", 3, 5, "test")
+    samples = photo_grid.make_samples(3, 5, "test")
+    items = list(parquet_items(tmp_path / "grid.parquet"))
+    assert [item.task for item in items] == ["grid"] * 3
+    assert [item.id for item in items] == ["0", "1", "2"]
+    for item, sample in zip(items, samples, strict=True):
+        assert item.messages == ({"role": "user", "content": f"<image>{sample.question}"},)
+        assert item.ground_truth == (sample.answer,)
+        assert item.data_source == photo_grid.DATA_SOURCE
+        with Image.open(io.BytesIO(item.images[0])) as image:
+            assert image.tobytes() == sample.image.tobytes()
+
+
+def _write(path, **changes):
+    row = {
+        "prompt": [{"role": "user", "content": "<image>What?"}],
+        "images": [{"bytes": png(1)}],
+        "reward_model": {"ground_truth": "A"},
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, **changes}]), path / "rows.parquet")
+    return parquet_items(path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"prompt": None}, "must have prompt and reward_model.ground_truth"),
+        ({"reward_model": {"style": "rule"}}, "must have prompt and reward_model.ground_truth"),
+        ({"reward_model": {"ground_truth": ""}}, "ground_truth must not be empty"),
+        ({"prompt": [{"role": "user", "content": "What?"}]}, "got 0 placeholders for 1 images in item 0 of rows"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "content of a message must be text; got list"),
+        ({"prompt": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A"}]}, "must end with"),
+        ({"images": [{"image": "https://example.org/a.png"}]}, "images must be bytes or files on this machine"),
+        ({"extra_info": {"options": ["x", "y"]}, "reward_model": {"ground_truth": "C"}}, "letter of one of 2 options"),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path, changes, rule):
+    with pytest.raises(ValueError, match=rule):
+        list(_write(tmp_path, **changes))
+
+
+def test_options_of_a_row(tmp_path):
+    (item,) = _write(tmp_path, extra_info={"options": ["x", "y"]})
+    assert item.options == ("x", "y") and item.ground_truth == ("A",)
+
+
+def test_bytes_that_are_no_image():
+    with pytest.raises(ValueError, match="in a format that Pillow knows; got 3 bytes"):
+        data_uri(b"abc")

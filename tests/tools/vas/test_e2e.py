@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several workers, a kill, and responses of vLLM, in processes of their own."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.vas.rows import conversation, read
+from avar_verl.tools.vas.run import VasSettings, run_vas
+from avar_verl.tools.vas.score import Scorer
+from tests.tools.vas.conftest import assert_same
+from tests.tools.vas.test_score import reference
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sft.parquet"
+    photo_grid.make_sft_parquet(path, 40, 0, "test")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_path, data):
+    """What one process that runs through measures."""
+    return run_vas(VasSettings(str(tiny_model_path), data, batch_size=4), None)
+
+
+@pytest.fixture
+def cluster(tmp_path_factory):
+    """A Ray of its own, small, with two places for actors."""
+    ray = pytest.importorskip("ray")
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets need short paths.
+    try:
+        yield ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=2**27, _temp_dir=folder)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_actors_measure_what_one_process_does(tiny_model_path, data, alone, cluster, tmp_path):
+    settings = VasSettings(str(tiny_model_path), data, batch_size=4, show=2, ray_workers=2)
+    summary = run_vas(settings, tmp_path / "out")
+    assert summary["num_rows"] == 40
+    # Not one digit differs: the batches are the same, and so is the order in which records are summed.
+    assert summary["queries"] == alone["queries"] and summary["samples"] == alone["samples"]
+    assert len(json.loads((tmp_path / "out" / "words.json").read_text())["samples"]) == 2
+
+    with pytest.raises(ValueError, match="one CPU of the Ray cluster; got --ray 3 for 2"):
+        run_vas(VasSettings(str(tiny_model_path), data, ray_workers=3), None)
+
+    # A row that an actor cannot measure is the error that one process raises.
+    rl = tmp_path / "rl.parquet"
+    photo_grid.make_rl_parquet(rl, 2, 0)
+    with pytest.raises(ValueError, match="row 0 of .*rl.parquet: response queries need a response"):
+        run_vas(VasSettings(str(tiny_model_path), str(rl), ray_workers=1), None)
+
+
+def test_a_killed_run_goes_on_without_repeating_a_sample(tiny_model_path, data, alone, tmp_path):
+    records = tmp_path / "records.jsonl"
+    arguments = ["--model", str(tiny_model_path), "--data", data, "--out", str(tmp_path), "--device", "cpu"]
+    command = [sys.executable, "-m", "avar_verl", "vas", *arguments, "--batch-size", "4"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (records.exists() and records.read_bytes().count(b"\n") >= 8):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    kept = records.read_bytes().splitlines(keepends=True)
+    assert 8 <= len(kept) < 40 and not (tmp_path / "vas.json").exists()
+    summary = run_vas(VasSettings(str(tiny_model_path), data, batch_size=4, show=2), tmp_path)
+    lines = records.read_bytes().splitlines(keepends=True)
+    whole = [line for line in kept if line.endswith(b"\n")]
+    assert lines[: len(whole)] == whole and sorted(json.loads(line)["row"] for line in lines) == list(range(40))
+    assert_same(summary["queries"], alone["queries"])
+    assert (tmp_path / "vas.json").exists() and (tmp_path / "report.html").exists()
+
+
+def test_responses_of_vllm(tiny_model_path, eager_checkpoint, family_checkpoint, tmp_path):
+    """Sampled by vLLM from the same model, scored here: what the full matrix of the same tokens says."""
+    pytest.importorskip("vllm")
+    rows = tmp_path / "rows.jsonl"
+    worker = [sys.executable, "-m", "tests.tools.vas.vllm_worker", str(tiny_model_path), str(rows)]
+    run = subprocess.run(worker, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    summary = run_vas(VasSettings(str(tiny_model_path), str(rows), batch_size=3), None)
+    lengths = [len(row.values["response_ids"]) for row in read(str(rows))]
+    assert summary["queries"]["response"]["num_queries"] == sum(lengths) and min(lengths) >= 1
+    scorer = Scorer(family_checkpoint("qwen2_5_vl"))
+    for number, row in enumerate(read(str(rows))):
+        [sample] = scorer.prepare([conversation(row.values)])
+        expected = reference(eager_checkpoint("qwen2_5_vl"), sample, scorer.layers)
+        for key in ("ratio", "share", "image", "system"):
+            part = expected["response"][key]
+            mean = sum(map(sum, part)) / sum(map(len, part))
+            assert summary["samples"]["response"][key][number] == pytest.approx(mean, rel=1e-5)

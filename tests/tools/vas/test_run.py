@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`avar vas` from data to report: what it writes, resumes, refuses."""
+
+import json
+import re
+import sys
+
+import pytest
+from transformers import AutoConfig
+
+from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.objectives.vas import STATISTICS
+from avar_verl.tools import cli
+from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.vas import run as vas_run
+from avar_verl.tools.vas import work
+from avar_verl.tools.vas.measure import Item, measure_vas
+from avar_verl.tools.vas.run import VasSettings, fingerprint, run_vas
+from avar_verl.tools.vas.work import RayWorkers, batched
+from tests.model.families.tiny import sample_messages
+from tests.tools.vas.conftest import assert_same, leaves
+
+# Whole commands.
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sft.parquet"
+    photo_grid.make_sft_parquet(path, 7, 0, "test")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def rl(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rl.parquet"
+    photo_grid.make_rl_parquet(path, 3, 0, "test")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model_path, sft, tmp_path_factory):
+    """(folder, what vas.json holds) of a finished run."""
+    out = tmp_path_factory.mktemp("vas")
+    return out, run_vas(VasSettings(str(tiny_model_path), sft, batch_size=3, show=2), out)
+
+
+def no_model(monkeypatch):
+    monkeypatch.setattr(work, "Worker", lambda _work: pytest.fail("a model was loaded"))
+
+
+def numbers_of(summary: dict) -> dict:
+    return {key: summary[key] for key in ("queries", "samples")}
+
+
+def test_the_numbers_are_those_of_measure_vas(measured, tiny_model_path):
+    """Through files, records and JSON, what the demo's report measures."""
+    _, summary = measured
+    items = [Item(one.question, (one.image,), one.response) for one in photo_grid.make_samples(7, 0, "test")]
+    for name, sums in measure_vas(Checkpoint.load(tiny_model_path), items).items():
+        query, expected = summary["queries"][name], sums.summary()
+        assert (query["num_samples"], query["num_queries"], query["skipped"]) == (7, sums.num_queries, {})
+        for key in STATISTICS:
+            part = query["overall"][key]
+            assert part["value"] == pytest.approx(expected[key], rel=1e-6)
+            assert part["low"] <= part["value"] <= part["high"] and part["low"] < part["high"]
+        assert query["band"] == "narrow"
+        assert [len(query["layers"][key]["value"]) for key in ("vas", "image_share")] == [4, 4]
+        assert leaves(query["heads"]["image_share"]["value"]) == pytest.approx(
+            leaves((sums.share_LH / sums.num_queries).tolist()), rel=1e-6
+        )
+
+
+def test_what_a_folder_holds(measured):
+    out, summary = measured
+    names = ["records.jsonl", "report.html", "settings.json", "vas.json", "words.json"]
+    assert sorted(file.name for file in out.iterdir()) == names
+    assert json.loads((out / "vas.json").read_text(), parse_constant=pytest.fail) == summary
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    assert [record["row"] for record in records] == list(range(7))
+    # The photo grid's user turn opens with four tokens before its image.
+    assert all(record["user"]["before_image"] == 4 and record["response"]["before_image"] == 0 for record in records)
+    positions = summary["queries"]["response"]["positions"]
+    assert [one["first"] for one in positions[:4]] == [0, 4, 8, 12] and positions[0]["num_samples"] == 7
+    assert sum(one["num_queries"] for one in positions) == summary["queries"]["response"]["num_queries"]
+
+
+def test_the_report_stands_alone_and_says_the_numbers(measured):
+    out, summary = measured
+    html = (out / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", html) and "<script" not in html
+    for name in ("user", "response"):
+        share = summary["queries"][name]["overall"]["image_share"]
+        assert f"{share['value']:.3f}" in html
+    assert "28 of" in html and "stand before the first image" in html
+    assert (
+        html.count("<mark>") == 8 and html.count('alt="Where the model looks as it writes ') == 8
+    )  # Two samples of four words.
+    assert 'id="positions"' in html and 'id="images"' not in html  # One image a sample.
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_finished_run_loads_no_model(measured, tiny_model_path, sft, monkeypatch):
+    out, summary = measured
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    no_model(monkeypatch)
+    again = run_vas(VasSettings(str(tiny_model_path), sft, batch_size=5, show=2), out)
+    assert numbers_of(again) == numbers_of(summary)
+
+    def without_time(html):
+        return re.sub(r"<tr><td[^>]*>seconds.*", "", html)
+
+    assert without_time((out / "report.html").read_text()) == without_time(before)
+
+
+def test_batches_and_more_rows_later_change_nothing(measured, tiny_model_path, sft, tmp_path):
+    """Three rows, then all in other batches, one of whose records a kill has cut short."""
+    _, summary = measured
+    settings = {"model": str(tiny_model_path), "data": sft, "show": 0}
+    assert run_vas(VasSettings(**settings, n=3, batch_size=2), tmp_path)["num_rows"] == 3
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-100])
+    measured_again = []
+    original = work.Worker.measure
+
+    def measure(self, rows):
+        measured_again.extend(row.number for row in rows)
+        return original(self, rows)
+
+    work.Worker.measure = measure
+    try:
+        whole = run_vas(VasSettings(**settings, batch_size=4), tmp_path)
+    finally:
+        work.Worker.measure = original
+    assert measured_again == [2, 3, 4, 5, 6]
+    assert_same(whole["queries"], summary["queries"])
+    assert run_vas(VasSettings(**settings, n=3), tmp_path)["num_rows"] == 3  # Of the seven that are there.
+
+
+@pytest.mark.parametrize("change", [{"queries": ("user",)}, {"layers": (1,)}, {"dtype": "bfloat16"}, {"system": "Hm."}])
+def test_other_settings_do_not_mix(measured, tiny_model_path, sft, change, monkeypatch):
+    out, _ = measured
+    no_model(monkeypatch)
+    with pytest.raises(ValueError, match="other settings; got "):
+        run_vas(VasSettings(str(tiny_model_path), sft, **change), out)
+
+
+def test_a_path_may_be_given_in_another_way(measured, tiny_model_path, sft, monkeypatch):
+    out, summary = measured
+    no_model(monkeypatch)
+    monkeypatch.chdir(tiny_model_path.parent)
+    again = run_vas(VasSettings(tiny_model_path.name, sft, show=2), out)
+    assert again["model"] == summary["model"] == str(tiny_model_path)
+    assert vas_run.absolute("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+def test_a_checkpoint_that_was_overwritten_is_another_one(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("a")
+    first = fingerprint(folder)
+    assert first == fingerprint(folder) and fingerprint(tmp_path / "none") is None
+    (folder / "weights").write_text("b")
+    assert fingerprint(folder) != first
+
+
+def test_generated_responses(tiny_model_path, rl, tmp_path):
+    """RL rows have none of their own. What was generated is in the records and is what was measured."""
+    settings = {"model": str(tiny_model_path), "data": rl, "show": 1}
+    with pytest.raises(ValueError, match=r"row 0 of .*rl.parquet: response queries need a response.*--generate"):
+        run_vas(VasSettings(**settings), None)
+    assert list(run_vas(VasSettings(**settings, queries=("user",)), None)["queries"]) == ["user"]
+    summary = run_vas(VasSettings(**settings, max_new_tokens=5), tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    lengths = [len(record["generated_ids"]) for record in records]
+    assert lengths == [record["response"]["queries"] for record in records] and max(lengths) <= 5
+    assert summary["queries"]["response"]["num_queries"] == sum(lengths) and "generated" in records[0]
+    [shown] = json.loads((tmp_path / "words.json").read_text())["samples"]
+    assert shown["response"] == records[0]["generated"].strip()
+
+    # The same ids, given, score the same.
+    rows = [{"prompt": [{"role": "user", "content": f"<image>{one.question}"}], "response_ids": record["generated_ids"]}
+            for one, record in zip(photo_grid.make_samples(3, 0, "test"), records, strict=True)]  # fmt: skip
+    given = tmp_path / "given.jsonl"
+    for row, one in zip(rows, photo_grid.make_samples(3, 0, "test"), strict=True):
+        one.image.save(tmp_path / f"{one.index}.png")
+        row["images"] = [str(tmp_path / f"{one.index}.png")]
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = run_vas(VasSettings(str(tiny_model_path), str(given)), None)
+    assert_same(again["queries"], summary["queries"])
+    assert again["samples"]["sample"] == summary["samples"]["sample"]
+
+
+def test_images_and_skipped_samples_are_in_the_report(family_path, tmp_path):
+    """Two images, text alone, and a conversation without the system turn that Qwen3-VL's template does not write."""
+    rows = []
+    for number, (n_images, system) in enumerate([(2, True), (1, True), (0, True), (1, False)]):
+        row = {"messages": [], "images": []}
+        for message in sample_messages(n_images, system=system, seed=number):
+            blocks = message["content"]
+            if not isinstance(blocks, str):
+                for block in blocks:
+                    if block["type"] == "image":
+                        path = tmp_path / f"{number}-{len(row['images'])}.png"
+                        block["image"].save(path)
+                        row["images"].append(str(path))
+                blocks = "".join("<image>" if block["type"] == "image" else block["text"] for block in blocks)
+            row["messages"].append({"role": message["role"], "content": blocks})
+        rows.append(row)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"model": str(family_path("qwen3_vl")), "data": str(data)}
+    summary = run_vas(VasSettings(**settings, show=1), tmp_path / "out")
+    query = summary["queries"]["user"]
+    assert query["skipped"] == {"no image": 1, "no system turn": 1} and query["num_samples"] == 2
+    assert [image["num_samples"] for image in query["images"]] == [2, 1]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "1 of 4 samples have no VAS of user tokens: no image." in html and "no system turn." in html
+    assert 'id="images"' in html and html.count(", image ") >= 1
+    assert run_vas(VasSettings(**settings, system="Look."), None)["queries"]["user"]["skipped"] == {"no image": 1}
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n": -1}, "n must be at least 0; got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"ray_workers": -1}, "ray_workers must be at least 0"),
+        ({"show": -1}, "show must be at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
+        ({"queries": ("image",)}, r"queries must be some of .* got \['image'\]"),
+        ({"queries": ()}, "queries must be some of"),
+        ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
+        ({"columns": {"picture": "x"}}, r"columns must name some of .* got \['picture'\]"),
+    ],
+)
+def test_settings_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        VasSettings("m", "d", **change)
+
+
+def test_a_model_is_checked_before_it_is_loaded(family_path, sft, tmp_path, monkeypatch):
+    no_model(monkeypatch)
+    with pytest.raises(ValueError, match="window of 64"):
+        run_vas(VasSettings(str(family_path("gemma3")), sft), None)
+    with pytest.raises(ValueError, match="no VAS of this family"):
+        run_vas(VasSettings(str(family_path("mllama")), sft), None)
+    with pytest.raises(ValueError, match="a model must be a Hugging Face folder"):
+        run_vas(VasSettings(str(tmp_path / "nothing"), sft), None)
+    AutoConfig.for_model("qwen2").save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="known model family; got model_type='qwen2'"):
+        run_vas(VasSettings(str(tmp_path / "text"), sft), None)
+
+
+def test_a_report_that_cannot_be_made_is_said_first(measured, tiny_model_path, sft, tmp_path, monkeypatch):
+    monkeypatch.setattr(vas_run.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else True)
+    with pytest.raises(
+        ValueError, match=r"needs jinja2 and matplotlib; got no matplotlib. pip install 'avar-verl\[vas\]'"
+    ):
+        run_vas(VasSettings(str(tiny_model_path), sft), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_sample_with_vas_is_an_error(tiny_model_path, tmp_path):
+    data = tmp_path / "text.jsonl"
+    data.write_text(json.dumps({"question": "What?", "response": "That."}) + "\n")
+    with pytest.raises(ValueError, match=r"got none for user queries in 1 samples \(no image: 1\)"):
+        run_vas(VasSettings(str(tiny_model_path), str(data)), None)
+
+
+def test_a_broken_row_is_named_and_what_was_measured_stays(tiny_model_path, tmp_path):
+    samples = photo_grid.make_samples(3, 0, "test")
+    rows = []
+    for one in samples:
+        one.image.save(tmp_path / f"{one.index}.png")
+        rows.append({"question": one.question, "response": one.response, "image": str(tmp_path / f"{one.index}.png")})
+    rows[2]["image"] = str(tmp_path / "missing.png")
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"row 2 of .*rows.jsonl: an image file must exist; got '.*missing.png'"):
+        run_vas(VasSettings(str(tiny_model_path), str(data), batch_size=1), out)
+    assert len((out / "records.jsonl").read_text().splitlines()) == 2
+
+
+def test_ray_needs_a_worker():
+    with pytest.raises(ValueError, match="a number of workers; got 0"):
+        RayWorkers(None, 0)
+
+
+def test_batches():
+    assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]] and list(batched([], 2)) == []
+
+
+def test_the_command(tiny_model_path, sft, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["avar", "vas", *map(str, arguments)])
+        cli.main()
+        return capsys.readouterr().out
+
+    options = ["--model", tiny_model_path, "--data", sft, "--n", "2", "--device", "cpu"]
+    assert "vas_median" in run(*options, "--query", "user", "--layers", "0", "-1")
+    printed = run(*options, "--out", tmp_path / "a", "--show", "1", "--words", "shows")
+    assert "report.html" in printed and "image_share" in printed
+    assert json.loads((tmp_path / "a" / "words.json").read_text())["choice"]["words"] == ["shows"]
+    for wrong, message in [(["--model", "x"], "got no --data"), (["--data", "x"], "got no --model")]:
+        with pytest.raises(SystemExit, match=f"avar vas: .*{message}"):
+            run(*wrong)
