@@ -5,4 +5,8 @@ The core (`model`, `attention`, `objectives`, `intervention`, `anchors`, `reward
 `plugin` plugs it into verl 0.9.1 and is the only package that imports verl. `tools` are the commands of `avar`.
 """
 
+from avar_verl import moved
+
 __version__ = "0.1.0"
+
+moved.install()

@@ -7,6 +7,7 @@ The string under a field gives meaning, unit and range, what disables it, and th
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from avar_verl import moved
 from avar_verl.attention.mass import IMPLEMENTATIONS
 from avar_verl.model.roles import TokenRole
 from avar_verl.objectives.vars import SHAPINGS, STATISTICS
@@ -244,3 +245,10 @@ class AvarConfig:
 
     reward: RewardManagerConfig = field(default_factory=RewardManagerConfig)
     """How reward functions are called."""
+
+
+def __getattr__(name: str):
+    if name == "RewardConfig":
+        moved.warn("avar_verl.config.RewardConfig", "avar_verl.plugin.config.RewardManagerConfig")
+        return RewardManagerConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
