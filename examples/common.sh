@@ -2,7 +2,6 @@
 # TRAIN: cold-start parquet. RL_TRAIN, RL_VAL: prompts (python -m recipes.avar.data.geo3k --out data/geo3k).
 set -euo pipefail
 
-CONFIG=$(cd "$(dirname "${BASH_SOURCE[0]}")/../recipes/avar/config" && pwd)
 RL_TRAIN=${RL_TRAIN:-data/geo3k/train.parquet}
 RL_VAL=${RL_VAL:-data/geo3k/test.parquet}
 GPUS=${GPUS:-8}
@@ -12,7 +11,7 @@ cold_start() {
     local model=$1 out=$2
     shift 2
     torchrun --standalone --nproc_per_node="$GPUS" -m verl.trainer.sft_trainer \
-        --config-dir "$CONFIG" --config-name avar_sft \
+        --config-name avar_sft \
         model.path="$model" data.train_files="${TRAIN:?the cold-start parquet file}" \
         trainer.n_gpus_per_node="$GPUS" trainer.default_local_dir="$out" "$@"
 }
@@ -26,7 +25,7 @@ last_checkpoint() {
 grpo() {
     local model=$1 out=$2
     shift 2
-    python -m verl.trainer.main_ppo --config-dir "$CONFIG" --config-name avar_grpo \
+    python -m verl.trainer.main_ppo --config-name avar_grpo \
         actor_rollout_ref.model.path="$model" data.train_files="$RL_TRAIN" data.val_files="$RL_VAL" \
         trainer.n_gpus_per_node="$GPUS" trainer.default_local_dir="$out" "$@"
 }

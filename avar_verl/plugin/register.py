@@ -95,6 +95,7 @@ def _register() -> None:
         text_only,
     )
 
+    wrapt.register_post_import_hook("avar_verl.plugin.search_path:register", "hydra")
     if detect.is_active():
         process_group.apply()
         vllm_cpu.alias_distribution()

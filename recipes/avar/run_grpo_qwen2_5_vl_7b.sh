@@ -13,10 +13,9 @@ TRAIN=${TRAIN:-data/geo3k/train.parquet}
 VAL=${VAL:-data/geo3k/test.parquet}
 NNODES=${NNODES:-2}
 OUT=${OUT:-checkpoints/avar/grpo}
-HERE=$(cd "$(dirname "$0")" && pwd)
 
 # Paper: lr 1e-6, batch 256, 4 epochs, n = 8, KL 0, lambda_v = 0.3, lambda_f = 0.1.
-python -m verl.trainer.main_ppo --config-dir "$HERE/config" --config-name avar_grpo \
+python -m verl.trainer.main_ppo --config-name avar_grpo \
     actor_rollout_ref.model.path="$MODEL" \
     data.train_files="$TRAIN" \
     data.val_files="$VAL" \

