@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's report: `report.json` with the numbers, and `report.html`, one file that needs nothing else.
+"""The demo's report: `report.json` with the numbers, `report.html`, one file that needs nothing else, and `report.png`.
 
 Reads what `avar_verl.tools.demo.run` leaves in its folder: `stages/<name>.json` (measured on held-out samples), the
 metrics that verl's file logger has written to `logs/<name>.jsonl`, and `settings.json` where there is one.
@@ -449,6 +449,53 @@ def heatmap_figure(stages: Sequence[dict], query: str) -> Markup:
     return heat_figure(f"heat-{query}", f"Attention of {query} tokens", maps, layers)
 
 
+def picture(stages: Sequence[dict]) -> Figure:
+    """report.png: where each stage looks as it writes one answer, with accuracy and image share as bars below.
+
+    The question is the first of those that most stages answer correctly.
+    """
+    counts = [sum(stage["samples"][index]["correct"] for stage in stages) for index in range(len(stages[0]["samples"]))]
+    shown = [stage["samples"][counts.index(max(counts))] for stage in stages]
+    image = decode_image(shown[0]["image"], "the sample of report.png")
+    values = [
+        [100 * stage["accuracy"] for stage in stages],
+        [stage["vas"]["response"]["image_share"] for stage in stages],
+    ]
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(9, 5.2))
+        question = printable(shown[0]["question"])
+        figure.suptitle(f"Attention to the image while answering \u201c{question}\u201d", y=0.97)
+        cells = figure.subplots(
+            1, len(stages) + 1, gridspec_kw={"left": 0.02, "right": 0.98, "bottom": 0.54, "top": 0.84}
+        )
+        cells[0].set_title("the image")
+        cells[0].imshow(image)
+        for axes, stage, sample in zip(cells[1:], stages, shown, strict=True):
+            attention = sample["attention"]
+            axes.imshow(image.convert("L").convert("RGB") if attention is None else overlay(image, attention))
+            answer = printable(sample["predicted"] or "")
+            axes.set_title(f"{stage['title']}\n" + (f"\u201c{answer}\u201d" if answer else "no answer"))
+        for axes in cells:
+            axes.set_axis_off()
+        bars = figure.subplots(
+            1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.46, "wspace": 0.2}
+        )
+        for axes, heights, name, form in zip(
+            bars, values, ("correct answers (%)", "image share"), ("{:.1f}", "{:.2f}"), strict=True
+        ):
+            drawn = axes.bar(
+                [stage["title"] for stage in stages], heights, color=[STAGE_COLORS[stage["name"]] for stage in stages]
+            )
+            axes.bar_label(drawn, [form.format(height) for height in heights], padding=2)
+            axes.set_title(name)
+            axes.grid(axis="x", visible=False)
+        bars[0].axhline(100 * stages[0]["chance"], color=BLACK, linestyle="dashed", linewidth=1, label="guessing")
+        bars[0].set_ylim(0, 100)
+        bars[1].set_ylim(0, 1)
+        bars[0].legend(loc="upper left")
+    return figure
+
+
 # ---- the page --------------------------------------------------------------------------------------------------
 
 
@@ -603,7 +650,7 @@ def page(run_dir: Path, stages: Sequence[dict], seconds: float, versions: Mappin
 
 
 def write_report(run_dir: Path, seconds: float, versions: dict[str, str]) -> dict:
-    """Write `report.html` and `report.json` into `run_dir`; returns what report.json holds.
+    """Write `report.html`, `report.png` and `report.json` into `run_dir`; returns what report.json holds.
 
     Args:
         run_dir: folder with `stages/` and `logs/`.
@@ -617,6 +664,7 @@ def write_report(run_dir: Path, seconds: float, versions: dict[str, str]) -> dic
     _check(ok, "seconds must be finite and not negative", seconds, "Pass the seconds that the run took.")
     stages = read_stages(run_dir)
     report = report_dict(stages, seconds, versions)
+    picture(stages).savefig(run_dir / "report.png", dpi=110)
     (run_dir / "report.html").write_text(page(run_dir, stages, seconds, versions), encoding="utf-8")
     (run_dir / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return report

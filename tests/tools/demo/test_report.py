@@ -277,6 +277,23 @@ def test_large_heat_map_has_no_numbers(pristine):
     assert ">0.37<" not in report.heatmap_figure(stages, "user")
 
 
+# ---- report.png ------------------------------------------------------------------------------------------------
+
+
+def test_picture_shows_a_question_that_most_stages_answer(pristine):
+    stages = report.read_stages(pristine)
+    figure = report.picture(stages)
+    correct = [sum(stage["samples"][index]["correct"] for stage in stages) for index in range(6)]
+    best = stages[0]["samples"][correct.index(max(correct))]
+    assert best["question"] in figure.get_suptitle()
+    cells = [axes.get_title() for axes in figure.axes[1:5]]
+    assert cells[0] == "Base\nno answer" and cells[3].endswith(f"\u201c{best['answer']}\u201d")
+    accuracy, share = figure.axes[5:]
+    assert [bar.get_height() for bar in accuracy.patches] == [100 * stage["accuracy"] for stage in stages]
+    assert [bar.get_height() for bar in share.patches] == [stage["vas"]["response"]["image_share"] for stage in stages]
+    assert (pristine / "report.png").stat().st_size > 10_000
+
+
 # ---- report.html: whole ----------------------------------------------------------------------------------------
 
 
