@@ -156,6 +156,8 @@ def kernels(setting: Setting) -> list[dict]:
 def _pytest(path: str, chosen: str = "") -> dict:
     """A row with the summary line of a test file; `chosen` is a pytest expression."""
     command = [sys.executable, "-m", "pytest", path, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", chosen]
+    if importlib.util.find_spec("xdist"):  # Compilers of Triton run side by side.
+        command += ["-n", str(min(8, os.cpu_count()))]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     summary = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", line)]
     row = {"variant": path, "result": summary[-1].strip("= ") if summary else "no tests ran"}
@@ -278,6 +280,73 @@ def layer_roles(S: int, device: str):
     roles[:, NUM_SYSTEM : NUM_SYSTEM + S // 2] = TokenRole.IMAGE
     roles[:, NUM_SYSTEM + S // 2 : NUM_SYSTEM + S // 2 + AGTO_QUERIES] = TokenRole.USER
     return roles
+
+
+# ---- block sizes ----------------------------------------------------------------------------------------------------
+
+# (queries, keys, warps, stages) to compare; those that the architecture gets by default are measured too.
+CANDIDATES = [
+    (rows, other, warps, stages)
+    for rows, other, warps in (
+        (64, 32, 4),
+        (64, 64, 4),
+        (64, 64, 8),
+        (64, 128, 8),
+        (128, 32, 8),
+        (128, 64, 8),
+        (32, 64, 4),
+    )
+    for stages in (2, 3)
+]
+
+
+def blocks(setting: Setting) -> list[dict]:
+    """Every kernel with other block sizes, 8192 keys: milliseconds of the whole operation, the fastest first."""
+    import torch
+
+    from avar_verl.attention import triton_mass as kernels
+    from avar_verl.attention.visibility import Visibility
+
+    if not setting.gpu:
+        raise Skip("needs a CUDA device")
+    S, rows = 8192, []
+    roles = layer_roles(S, setting.device)
+    for kernel in kernels.KERNELS:
+        for count in (AGTO_QUERIES, S // 4):
+            torch.manual_seed(0)
+            make = dict(device=setting.device, dtype=torch.bfloat16)
+            query = torch.randn(1, H, count, D, **make, requires_grad=kernel == "grad_query")
+            key = torch.randn(1, K, S, D, **make, requires_grad=kernel == "grad_key")
+            visibility = Visibility(torch.arange(S - count, S, device=setting.device)[None])
+            grad = torch.randn(1, H, count, 5, device=setting.device)
+            times = {}
+            for candidate in (None, *CANDIDATES):
+                kernels.CHOICES.clear()
+                if candidate:
+                    kernels.CHOICES[kernel] = kernels.Blocks(*candidate)
+
+                def step(query=query, key=key, visibility=visibility, grad=grad, kernel=kernel):
+                    mass = kernels.triton_mass(query, key, roles, visibility, D**-0.5, 5)
+                    if kernel != "forward":
+                        return torch.autograd.grad(mass, query if kernel == "grad_query" else key, grad)
+
+                try:
+                    step()
+                except kernels.triton.runtime.errors.OutOfResources:
+                    continue  # More shared memory than this card has.
+                step()
+                times[candidate] = 1e3 * statistics.median(setting.seconds(step) for _ in range(20))
+            default = times.pop(None)
+            best = sorted(times, key=times.get)[:4]
+            rows.append(
+                {
+                    "variant": f"{kernel}, {count} queries",
+                    "default_ms": round(default, 4),
+                    "fastest": [f"{'/'.join(map(str, c))}: {times[c]:.4f}" for c in best],
+                }
+            )
+    kernels.CHOICES.clear()
+    return rows
 
 
 # ---- (c) whole models ----------------------------------------------------------------------------------------------
@@ -520,11 +589,12 @@ class Part:
 PARTS = (
     Part("kernels", kernels, 1.0),
     Part("attention", attention, 1.2),
-    Part("models", models, 3.0),
+    Part("models", models, 2.5),
     Part("synchronisations", synchronisations, 0.3),
     Part("compiled", compiled, 0.5),
     Part("engine", engine, 1.0),
     Part("intervention", intervention, 1.0),
+    Part("blocks", blocks, 1.0),
 )
 NUMBERS = {"ms": "{:.3f}", "ratio": "{:.3f} x", "peak_mib": "{:.0f}"}
 

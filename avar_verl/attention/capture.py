@@ -43,8 +43,11 @@ def select_queries(roles_BS: torch.Tensor, query_role: int | Sequence[int]) -> t
     Returns:
         positions_BQ int64 in ascending order, and valid_BQ bool, False on the filling of samples that have fewer.
     """
-    wanted = torch.as_tensor(query_role, device=roles_BS.device).reshape(-1)
-    chosen_BS = torch.isin(roles_BS, wanted.to(roles_BS.dtype))
+    # Comparisons with numbers: a tensor of the wanted roles would have to be copied to the device, which waits for it.
+    wanted = (query_role,) if isinstance(query_role, int) else query_role
+    chosen_BS = torch.zeros_like(roles_BS, dtype=torch.bool)
+    for role in wanted:
+        chosen_BS |= roles_BS == int(role)
     count_B = chosen_BS.sum(1)
     # A stable sort brings the chosen positions to the front, in order.
     order_BS = torch.argsort(~chosen_BS, dim=1, stable=True)
@@ -132,6 +135,9 @@ class _Forward:
             and not torch.is_grad_enabled()
         )
 
+    # Under torch.compile the masses are computed between the compiled parts of the model: the Triton kernels and the
+    # record of the layers are not for its tracer.
+    @torch.compiler.disable
     def observe(self, module, query_BHSD, key_BKSD, attention_mask, arguments: dict, tap: LseTap | None = None) -> None:
         """One layer through transformers' attention interface."""
         request = self.request
@@ -167,6 +173,7 @@ class _Forward:
             )
         return lse_BHS
 
+    @torch.compiler.disable
     def observe_packed(
         self,
         module,

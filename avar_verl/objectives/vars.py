@@ -77,8 +77,12 @@ def visual_fields(
     else:
         means_B5 = torch.einsum("l,lbf->bf", normalized_weights(layer_weights, fields_LB5), fields_LB5)
     undefined_B = counts[2] == 0
-    means_B5[:, _OF_SYSTEM] = means_B5[:, _OF_SYSTEM].masked_fill(undefined_B[:, None], float("nan"))
-    return torch.cat([means_B5, torch.stack(counts, dim=1).float()], dim=1)
+    # Column by column: indexing with a list of columns would copy it to the device and wait.
+    columns = [
+        means_B5[:, i].masked_fill(undefined_B, float("nan")) if i in _OF_SYSTEM else means_B5[:, i]
+        for i in range(means_B5.shape[1])
+    ]
+    return torch.stack([*columns, *(count.float() for count in counts)], dim=1)
 
 
 def shape_visual_reward(
