@@ -1,38 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any mixture of the shipped rewards, and of the user's own, by config alone.
+"""Any mixture of the shipped rewards, and of the user's own, by config only.
 
 reward.custom_reward_function.path=pkg://reward_fns.compose reward.custom_reward_function.name=compute_score
 '+reward.custom_reward_function.reward_kwargs.parts={acc:{weight:1.0},anchor:{weight:0.3,gate:acc}}'
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
 from avar_verl.rewards.compose import composed_score
 
 
-def compute_score(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: dict | None = None,
-    parts: Mapping[str, Mapping] | None = None,
-    **kwargs: Any,
-) -> dict[str, float]:
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, parts=None, **kwargs) -> dict[str, float]:
     """Score a response: `score = sum of weight * gate * value` over `parts`, see `avar_verl.rewards.compose`.
 
     Args:
-        data_source, solution_str, ground_truth, extra_info:
-            As verl passes them.
-        parts (`Mapping`):
+        parts (`Mapping[str, Mapping]`):
             For every part `weight`, and optionally `gate`, `settings` and `function`.
-        kwargs:
-            What verl passes beyond that (such as `reward_router_address`); not used.
 
     Returns:
-        `dict[str, float]`: `score` and every part, unweighted; the same keys for every sample.
+        `dict[str, float]`: `score` and every part.
 
     Raises:
         ValueError: If `parts` is missing or cannot be computed.

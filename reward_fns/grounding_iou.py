@@ -5,45 +5,37 @@ reward.custom_reward_function.path=pkg://reward_fns.grounding_iou reward.custom_
 +reward.custom_reward_function.reward_kwargs.coordinates=absolute
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-from avar_verl.rewards.compose import composed_score
+from avar_verl.rewards.compose import shipped_score
 
 
 def compute_score(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: dict | None = None,
-    grounding_weight: float = 0.5,
-    gated: bool = True,
-    coordinates: str = "auto",
-    **kwargs: Any,
+    data_source,
+    solution_str,
+    ground_truth,
+    extra_info=None,
+    grounding_weight=0.5,
+    gated=True,
+    coordinates="auto",
+    **kwargs,
 ) -> dict[str, float]:
     """Score a response: `score = acc + grounding_weight * gate * grounding`.
 
     `grounding = sum of IoU over the best one-to-one matching / max(boxes of the response, reference boxes)`.
 
     Args:
-        data_source, solution_str, ground_truth:
-            As verl passes them.
         extra_info (`dict`):
             `boxes`, the reference boxes (x1, y1, x2, y2), [] for none, and `boxes_size`, the (width, height) they refer
             to; `image_sizes`, [(width, height)] of the image as the model saw it, which the reward manager `avar` adds.
         grounding_weight (`float`, *optional*, defaults to 0.5):
-            Weight of the grounding; 0 disables it.
+            Weight of the grounding, finite and >= 0; 0 disables it.
         gated (`bool`, *optional*, defaults to `True`):
-            Pay for boxes of right answers alone.
+            Pay for boxes of right answers only.
         coordinates (`str`, *optional*, defaults to `"auto"`):
             System of the model's boxes, see `visual_anchor`. JSON boxes do not tell theirs: name it.
-        kwargs:
-            What verl passes beyond that; not used.
 
     Returns:
-        `dict[str, float]`: the same keys for every sample. `score` in [0, 1 + grounding_weight]; unweighted: `acc`,
-        `grounding` in [0, 1], `pred_found`, and `num_boxes` of the response.
+        `dict[str, float]`: `score` in [0, 1 + grounding_weight]; `acc`, `pred_found`, `grounding` in [0, 1], and
+        `num_boxes` of the response.
 
     Raises:
         ValueError: If the sample has no `boxes` or `boxes_size`, or its boxes are in a system that is not known.
@@ -54,12 +46,6 @@ def compute_score(
         >>> compute_score("cups", response, "4", info, coordinates="relative_1000")["score"]
         1.25
     """
-    parts = {
-        "acc": {"weight": 1.0},
-        "grounding": {
-            "weight": grounding_weight,
-            "gate": "acc" if gated else None,
-            "settings": {"coordinates": coordinates},
-        },
-    }
-    return composed_score(data_source, solution_str, ground_truth, extra_info, parts)
+    gate = "acc" if gated else None
+    boxes = {"weight": grounding_weight, "gate": gate, "settings": {"coordinates": coordinates}}
+    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc={"weight": 1.0}, grounding=boxes)

@@ -5,24 +5,20 @@ reward.custom_reward_function.path=pkg://reward_fns.visual_anchor reward.custom_
 +reward.custom_reward_function.reward_kwargs.coordinates=absolute
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-from avar_verl.rewards.compose import composed_score
+from avar_verl.rewards.compose import shipped_score
 
 
 def compute_score(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: dict | None = None,
-    anchor_weight: float = 0.3,
-    format_weight: float = 0.1,
-    gated: bool = True,
-    coordinates: str = "auto",
-    think_in_prompt: bool = False,
-    **kwargs: Any,
+    data_source,
+    solution_str,
+    ground_truth,
+    extra_info=None,
+    anchor_weight=0.3,
+    format_weight=0.1,
+    gated=True,
+    coordinates="auto",
+    think_in_prompt=False,
+    **kwargs,
 ) -> dict[str, float]:
     """Score a response: `score = acc + format_weight * format + anchor_weight * gate * anchor`.
 
@@ -30,35 +26,30 @@ def compute_score(
     counts 1 and a phrase 0.5 (`avar_verl.rewards.anchors`). What an exploit earns: docs/reward-hacking.md.
 
     Args:
-        data_source, ground_truth:
-            As verl passes them.
         solution_str (`str`):
-            Decoded response, without the prompt. Formats of special tokens (`<|box_start|>`) survive decoding only with
+            Decoded response. Formats of special tokens (`<|box_start|>`) survive decoding only with
             `avar.reward.skip_special_tokens=false`.
         extra_info (`dict`, *optional*):
             `image_sizes`, [(width, height)] of the images as the model saw them, for range checks, and `prompt_text`,
             whose wording is not paid for; the reward manager `avar` adds both.
         anchor_weight (`float`, *optional*, defaults to 0.3):
-            Weight of the anchors; 0 disables them, they are still reported.
+            Weight of the anchors, finite and >= 0; 0 disables them, they are still reported.
         format_weight (`float`, *optional*, defaults to 0.1):
-            Weight of the format; 0 disables it.
+            Weight of the format, finite and >= 0; 0 disables it.
         gated (`bool`, *optional*, defaults to `True`):
-            Pay for anchors of right answers alone.
+            Pay for anchors of right answers only.
         coordinates (`str`, *optional*, defaults to `"auto"`):
             System of the model's boxes: `auto`, `absolute` (Qwen2.5-VL), `relative_1000` (Qwen3-VL), `normalized`,
             `percent`.
         think_in_prompt (`bool`, *optional*, defaults to `False`):
             Whether the prompt ends with `<think>`.
-        kwargs:
-            What verl passes beyond that; not used.
 
     Returns:
-        `dict[str, float]`: the same keys for every sample. `score` in [0, 1 + format_weight + anchor_weight];
-        unweighted: `acc`, `format`, `anchor` in [0, 1], `pred_found`, and the numbers of anchors `num_anchors`,
-        `num_distinct_anchors`, `num_coordinate_anchors`.
+        `dict[str, float]`: `score` in [0, 1 + format_weight + anchor_weight]; `acc`, `format`, `anchor` in [0, 1],
+        `pred_found`, and the numbers of anchors `num_anchors`, `num_distinct_anchors`, `num_coordinate_anchors`.
 
     Raises:
-        ValueError: If a weight is not finite, `coordinates` is unknown or `ground_truth` is `None` or empty.
+        ValueError: If a weight is out of range, `coordinates` is unknown or `ground_truth` is `None` or empty.
 
     Example:
         >>> response = "<think>In the image there is a cup at [40, 60, 90, 120].</think><answer>4</answer>"
@@ -66,13 +57,10 @@ def compute_score(
         >>> result["anchor"], round(result["score"], 4)  # a phrase in the first quarter, a box in the third
         (0.375, 1.2125)
     """
+    settings = {"coordinates": coordinates, "think_in_prompt": think_in_prompt}
     parts = {
         "acc": {"weight": 1.0},
         "format": {"weight": format_weight, "settings": {"think_in_prompt": think_in_prompt}},
-        "anchor": {
-            "weight": anchor_weight,
-            "gate": "acc" if gated else None,
-            "settings": {"coordinates": coordinates, "think_in_prompt": think_in_prompt},
-        },
+        "anchor": {"weight": anchor_weight, "gate": "acc" if gated else None, "settings": settings},
     }
-    return composed_score(data_source, solution_str, ground_truth, extra_info, parts)
+    return shipped_score(data_source, solution_str, ground_truth, extra_info, **parts)

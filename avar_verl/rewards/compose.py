@@ -144,6 +144,10 @@ def _user_part(reference: str, name: str) -> Callable[..., dict[str, float]]:
     return part
 
 
+def _is_finite(weight: Any) -> bool:
+    return isinstance(weight, numbers.Real) and not isinstance(weight, bool) and math.isfinite(weight)
+
+
 def check_parts(parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse a composition that cannot be computed.
 
@@ -165,7 +169,7 @@ def check_parts(parts: Mapping[str, Mapping[str, Any]]) -> None:
             raise ValueError(f"a part is one of {sorted(PARTS)} or names its function; got {name!r} without one.")
         if name in ("score", "reward"):
             raise ValueError(f"verl keeps {name!r} for the total; got a part of that name. Choose another.")
-        if not isinstance(weight, numbers.Real) or isinstance(weight, bool) or not math.isfinite(weight):
+        if not _is_finite(weight):
             raise ValueError(f"weight must be a finite number; got {weight!r} in {name!r}. 0 only reports the part.")
         if part.get("gate") is not None and part["gate"] not in seen:
             raise ValueError(f"a gate is a part named before; got {part['gate']!r} in {name!r} behind {seen}.")
@@ -205,3 +209,23 @@ def composed_score(
         if gate is None or values[gate] > GATE_THRESHOLD:
             total += part["weight"] * values[name]
     return {"score": float(total), **values}
+
+
+def shipped_score(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict | None, **parts: Mapping[str, Any]
+) -> dict[str, float]:
+    """`composed_score` of a reward function in `reward_fns`: parts of PARTS whose weights are at least 0.
+
+    Each weight other than that of `acc` is an option of the reward function, `PART_weight`.
+
+    Raises:
+        ValueError: a weight that is not a finite number >= 0, or from `composed_score`.
+    """
+    for name, part in parts.items():
+        weight = part["weight"]
+        if not _is_finite(weight) or weight < 0:
+            raise ValueError(
+                f"{name}_weight must be a finite number >= 0; got {weight!r}. "
+                f"Set reward.custom_reward_function.reward_kwargs.{name}_weight, 0 to only report the part."
+            )
+    return composed_score(data_source, solution_str, ground_truth, extra_info, parts)

@@ -88,12 +88,19 @@ def test_format_weight(weight, score):
     assert result["format"] == 1.0, "parts are not weighted"
 
 
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        ("avar", "format_weight"),
+        ("visual_anchor", "format_weight"),
+        ("visual_anchor", "anchor_weight"),
+        ("grounding_iou", "grounding_weight"),
+    ],
+)
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "0.1", None, True])
-def test_format_weight_is_validated(weight):
-    with pytest.raises(
-        ValueError, match=f"format_weight must be a finite number >= 0; got {re.escape(repr(weight))}. Set"
-    ):
-        reward_fns.avar.compute_score("geo3k", "", "4", format_weight=weight)
+def test_weights_are_validated(name, option, weight):
+    with pytest.raises(ValueError, match=f"{option} must be a finite number >= 0; got {re.escape(repr(weight))}. Set"):
+        MODULES[name].compute_score("geo3k", "", "4", INFO, **{option: weight})
 
 
 def test_think_in_prompt():
