@@ -21,7 +21,7 @@ NUM_ROLES = len(TokenRole)
 CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**24}
 IMPLEMENTATIONS = ("auto", "chunked", "lse", "triton")
 # Limits of the Triton kernels.
-MAX_GROUPS, MAX_HEAD_SIZE = 16, 256
+MAX_GROUPS, MAX_HEAD_SIZE = 16, 512
 
 
 def _weights(query_BKGCD, key_BKSD, visibility, start, stop, first, last) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,11 +10,13 @@ device idle. The partial sums are added in PyTorch, so nothing here is atomic an
 
 Shape suffixes:
     B = samples, S = key positions, Q = selected queries, H = query heads, K = key/value heads,
-    G = query heads of one key head (H / K), D = head size, R = key groups, N = splits of the keys, M = key blocks
+    G = query heads of one key head (H / K), D = head size, R = key groups, N = splits of the keys, M = key blocks,
+    W = words of 32 keys
 """
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -67,14 +69,15 @@ def _visible(
     group,
     first,
     last,
+    start_s,
     query_segment_ptr,
     key_segment_ptr,
     rows_ptr,
     stride_rq,
-    stride_rs,
     Q,
     S,
     R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
 ):
@@ -84,9 +87,13 @@ def _visible(
         query_segment = tl.load(query_segment_ptr + query, mask=query < Q, other=0)
         visible = visible & (query_segment == tl.load(key_segment_ptr + key, mask=key < S, other=0))
     if HAS_ROWS:
-        # A mask of all queries and keys can pass 2**31 elements.
-        seen = rows_ptr + query.to(tl.int64) * stride_rq + key.to(tl.int64) * stride_rs
-        visible = visible & (tl.load(seen, mask=(query < Q) & (key < S), other=0) != 0)
+        # A tile of bytes has another layout than the scores, and converting it would spill registers; a word has none.
+        rows_ptr += query.to(tl.int64) * stride_rq + start_s // 32
+        word = tl.load(rows_ptr, mask=query < Q, other=0)
+        for i in tl.static_range(1, BLOCK_S // 32):
+            next_word = tl.load(rows_ptr + i, mask=(query < Q) & (start_s + i * 32 < S), other=0)
+            word = tl.where(key - start_s < i * 32, word, next_word)
+        visible = visible & ((word >> (key & 31)) & 1 != 0)
     return visible
 
 
@@ -137,7 +144,6 @@ def _forward_kernel(
     stride_kd,
     stride_rb,
     stride_rq,
-    stride_rs,
     R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -175,14 +181,15 @@ def _forward_kernel(
             group[None, :],
             first[:, None],
             last[:, None],
+            start,
             query_segment_ptr + b * Q,
             key_segment_ptr + b * S,
             rows_ptr + b * stride_rb,
             stride_rq,
-            stride_rs,
             Q,
             S,
             R,
+            BLOCK_S,
             HAS_SEGMENTS,
             HAS_ROWS,
         )
@@ -232,13 +239,11 @@ def _grad_query_kernel(
     stride_kd,
     stride_rb,
     stride_rq,
-    stride_rs,
     R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TYPE: tl.constexpr,
-    GRAD_TYPE: tl.constexpr,
     WIDEN: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -269,21 +274,22 @@ def _grad_query_kernel(
             group[None, :],
             first[:, None],
             last[:, None],
+            start,
             query_segment_ptr + b * Q,
             key_segment_ptr + b * S,
             rows_ptr + b * stride_rb,
             stride_rq,
-            stride_rs,
             Q,
             S,
             R,
+            BLOCK_S,
             HAS_SEGMENTS,
             HAS_ROWS,
         )
         bracket = _by_group(bracket_ptr + (bh * Q + query[:, None]) * R, (query < Q)[:, None], group[None, :], R)
         # A weight is at most 1; huge scores, added up in another order than in the forward pass, may say otherwise.
         weight = tl.exp2(tl.minimum(score - lse[:, None], 0.0))
-        grad += _dot(tl.where(visible, weight * bracket, 0.0), k, GRAD_TYPE, WIDEN)
+        grad += _dot(tl.where(visible, weight * bracket, 0.0), k, TYPE, WIDEN)
 
     grad_ptr += (split * tl.num_programs(2) + bh) * Q * D
     _store_rows(grad_ptr, grad * scale, start_q, Q, D, D, 1, BLOCK_Q, BLOCK_D)
@@ -321,13 +327,11 @@ def _grad_key_kernel(
     stride_kd,
     stride_rb,
     stride_rq,
-    stride_rs,
     R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TYPE: tl.constexpr,
-    GRAD_TYPE: tl.constexpr,
     WIDEN: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -365,20 +369,21 @@ def _grad_key_kernel(
             group[:, None],
             first[None, :],
             last[None, :],
+            start_s,
             query_segment_ptr + b * Q,
             key_segment_ptr + b * S,
             rows_ptr + b * stride_rb,
             stride_rq,
-            stride_rs,
             Q,
             S,
             R,
+            BLOCK_S,
             HAS_SEGMENTS,
             HAS_ROWS,
         )
         bracket = _by_group(bracket_ptr + row[None, :] * R, (query < Q)[None, :], group[:, None], R)
         weight = tl.exp2(tl.minimum(score - lse[None, :], 0.0))  # See _grad_query_kernel.
-        grad += _dot(tl.where(visible, weight * bracket, 0.0), q, GRAD_TYPE, WIDEN)
+        grad += _dot(tl.where(visible, weight * bracket, 0.0), q, TYPE, WIDEN)
 
     grad_ptr += bk * S * D
     _store_rows(grad_ptr, grad * scale, start_s, S, D, D, 1, BLOCK_S, BLOCK_D)
@@ -388,22 +393,63 @@ def _grad_key_kernel(
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 
 
-def _block_sizes(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(queries of a block, keys of a block, warps).
+class Blocks(NamedTuple):
+    """How one kernel is cut and compiled: queries and keys (a multiple of 32) of a block, warps, loads that overlap."""
 
-    64 rows fill the tensor cores of one warp group. float32 is multiplied without tensor cores, in smaller blocks. Four
-    warps hold the tiles of bfloat16 up to a head size of 128; larger heads, and the float32 operands that the backward
-    pass makes of float16, would spill their registers.
+    block_q: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return dict(BLOCK_Q=self.block_q, BLOCK_S=self.block_s, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+KERNELS = ("forward", "grad_query", "grad_key")
+# {name in KERNELS: blocks} in place of those of `_block_sizes`, for a benchmark that compares them.
+CHOICES: dict[str, Blocks] = {}
+
+
+def _block_sizes(kernel: str, head_size: int, dtype: torch.dtype, architecture: int) -> Blocks:
+    """Blocks that need no local memory, nor more shared memory than the 99 KiB of the small devices (sm_86 and 89).
+
+    The tensor cores of Hopper and Blackwell take 64 rows at once: keys in the kernel of their gradient, else queries.
+    A gradient leaves room for a short other side only. Elsewhere its rows are the short side, and the weights of many
+    columns are spread over the warps. float32 is multiplied without tensor cores, in small blocks.
+
+    `architecture` is that of `_architecture`. tests/attention/test_triton_compiled.py compiles the choices.
     """
+    small = head_size <= 128
+    if architecture == 0:  # AMD keeps in registers what is loaded ahead.
+        if dtype == torch.float32:
+            return Blocks(32 if head_size <= 256 else 16, 32, 4, 1)
+        if kernel == "grad_key":
+            return Blocks(32, 64 if head_size <= 256 else 32, 4, 1)
+        return Blocks(64, 32, 4, 2)
     if dtype == torch.float32:
-        return 32, 32, 8
-    return 64, 64, 4 if dtype == torch.bfloat16 and head_size <= 128 else 8
+        if not small:
+            return Blocks(32 if head_size <= 256 else 16, 32, 8, 2)
+        return Blocks(32, 32, 8 if kernel == "forward" else 4, 3)
+    if kernel == "forward":
+        return Blocks(64, 64 if small else 32, 8, 3 if head_size <= 256 else 2)
+    if head_size > 256:
+        return Blocks(32, 32, 8, 2)
+    if (kernel == "grad_query") == (architecture // 10 in (9, 10)):
+        return Blocks(64, 32, 4 if small else 8, 3)
+    return Blocks(32, 64, 4 if small else 8, 3)
 
 
 def _num_splits(num_programs: int, num_keys: int, block_s: int) -> int:
     """How many programs share the keys of a query block: enough to fill the device, none with too little to do."""
     wanted = triton.cdiv(BUSY_PROGRAMS, max(1, num_programs))
     return max(1, min(wanted, num_keys // (MIN_BLOCKS_PER_SPLIT * block_s)))
+
+
+def _query_grid(blocks: Blocks, num_heads: int, num_queries: int, num_keys: int) -> tuple[int, int, int]:
+    """(query blocks, splits, heads of all samples): the programs of a kernel whose blocks of queries share the keys."""
+    num_blocks = triton.cdiv(num_queries, blocks.block_q)
+    return num_blocks, _num_splits(num_heads * num_blocks, num_keys, blocks.block_s), num_heads
 
 
 def _key_bounds(visibility: Visibility, B: int, Q: int, S: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -429,6 +475,15 @@ def _key_bounds(visibility: Visibility, B: int, Q: int, S: int, device) -> tuple
     return first_BQ.int().contiguous(), last_BQ.int().contiguous()
 
 
+def _pack_rows(rows_BQS: torch.Tensor) -> torch.Tensor:
+    """(B, Q, W) int32: bit s % 32 of word s // 32 is rows_BQS[b, q, s]."""
+    B, Q, S = rows_BQS.shape
+    padded = torch.nn.functional.pad(rows_BQS.view(torch.uint8), (0, -S % 32))
+    bits = torch.arange(8, dtype=torch.uint8, device=padded.device)
+    bytes_BQW4 = (padded.reshape(B, Q, triton.cdiv(S, 32), 4, 8) << bits).sum(-1, dtype=torch.uint8)
+    return bytes_BQW4.view(torch.int32).squeeze(-1)
+
+
 def _query_ranges(first_BQ, last_BQ, S: int, block_q: int, block_s: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, M) int32 each: the query blocks, begin to end, outside of which no query sees the key block.
 
@@ -443,6 +498,14 @@ def _query_ranges(first_BQ, last_BQ, S: int, block_q: int, block_s: int) -> tupl
     begin_BM = torch.searchsorted(last.cummax(1).values, edge_BM)
     end_BM = torch.searchsorted(first.flip(1).cummin(1).values.flip(1), edge_BM + (block_s - 1), right=True)
     return begin_BM.int(), end_BM.int()
+
+
+def _architecture(device: torch.device) -> int:
+    """The compute capability of an NVIDIA device, 90 for 9.0, and 0 for any other device."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _device_of(tensor: torch.Tensor):
@@ -460,13 +523,13 @@ class _TritonMass(torch.autograd.Function):
         first_BQ, last_BQ = _key_bounds(visibility, B, Q, S, query_BHQD.device)
         groups_BS = groups_BS.int().contiguous()
         # A kernel does not touch the pointers of what is absent, but wants some tensor there.
-        key_segment_BS = query_segment_BQ = rows_BQS = groups_BS
-        row_strides = (0, 0, 0)
+        key_segment_BS = query_segment_BQ = rows_BQW = groups_BS
+        row_strides = (0, 0)
         has_rows = visibility.rows_BQS is not None
         has_segments = not has_rows and visibility.segment_ids_BS is not None
         if has_rows:
-            rows_BQS = visibility.rows_BQS.view(torch.uint8)  # The same bytes, in a type with arithmetic.
-            row_strides = rows_BQS.stride()
+            rows_BQW = _pack_rows(visibility.rows_BQS)
+            row_strides = rows_BQW.stride()[:2]
         elif visibility.key_mask_BS is not None:
             groups_BS = groups_BS.masked_fill(~visibility.key_mask_BS.bool(), -1)  # No group: hidden from every query.
         if has_segments:
@@ -475,32 +538,31 @@ class _TritonMass(torch.autograd.Function):
 
         dtype = query_BHQD.dtype if query_BHQD.dtype == key_BKSD.dtype else torch.float32
         operand = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
-        block_q, block_s, num_warps = _block_sizes(D, torch.float32 if operand == tl.float32 else dtype)
-        ctx.num_splits = _num_splits(B * H * triton.cdiv(Q, block_q), S, block_s)
+        architecture = _architecture(query_BHQD.device)
+        ctx.blocks = {
+            kernel: CHOICES.get(kernel)
+            or _block_sizes(kernel, D, torch.float32 if operand == tl.float32 else dtype, architecture)
+            for kernel in KERNELS
+        }
         ctx.sizes = (H, H // K, Q, S, D, *query_BHQD.stride(), *key_BKSD.stride(), *row_strides)
         ctx.scale = scale
         ctx.options = dict(
             R=num_groups,
-            BLOCK_Q=block_q,
-            BLOCK_S=block_s,
             BLOCK_D=max(16, triton.next_power_of_2(D)),
             TYPE=operand,
             # The interpreter's dot multiplies the raw bits of bfloat16, and its rounding to bfloat16 truncates.
             WIDEN=INTERPRETED,
             HAS_SEGMENTS=has_segments,
             HAS_ROWS=has_rows,
-            num_warps=num_warps,
         )
-        inputs = (query_BHQD, key_BKSD, groups_BS, first_BQ, last_BQ, query_segment_BQ, key_segment_BS, rows_BQS)
-        sums_NBHQR = query_BHQD.new_zeros((ctx.num_splits, B, H, Q, num_groups), dtype=torch.float32)
+        inputs = (query_BHQD, key_BKSD, groups_BS, first_BQ, last_BQ, query_segment_BQ, key_segment_BS, rows_BQW)
+        grid = _query_grid(ctx.blocks["forward"], B * H, Q, S)
+        sums_NBHQR = query_BHQD.new_zeros((grid[1], B, H, Q, num_groups), dtype=torch.float32)
         maximum_NBHQ = torch.full_like(sums_NBHQR[..., 0], float("-inf"))
         if query_BHQD.numel() and key_BKSD.numel():
-            grid = (triton.cdiv(Q, block_q), ctx.num_splits, B * H)
-            block_r = triton.next_power_of_2(num_groups)
+            options = dict(ctx.options, BLOCK_R=triton.next_power_of_2(num_groups), **ctx.blocks["forward"].options())
             with _device_of(query_BHQD):
-                _forward_kernel[grid](
-                    *inputs, sums_NBHQR, maximum_NBHQ, scale * LOG2_E, *ctx.sizes, **ctx.options, BLOCK_R=block_r
-                )
+                _forward_kernel[grid](*inputs, sums_NBHQR, maximum_NBHQ, scale * LOG2_E, *ctx.sizes, **options)
         # The splits on a common maximum; a split that saw nothing has -inf, and so does a row that no split saw.
         base_BHQ = maximum_NBHQ.amax(0)
         base_BHQ = base_BHQ.masked_fill(base_BHQ == float("-inf"), 0.0)
@@ -520,29 +582,42 @@ class _TritonMass(torch.autograd.Function):
         K, S = key_BKSD.shape[1:3]
         grad_BHQR = grad_BHQR.float()
         bracket_BHQR = (grad_BHQR - (grad_BHQR * mass_BHQR).sum(-1, keepdim=True)).contiguous()
-        block_q, block_s = ctx.options["BLOCK_Q"], ctx.options["BLOCK_S"]
-        # Gradients of a mass can lie below the range of float16, unlike its queries and keys.
-        grad_type = tl.float32 if ctx.options["TYPE"] == tl.float16 else ctx.options["TYPE"]
         arguments = (ctx.scale, ctx.scale * LOG2_E, *ctx.sizes)
-        options = dict(ctx.options, GRAD_TYPE=grad_type)
         empty = not (query_BHQD.numel() and key_BKSD.numel())
+        exponent = None
+        if ctx.options["TYPE"] == tl.float16 and not empty:
+            # d loss / d score is rounded to float16 but may lie below its range. A power of two, which is exact, brings
+            # the largest bracket to 2**14; a weight is at most 1, and what still underflows is 2**-38 of that.
+            largest = bracket_BHQR.abs().nan_to_num(0.0, posinf=0.0).amax()
+            exponent = (14 - torch.frexp(largest).exponent).clamp(max=100)
+            bracket_BHQR = torch.ldexp(bracket_BHQR, exponent)
         grad_query_BHQD = grad_key_BKSD = None
         if ctx.needs_input_grad[0]:
-            partial_NBHQD = query_BHQD.new_zeros((ctx.num_splits, B, H, Q, D), dtype=torch.float32)
+            blocks = ctx.blocks["grad_query"]
+            grid = _query_grid(blocks, B * H, Q, S)
+            partial_NBHQD = query_BHQD.new_zeros((grid[1], B, H, Q, D), dtype=torch.float32)
             if not empty:
-                grid = (triton.cdiv(Q, block_q), ctx.num_splits, B * H)
                 with _device_of(query_BHQD):
-                    _grad_query_kernel[grid](*inputs, lse_BHQ, bracket_BHQR, partial_NBHQD, *arguments, **options)
-            grad_query_BHQD = partial_NBHQD.sum(0).to(query_BHQD.dtype)
+                    _grad_query_kernel[grid](
+                        *inputs, lse_BHQ, bracket_BHQR, partial_NBHQD, *arguments, **ctx.options, **blocks.options()
+                    )
+            grad_query_BHQD = partial_NBHQD.sum(0)
+            if exponent is not None:
+                grad_query_BHQD = torch.ldexp(grad_query_BHQD, -exponent)
+            grad_query_BHQD = grad_query_BHQD.to(query_BHQD.dtype)
         if ctx.needs_input_grad[1]:
             grad_key_BKSD = key_BKSD.new_zeros((B, K, S, D), dtype=torch.float32)
             if not empty:
-                ranges = _query_ranges(first_BQ, last_BQ, S, block_q, block_s)
-                grid = (triton.cdiv(S, block_s), B * K)
+                blocks = ctx.blocks["grad_key"]
+                options = dict(ctx.options, **blocks.options())
+                ranges = _query_ranges(first_BQ, last_BQ, S, blocks.block_q, blocks.block_s)
+                grid = (triton.cdiv(S, blocks.block_s), B * K)
                 with _device_of(query_BHQD):
                     _grad_key_kernel[grid](
                         *inputs, lse_BHQ, bracket_BHQR, *ranges, grad_key_BKSD, *arguments, **options
                     )
+            if exponent is not None:
+                grad_key_BKSD = torch.ldexp(grad_key_BKSD, -exponent)
             grad_key_BKSD = grad_key_BKSD.to(key_BKSD.dtype)
         return grad_query_BHQD, grad_key_BKSD, None, None, None, None
 
@@ -570,10 +645,10 @@ def triton_mass(
     Returns:
         (B, H, Q, R) float32: sums to 1 over R; 0, with gradient 0, where a query sees no key. Differentiable in query
         and key, each gradient in the type of its input. Products are float32 (never TF32) for float32 inputs; with
-        bfloat16 the backward pass rounds d loss / d score to bfloat16.
+        bfloat16 and float16 the backward pass rounds d loss / d score to that type.
 
     Raises:
-        ValueError: shapes that do not fit, a head size above 256, or a number of groups that is not 1 to 16.
+        ValueError: shapes that do not fit, a head size above 512, or a number of groups that is not 1 to 16.
 
     >>> q, k = torch.zeros(1, 1, 1, 16, device="cuda"), torch.zeros(1, 1, 4, 16, device="cuda")
     >>> groups = torch.tensor([[0, 1, 1, 1]], device="cuda")

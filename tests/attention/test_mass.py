@@ -307,9 +307,9 @@ def test_what_does_not_fit_is_refused(change, message):
         ("auto", "cpu", 5, 128, "chunked"),
         ("auto", "cuda", 5, 128, "triton"),
         ("auto", "cuda", 17, 128, "chunked"),
-        ("auto", "cuda", 5, 257, "chunked"),
+        ("auto", "cuda", 5, 513, "chunked"),
         ("chunked", "cuda", 5, 128, "chunked"),
-        ("triton", "cuda", 16, 256, "triton"),
+        ("triton", "cuda", 16, 512, "triton"),
     ],
 )
 def test_the_implementation_is_chosen_by_a_rule(implementation, device, groups, head_size, chosen):
@@ -325,7 +325,7 @@ def test_a_log_sum_exp_at_hand_is_used(implementation, device, chosen):
     assert mass.choose_implementation("lse", device, 5, 128) == ("triton" if device == "cuda" else "chunked")
 
 
-@pytest.mark.parametrize("device, groups, head_size", [("cpu", 5, 64), ("cuda", 17, 64), ("cuda", 5, 512)])
+@pytest.mark.parametrize("device, groups, head_size", [("cpu", 5, 64), ("cuda", 17, 64), ("cuda", 5, 513)])
 def test_triton_where_it_cannot_run_is_refused(device, groups, head_size):
     with pytest.raises(
         ValueError, match=f"the Triton kernel needs .* got a {device} device, {groups} groups and heads"

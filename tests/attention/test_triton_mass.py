@@ -55,7 +55,7 @@ def kernels():
 def splits(request, kernels, monkeypatch):
     """Blocks so small that a short sequence has several, and as many splits as an indirect parametrization says."""
     number = getattr(request, "param", 1)
-    monkeypatch.setattr(kernels, "_block_sizes", lambda head_size, dtype: (16, 32, 4))
+    monkeypatch.setattr(kernels, "_block_sizes", lambda *_: kernels.Blocks(16, 32, 4, 3))
     monkeypatch.setattr(kernels, "_num_splits", lambda num_programs, num_keys, block_s: number)
 
 
@@ -156,7 +156,7 @@ def test_lengths_and_splits(kernels, Q, S):
     compare(kernels, query, key, groups, Visibility(positions))
 
 
-@pytest.mark.parametrize("D", [1, 16, 33, 64, 256])
+@pytest.mark.parametrize("D", [1, 16, 33, 64, 512])
 def test_head_sizes(kernels, D):
     query, key, groups, positions = random_inputs(B=1, S=33, D=D)
     compare(kernels, query, key, groups, Visibility(positions), scale=D**-0.5)
@@ -193,14 +193,34 @@ def test_blocks_and_splits_of_its_own(kernels, monkeypatch, dtype):
     monkeypatch.undo()
     monkeypatch.setattr(kernels, "MIN_BLOCKS_PER_SPLIT", 1)
     query, key, groups, positions = random_inputs(B=1, Q=70, S=130, D=16, dtype=dtype)
-    block_q, block_s, _ = kernels._block_sizes(16, dtype)
-    assert kernels._num_splits(2 * triton.cdiv(70, block_q), 130, block_s) == 130 // block_s > 1
+    for kernel in ("forward", "grad_query"):
+        blocks = kernels._block_sizes(kernel, 16, dtype, kernels._architecture(query.device))
+        assert kernels._query_grid(blocks, 2, 70, 130)[1] == 130 // blocks.block_s > 1
     arguments = (groups, Visibility(positions), 0.4, 5)
     fast = with_gradients(kernels.triton_mass(query, key, *arguments), query, key)
     exact = [tensor.detach().float().requires_grad_() for tensor in (query, key)]
     tolerance = CLOSE if dtype == torch.float32 else dict(rtol=2**-7, atol=2**-7)
     for a, b in zip(fast, with_gradients(eager(*exact, *arguments), *exact), strict=True):
         torch.testing.assert_close(a.float(), b, **tolerance)
+
+
+@pytest.mark.parametrize("layout", ["rows", "packed"])
+def test_blocks_of_each_kernel(kernels, monkeypatch, layout):
+    """Also more than one word of rows a block."""
+    for kernel, block_q, block_s in [("forward", 16, 64), ("grad_query", 32, 32), ("grad_key", 16, 128)]:
+        monkeypatch.setitem(kernels.CHOICES, kernel, kernels.Blocks(block_q, block_s, 4, 3))
+    query, key, groups, positions = random_inputs(Q=35, S=105)
+    compare(kernels, query, key, groups, make_visibility(layout, positions, 105))
+
+
+@pytest.mark.parametrize("S", [0, 1, 32, 70])
+def test_rows_in_words(kernels, S):
+    rows = torch.rand(2, 3, S, generator=torch.Generator().manual_seed(5)) < 0.5
+    words = kernels._pack_rows(rows.to(DEVICE)).cpu()
+    assert torch.equal(kernels._pack_rows(rows.to(DEVICE).mT.contiguous().mT).cpu(), words)
+    assert words.shape == (2, 3, -(-S // 32)) and words.dtype == torch.int32
+    bits = (words[..., None] >> torch.arange(32)) & 1
+    assert torch.equal(bits.flatten(2)[..., :S].bool(), rows) and not bits.flatten(2)[..., S:].any()
 
 
 def test_the_rule_for_splits(kernels, monkeypatch):
@@ -411,7 +431,7 @@ def test_query_ranges_leave_nobody_out(kernels):
 
 def test_no_tensor_of_all_queries_and_all_keys(kernels, monkeypatch):
     """What PyTorch allocates around the kernels; the kernels themselves allocate nothing."""
-    monkeypatch.setattr(kernels, "_block_sizes", lambda head_size, dtype: (128, 128, 4))
+    monkeypatch.setattr(kernels, "_block_sizes", lambda *_: kernels.Blocks(128, 128, 4, 3))
     query, key, groups, _ = random_inputs(B=1, Q=512, S=512)
     segments = torch.arange(512, device=DEVICE)[None] // 300
     visibility = Visibility(torch.arange(512, device=DEVICE)[None], segment_ids_BS=segments)
@@ -436,8 +456,8 @@ def test_no_tensor_of_all_queries_and_all_keys(kernels, monkeypatch):
         (dict(key_BKSD=torch.zeros(2, 3, 45, 16)), "must divide the number of query heads; got 3 and 2"),
         (dict(key_BKSD=torch.zeros(2, 0, 45, 16)), "must divide the number of query heads; got 0 and 2"),
         (
-            dict(query_BHQD=torch.zeros(2, 2, 19, 257), key_BKSD=torch.zeros(2, 1, 45, 257)),
-            "the head size must be at most 256; got 257",
+            dict(query_BHQD=torch.zeros(2, 2, 19, 513), key_BKSD=torch.zeros(2, 1, 45, 513)),
+            "the head size must be at most 512; got 513",
         ),
         (dict(groups_BS=torch.zeros(2, 44)), r"groups_BS must have the shape \(2, 45\); got \(2, 44\)"),
         (dict(positions_BQ=torch.zeros(1, 19)), r"positions_BQ must have the shape \(2, 19\)"),
