@@ -61,6 +61,10 @@ def _rewards_score(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
+    if args.env:
+        from avar_verl.tools.doctor.env import run_env
+
+        sys.exit(run_env())
     from rich.console import Console
 
     from avar_verl.tools.doctor.run import run_doctor
@@ -142,7 +146,9 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="examine a model before GPU time is spent on it; exit code 1 if a check fails (docs/doctor.md)"
     )
-    doctor.add_argument("--model", required=True, help="Hugging Face folder")
+    subject = doctor.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--model", help="Hugging Face folder")
+    subject.add_argument("--env", action="store_true", help="no model: the installed packages beside the tested ones")
     doctor.add_argument("--data", metavar="FILE", help="training rows, rendered by this model (as avar data check)")
     doctor.add_argument("--rollout", action="store_true", help="really start vLLM and compare it with transformers")
     doctor.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")

@@ -4,9 +4,3 @@
 Each check catches a failure that otherwise shows as a wrong number, or hours into a run. No check trusts another: one
 that fails stops those that need what failed, and no other.
 """
-
-from avar_verl.tools.doctor.check import Check, Finding, Result, Skip
-from avar_verl.tools.doctor.run import run_checks
-from avar_verl.tools.doctor.subject import Subject
-
-__all__ = ["Check", "Finding", "Result", "Skip", "Subject", "run_checks"]

@@ -20,9 +20,10 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from avar_verl.model.families import qwen2_5_vl
 from avar_verl.model.turns import Turns
 from avar_verl.tools.demo import photo_grid
-from avar_verl.tools.doctor import run_checks, subject
+from avar_verl.tools.doctor import subject
 from avar_verl.tools.doctor.check import CHECKS
 from avar_verl.tools.doctor.checks import images, rewards, rollout
+from avar_verl.tools.doctor.run import run_checks
 
 # ---- ways to break a model -------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from avar_verl.model.families import FAMILIES
 from avar_verl.tools import cli
-from avar_verl.tools.doctor import Result, run_checks
 from avar_verl.tools.doctor import run as doctor
-from avar_verl.tools.doctor.check import CHECKS, STATUSES, Check, Finding, Skip, check
+from avar_verl.tools.doctor.check import CHECKS, STATUSES, Check, Finding, Result, Skip, check
+from avar_verl.tools.doctor.run import run_checks
 
 NAMES = [check.name for check in CHECKS]
 # What a family cannot do with the installed versions.
