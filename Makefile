@@ -2,7 +2,8 @@
 # make test    every test that needs no GPU
 # make quick   the tests without end-to-end runs
 # make slow    GRPO with every shipped reward and family, engines that die
-# make check   lint
+# make check   ruff and its formatter
+# make wheel   dist/avar_verl-*.whl
 #
 # Each target builds .venv first, and only when pyproject.toml or the constraints have changed.
 
@@ -14,7 +15,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test quick slow check clean
+.PHONY: env demo test quick slow check wheel clean
 
 env: $(STAMP)
 
@@ -44,5 +45,8 @@ check: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+wheel: $(STAMP)
+	$(PYTHON) -m hatchling build -t wheel
+
 clean:
-	rm -rf .venv .uv outputs
+	rm -rf .venv .uv outputs dist

