@@ -2,7 +2,7 @@
 """AVAR on verl: attention-guided cold start and a visual attention reward for vision-language models.
 
 The core (`model`, `attention`, `objectives`, `intervention`, `anchors`, `rewards`, `data`) is plain torch and Python.
-`plugin` plugs it into verl 0.9.1 and is the only package that imports verl. `tools` are the commands of `avar`.
+`plugin` connects it to verl 0.9.1 and is the only package that imports verl. `tools` has the commands of `avar`.
 """
 
 from avar_verl import moved

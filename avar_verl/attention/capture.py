@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capture attention masses of a transformers model while it runs, whatever attention backend it runs on.
+"""Capture attention masses of a transformers model while it runs, with any attention backend.
 
 Every transformers attention layer calls one function of transformers' `AttentionInterface`, with q and k after the
-rotary embedding. The function in use is registered again, under its own name, with a wrapper that reduces q and k to
-role masses when the forward pass carries a capture and then calls the original with nothing changed; without a capture
-it only calls the original. The capture travels as a keyword argument from the decoder to its attention layers. So it
-lives in the closure of a checkpointed layer, and the recomputation in the backward pass repeats exactly the operations
-of the forward pass, also after the `with` block has ended.
+rotary embedding. The function in use is registered again, under its own name, with a wrapper. If the forward pass has a
+capture, the wrapper reduces q and k to role masses; in every case it calls the original with unchanged arguments. The
+capture is passed as a keyword argument from the decoder to its attention layers. So it is part of the closure of a
+checkpointed layer, and recomputation in the backward pass repeats exactly the operations of the forward pass, even
+after the `with` block has ended.
 
 Relies on: transformers 5.9.0, modeling_utils.py `AttentionInterface.get_interface`, and decoders that pass `**kwargs`
 on to their attention function (models/qwen2_5_vl/modeling_qwen2_5_vl.py, `Qwen2_5_VLTextModel.forward`).
@@ -32,24 +32,24 @@ from avar_verl.attention.visibility import Visibility
 from avar_verl.model.roles import TokenRole
 
 KWARG = "avar_capture"
-# Attention arguments that change the softmax in a way the mass does not reproduce (Gemma 2's cap, GPT-OSS's sinks).
+# Attention arguments that change the softmax in ways that the mass does not reproduce (Gemma 2's cap, GPT-OSS's sinks).
 UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux")
 Reduction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def select_queries(roles_BS: torch.Tensor, query_role: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of the queries of a role, ragged made rectangular.
+    """Positions of the queries of a role, padded to a rectangle.
 
     Returns:
-        positions_BQ int64 in ascending order, and valid_BQ bool, False on the filling of samples that have fewer.
+        positions_BQ int64 in ascending order, and valid_BQ bool, False on the padding of samples that have fewer.
     """
-    # Comparisons with numbers: a tensor of the wanted roles would have to be copied to the device, which waits for it.
+    # Compare with numbers: a tensor of the requested roles would have to be copied to the device, which synchronises.
     wanted = (query_role,) if isinstance(query_role, int) else query_role
     chosen_BS = torch.zeros_like(roles_BS, dtype=torch.bool)
     for role in wanted:
         chosen_BS |= roles_BS == int(role)
     count_B = chosen_BS.sum(1)
-    # A stable sort brings the chosen positions to the front, in order.
+    # A stable sort moves the selected positions to the front, in order.
     order_BS = torch.argsort(~chosen_BS, dim=1, stable=True)
     num_queries = int(count_B.max()) if count_B.numel() else 0
     valid_BQ = torch.arange(num_queries, device=roles_BS.device) < count_B[:, None]
@@ -57,7 +57,7 @@ def select_queries(roles_BS: torch.Tensor, query_role: int | Sequence[int]) -> t
 
 
 def packed_segments(position_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
-    """Segment ids of packed rows: a new segment starts wherever the position does not follow on the one before.
+    """Segment ids of packed rows: a new segment starts wherever a position is not the previous one plus 1.
 
     The rule of transformers (masking_utils.py `find_packed_sequence_indices`). None when there is one segment.
     """
@@ -68,9 +68,9 @@ def packed_segments(position_ids_BS: torch.Tensor | None) -> torch.Tensor | None
 
 
 class _Request:
-    """What to capture: shared by a `CapturedMass` and its forward pass, which must not hold each other.
+    """What to capture: shared by a `CapturedMass` and its forward pass, which must not reference each other.
 
-    (A cycle between them would keep a step's graph alive until the garbage collector comes by.)
+    (A cycle would keep the graph of a step alive until the next garbage collection.)
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class _Request:
         return KeysByRole(self.key_groups, self.columns)
 
     def hide_padding(self, mask_BS: torch.Tensor) -> None:
-        """Padding queries have no mass, whichever side they are on and whatever role they were given."""
+        """Padding queries have no mass, on either side and whatever their role."""
         if mask_BS.shape != self.roles.shape:
             return  # A step with a cache, which `_Forward.observe` refuses with the reason.
         self.valid = mask_BS if self.all_queries else self.valid & mask_BS.gather(1, self.positions)
 
 
 class _Forward:
-    """What one forward pass of the decoder has left behind, layer by layer.
+    """The results of one forward pass of the decoder, layer by layer.
 
     A plain class: FSDP rebuilds dataclasses and tuples among the keyword arguments, and this must stay one object.
     """
@@ -135,8 +135,8 @@ class _Forward:
             and not torch.is_grad_enabled()
         )
 
-    # Under torch.compile the masses are computed between the compiled parts of the model: the Triton kernels and the
-    # record of the layers are not for its tracer.
+    # Under torch.compile, the masses are computed between the compiled parts of the model: the tracer cannot handle the
+    # Triton kernels and the bookkeeping of layers.
     @torch.compiler.disable
     def observe(self, module, query_BHSD, key_BKSD, attention_mask, arguments: dict, tap: LseTap | None = None) -> None:
         """One layer through transformers' attention interface."""
@@ -162,7 +162,7 @@ class _Forward:
         self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"), lse_BHQ)
 
     def _lse(self, tap: LseTap | None, layer: int, query_BHSD: torch.Tensor) -> torch.Tensor | None:
-        """(B, H, S) that the layer's attention has left in the tap."""
+        """(B, H, S) that the layer's attention left in the tap."""
         if tap is None:
             return None
         lse_BHS = tap.lse(*query_BHSD.shape[:3])
@@ -185,7 +185,7 @@ class _Forward:
     ) -> None:
         """One layer of packed attention: `cu_seqlens` are its segments, None is one segment.
 
-        Samples are taken out of the packed row, so everything behind is what it is for padded ones.
+        Samples are taken out of the packed row, so everything after this is the same as for padded samples.
         """
         request = self.request
         layer = module.layer_idx
@@ -198,8 +198,8 @@ class _Forward:
                 "`packed_offsets`. Pass them to capture_mass."
             )
         offsets = request.offsets
-        if not self.by_layer:  # Once a forward pass, since reading the offsets waits for the device.
-            # Behind the samples the row may be padded, up to a multiple of the sequence-parallel size.
+        if not self.by_layer:  # Once per forward pass, because reading the offsets synchronises with the device.
+            # After the samples, the row may be padded to a multiple of the sequence-parallel size.
             bounds = [0, T] if cu_seqlens is None else torch.as_tensor(cu_seqlens).tolist()
             samples = offsets.tolist()
             num_samples = len(samples) - 1
@@ -215,7 +215,7 @@ class _Forward:
         query_BHQD, key_BKSD = query_THD[location_BQ].transpose(1, 2), key_TKD[location_BS].transpose(1, 2)
         lse_1HT = self._lse(tap, layer, query_THD.transpose(0, 1)[None])
         lse_BHQ = None if lse_1HT is None else lse_1HT[0][:, location_BQ].transpose(0, 1)
-        # What is filled in lies behind its sample, where no causal query looks.
+        # The padding is after its sample, where no causal query sees it.
         visibility = Visibility(request.positions, window=arguments.get("sliding_window"))
         self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"), lse_BHQ)
 
@@ -238,7 +238,7 @@ class _Forward:
         )
 
     def _wants(self, layer: int, arguments: dict) -> bool:
-        """Whether to capture this layer, refusing what would be wrong."""
+        """Whether to capture this layer; raises if the masses would be wrong."""
         if layer not in self.request.layers:
             return False
         if self.has_gradients and not torch.is_grad_enabled():
@@ -270,7 +270,7 @@ class _Forward:
             None if lse_BHQ is None else request.keys,
         )
         result = mass_BHQR if request.reduction is None else request.reduction(mass_BHQR, valid_BQ)
-        # A checkpointed layer comes here again in the backward pass: its first result is the one in the loss.
+        # A checkpointed layer runs again in the backward pass: its first result is the one in the loss.
         self.by_layer.setdefault(layer, result)
 
     def _visibility(self, attention_mask, positions_BQ, arguments, layer) -> Visibility:
@@ -282,7 +282,7 @@ class _Forward:
                 )
             mask_BSS = attention_mask[:, 0].expand(positions_BQ.shape[0], -1, -1)
             rows_BQS = mask_BSS.gather(1, positions_BQ[:, :, None].expand(-1, -1, mask_BSS.shape[-1]))
-            # An additive mask hides with the least number of its type, a boolean one with False.
+            # An additive mask hides with the smallest number of its type, a boolean mask with False.
             visible = rows_BQS if rows_BQS.dtype == torch.bool else rows_BQS > torch.finfo(rows_BQS.dtype).min / 2
             return Visibility(positions_BQ, rows_BQS=visible)
         if isinstance(attention_mask, BlockMask):
@@ -302,7 +302,7 @@ class _Forward:
                 f"attn_implementation={self.request.attention!r}. Use sdpa, eager, flex_attention or "
                 "flash_attention_2."
             )
-        # Without a mask sdpa and eager see the whole row: a packed one gets a mask, except beside a cache. Flash
+        # Without a mask, sdpa and eager see the whole row: a packed row gets a mask, unless there is a cache. Flash
         # attention reads the position ids of a single row (modeling_flash_attention_utils.py `_is_packed_sequence`).
         segments_BS = None
         if key_mask_BS is None and "flash" in self.request.attention and positions_BQ.shape[0] == 1:
@@ -313,7 +313,7 @@ class _Forward:
 class CapturedMass:
     """Result of `capture_mass`, filled by the forward pass inside its `with` block.
 
-    `roles` (B, S), `layers`, `positions` (B, Q) of the queries and `valid` (B, Q), False on filling, None for all
+    `roles` (B, S), `layers`, `positions` (B, Q) of the queries and `valid` (B, Q), False on padding, None for all
     positions without a padding mask.
     """
 
@@ -333,7 +333,7 @@ class CapturedMass:
         return self._forward
 
     def per_layer(self) -> list[torch.Tensor]:
-        """What every captured layer left: (B, H, Q, R) masses, or the reduction of them, in the order of `layers`."""
+        """Results of the captured layers: (B, H, Q, R) masses, or their reduction, in the order of `layers`."""
         if self._forward is None:
             raise ValueError("capture_mass has seen no forward pass. Call the model inside the `with` block.")
         missing = [layer for layer in self.layers if layer not in self._forward.by_layer]
@@ -353,15 +353,15 @@ class CapturedMass:
             return mass_BLHQR
         B, L, H, Q, R = mass_BLHQR.shape
         index = self.positions[:, None, None, :, None].expand(-1, L, H, -1, R)
-        # Filling rows are 0 and their positions are not those of real queries, so adding them changes nothing.
+        # Padding rows are 0 and their positions are not those of real queries, so adding them changes nothing.
         return mass_BLHQR.new_zeros(B, L, H, self.roles.shape[1], R).scatter_add(3, index, mass_BLHQR)
 
 
 def _eager_of(module) -> Callable:
     """The eager attention function of the class of `module`.
 
-    transformers hands it to `get_interface` as a default instead of registering it: one a file, in a few files one for
-    text and one for vision (models/llama4/modeling_llama4.py), which the class's own forward tells apart.
+    transformers passes it to `get_interface` as a default instead of registering it. There is one per file, or in a few
+    files one for text and one for vision (models/llama4/modeling_llama4.py); the class's own forward says which.
     """
     for cls in type(module).__mro__:
         if "forward" not in vars(cls):
@@ -370,13 +370,13 @@ def _eager_of(module) -> Callable:
         for name in forward.__code__.co_names:
             if name.endswith("eager_attention_forward"):
                 return forward.__globals__[name]
-    for cls in type(module).__mro__:  # A forward that somebody has replaced.
+    for cls in type(module).__mro__:  # The forward may have been replaced.
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
             return function
     raise ValueError(
-        f"eager attention must be defined beside the attention class; got {type(module).__qualname__} without one. "
-        "Use attn_implementation='sdpa'."
+        "eager attention must be defined in the file of the attention class; got "
+        f"{type(module).__qualname__} without one. Use attn_implementation='sdpa'."
     )
 
 
@@ -394,7 +394,9 @@ def _wrap(name: str) -> None:
                 out = function(module, query, key, value, attention_mask, *args, **kwargs)
             forward.observe(module, query, key, attention_mask, kwargs, tap)
             return out
-        if forward is not None:  # First, so that in the backward pass its gradients are added to those of attention.
+        if (
+            forward is not None
+        ):  # Before attention, so that in the backward pass its gradients are added to those of attention.
             forward.observe(module, query, key, attention_mask, kwargs)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
@@ -425,10 +427,11 @@ def find_decoder(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def resolve_indices(name: str, indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Ascending indices of a selection among `count` layers or heads; None is all, negative ones count from the end.
+    """Ascending indices of a selection among `count` layers or heads; None selects all, negative indices count from the
+    end.
 
     Raises:
-        ValueError: an empty selection, an index out of range, or one named twice.
+        ValueError: an empty selection, or an index that is out of range or repeated.
     """
     if indices is None:
         return tuple(range(count))
@@ -493,19 +496,19 @@ def capture_mass(
         roles: (B, S) `TokenRole` of the positions the decoder sees, from a `RoleMap`.
         layers: decoder layers to capture, default all; negative indices count from the end.
         query_role: a `TokenRole`, or several, whose queries are measured; default all positions.
-        reduction: `reduction(mass_BHQR, valid_BQ) -> tensor`, applied in every layer to what would otherwise be kept;
-            `valid_BQ` (None without a query_role) is False on filling.
-        key_groups: (B, S) integers in [0, num_groups) to sum the attention by instead of by role, for example one group
-            for every image token; R is then num_groups.
-        packed_offsets: (B + 1,) where each sample starts and the last one ends, when the model runs on one packed row
-            instead of padded samples. `roles` and `key_groups` stay (B, S), the samples padded on the right, and so do
-            the masses.
-        columns: roles (or groups) whose masses will be read, default all. The others are then not defined (they may be
-            nan), and where no gradient is wanted they may cost nothing.
+        reduction: `reduction(mass_BHQR, valid_BQ) -> tensor`, applied in every layer to the masses, which are then
+            dropped; `valid_BQ` (None without a query_role) is False on padding.
+        key_groups: (B, S) integers in [0, num_groups); sums attention by group instead of by role, for example one
+            group per image token. R is then num_groups.
+        packed_offsets: (B + 1,) starts of the samples and end of the last one, if the model runs on one packed row
+            instead of padded samples. `roles`, `key_groups` and the masses keep the layout (B, S), with samples padded
+            on the right.
+        columns: roles (or groups) whose masses will be read, default all. The others are undefined (they may be nan);
+            without gradients, leaving them out can save time.
         implementation: how masses are computed (`attention.mass.choose_implementation`).
 
     Yields:
-        `CapturedMass`; its `mass` is (B, L, H, S, R) after the forward pass, with gradients where the pass has them.
+        `CapturedMass`; its `mass` is (B, L, H, S, R) after the forward pass, with gradients if the pass has them.
 
     Raises:
         ValueError: an unknown layer, roles of another shape, a key/value cache, reentrant gradient checkpointing, an
@@ -544,7 +547,7 @@ def capture_mass(
         if isinstance(mask, dict):  # Made before the decoder, one for every kind of layer (Gemma 3).
             mask = mask.get("full_attention")
             if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-                # Padded on either side, the last row sees every position that is no padding.
+                # With padding on either side, the last row sees every real position.
                 last_BS = mask[:, 0, -1].expand(roles.shape[0], -1)
                 mask = last_BS if last_BS.dtype == torch.bool else last_BS > torch.finfo(last_BS.dtype).min / 2
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:

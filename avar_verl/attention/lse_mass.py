@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention mass from the log-sum-exp that the model's own attention has computed, forward only.
+"""Attention mass from the log-sum-exp of the model's own attention; forward only.
 
     mass_r(q) = sum_{k in role r} exp(scale * q . k - lse(q)),    lse(q) = log sum_{visible k} exp(scale * q . k)
 
-Only the keys of the wanted roles are scored, and no maximum, no normalisation and no second product is needed: this is
-the cheapest form where the log-sum-exp is to be had and no gradient is asked for (its gradient needs all keys again,
-which is what the other forms do).
+Only the keys of the requested roles are scored, without a maximum, a normalisation or a second product. This is the
+cheapest implementation if the log-sum-exp is available and no gradient is needed. (A gradient would need all keys
+again, as in the other implementations.)
 
-The log-sum-exp is the second output of torch's fused attention on the CPU, which `scaled_dot_product_attention` drops;
-`LseTap` picks it up while the model's own call runs, so that call is the same to the bit.
+The log-sum-exp is the second output of torch's fused attention on the CPU, which `scaled_dot_product_attention` drops.
+`LseTap` reads it during the model's own call, which stays bit-identical.
 
 Shape suffixes:
     B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads, K = key/value
-    heads, G = query heads of one key head (H / K), D = head size, W = keys of the wanted roles, R = token roles
+    heads, G = query heads of one key head (H / K), D = head size, W = keys of the requested roles, R = token roles
 """
 
 import math
@@ -25,7 +25,7 @@ from avar_verl.attention.visibility import HIDDEN, Visibility
 
 # Elements of one chunk's scores, B * H * C * W: 8 MiB of float32.
 CHUNK_ELEMENTS = 2**21
-# (output (B, H, S, D), lse (B, H, S) float32, natural logarithm, over what its mask lets through)
+# (output (B, H, S, D), lse (B, H, S) float32, natural logarithm, over the visible keys)
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -46,9 +46,9 @@ class LseTap(TorchDispatchMode):
         return out
 
     def lse(self, batch: int, heads: int, length: int) -> torch.Tensor | None:
-        """(B, H, S) of one call, or of the calls for the segments of one row, one behind the other; None if others ran.
+        """(B, H, S) of one call, or of consecutive calls for the segments of one row; None if other calls ran.
 
-        Calls of another shape belong to no capture of this layer.
+        Calls with another shape do not belong to this layer.
         """
         if not self.found or any(x.dim() != 3 or tuple(x.shape[:2]) != (batch, heads) for x in self.found):
             return None
@@ -57,9 +57,9 @@ class LseTap(TorchDispatchMode):
 
 
 class KeysByRole:
-    """The keys of some roles, role after role: the same for every layer of a forward pass.
+    """The keys of some roles, one role after the other; the same for every layer of a forward pass.
 
-    `positions_BW`, `real_BW` (False on the filling of samples that have fewer), and for each of `columns` its range
+    `positions_BW`, `real_BW` (False on the padding of samples that have fewer), and for each of `columns` its range
     `bounds[i]..bounds[i + 1]` of W.
     """
 
@@ -70,7 +70,7 @@ class KeysByRole:
             is_role_BS = key_roles_BS == role
             count_B = is_role_BS.sum(1)
             width = int(count_B.max()) if count_B.numel() else 0
-            # A stable sort brings the role's positions to the front, in order.
+            # A stable sort moves the role's positions to the front, in order.
             positions.append(torch.argsort(~is_role_BS, dim=1, stable=True)[:, :width])
             real.append(torch.arange(width, device=key_roles_BS.device) < count_B[:, None])
             self.bounds.append(self.bounds[-1] + width)
@@ -89,7 +89,7 @@ def lse_mass(
 ) -> torch.Tensor:
     """Masses of the roles of `keys`, (B, H, Q, R) float32; nan in the other columns.
 
-    The rows of queries that see nothing are not defined (nan or inf).
+    The rows of queries that see no key are undefined (nan or inf).
 
     Args:
         lse_BHQ: natural log-sum-exp of the scaled scores over the keys that each query sees.
@@ -101,8 +101,7 @@ def lse_mass(
     W = keys.bounds[-1]
     index = keys.positions_BW[:, None, :, None].expand(-1, K, -1, D)
     key_BKWD = key_BKSD.gather(2, index).float()
-    # In base 2, which is the cheaper exponential, and with the log-sum-exp as one more product: q . k - lse = [q, -lse]
-    # . [k, 1].
+    # Base 2, whose exponential is cheaper; the log-sum-exp is part of the product: q . k - lse = [q, -lse] . [k, 1].
     query = torch.cat([query_BHQD.float() * scale, -lse_BHQ.float()[..., None]], dim=-1) * math.log2(math.e)
     query = query.reshape(B, K, G, Q, D + 1)
     key = torch.cat([key_BKWD, key_BKWD.new_ones(B, K, W, 1)], dim=-1).mT

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention mass: how much of each query's attention goes to the keys of each token role.
 
-The full attention matrix is never formed. A chunk of queries meets all keys, the weights are summed by role, and the
-chunk is dropped; the backward pass forms the chunk's weights again from q and k.
+The full attention matrix is never built. The weights of one chunk of queries over all keys are computed, summed by role
+and dropped; the backward pass recomputes them from q and k.
 
 Shape suffixes:
     B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads,
@@ -25,9 +25,9 @@ MAX_GROUPS, MAX_HEAD_SIZE = 16, 512
 
 
 def _weights(query_BKGCD, key_BKSD, visibility, start, stop, first, last) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax over the visible keys, (B, K, G, C, keys up to `last`) float32, of queries that are already scaled.
+    """softmax over the visible keys, (B, K, G, C, keys up to `last`) float32, for queries that are already scaled.
 
-    A row that sees nothing comes out uniform; alive_BC is False there.
+    A row that sees no key is uniform; alive_BC is False there.
     """
     weights = torch.einsum("bkgcd,bksd->bkgcs", query_BKGCD[:, :, :, start:stop], key_BKSD[:, :, :last])
     visible_BCS = visibility.chunk(start, stop, first, last)
@@ -39,7 +39,7 @@ def _weights(query_BKGCD, key_BKSD, visibility, start, stop, first, last) -> tup
 def _sum_by_role(weights: torch.Tensor, onehot_BNR: torch.Tensor) -> torch.Tensor:
     """(B, K, G, C, N) weights over N keys to (B, K, G, C, R) sums."""
     B, K, G, C, N = weights.shape
-    # With the few roles as rows of the product and not as its columns, which takes a third of the time on a CPU.
+    # The few roles are rows of the product, not columns: this takes a third of the time on a CPU.
     sums_BRM = torch.bmm(onehot_BNR.mT, weights.reshape(B, K * G * C, N).mT)
     return sums_BRM.mT.reshape(B, K, G, C, onehot_BNR.shape[-1])
 
@@ -92,21 +92,21 @@ class _ChunkedMass(torch.autograd.Function):
 def choose_implementation(
     implementation: str, device_type: str, num_groups: int, head_size: int, has_lse: bool = False
 ) -> str:
-    """Which implementation runs. `auto` is, the first that can:
+    """Which implementation runs. `auto` takes the first that can run:
 
-    - `lse` (attention.lse_mass) on the CPU, where the log-sum-exp of the model's attention is at hand and no gradient
-      is wanted;
+    - `lse` (attention.lse_mass) on the CPU, if the log-sum-exp of the model's attention is available and no gradient is
+      needed;
     - `triton` (attention.triton_mass) on a CUDA or ROCm device, for at most MAX_GROUPS groups and heads of at most
       MAX_HEAD_SIZE;
     - `chunked`, PyTorch, everywhere.
 
-    All give the same numbers. `lse` asked for by name is `chunked` in passes with a gradient.
+    All give the same numbers. If `lse` is requested by name, passes with a gradient use `chunked`.
 
     Args:
-        has_lse: the log-sum-exp is there and no gradient is wanted.
+        has_lse: the log-sum-exp is available and no gradient is needed.
 
     Raises:
-        ValueError: an unknown name, or `triton` where it cannot run.
+        ValueError: an unknown name, or `triton` if it cannot run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -135,12 +135,12 @@ def selected_mass(
     lse_BHQ: torch.Tensor | None = None,
     keys: KeysByRole | None = None,
 ) -> torch.Tensor:
-    """Role masses of already selected queries, (B, H, Q, R) float32; 0 where `valid_BQ` is False.
+    """Role masses of selected queries, (B, H, Q, R) float32; 0 where `valid_BQ` is False.
 
-    `attention_mass` is the documented front end; this one takes per-sample query positions, explicit mask rows and any
-    grouping of the keys into `num_groups` groups, for example one group for every image token. `implementation` is one
-    of IMPLEMENTATIONS (`choose_implementation`). `lse_BHQ`, the log-sum-exp of the same queries, and `keys`, those of
-    the roles that will be read, are for a pass without gradient; other columns are then nan.
+    `attention_mass` is the documented front end; this function takes per-sample query positions, explicit mask rows and
+    any grouping of the keys into `num_groups` groups, for example one group per image token. `implementation` is one of
+    IMPLEMENTATIONS (`choose_implementation`). `lse_BHQ`, the log-sum-exp of the same queries, and `keys`, the keys of
+    the roles that will be read, are for passes without gradients; other columns are then nan.
     """
     scale = query_BHQD.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_implementation(
@@ -176,7 +176,8 @@ def attention_mass(
         key_roles: (B, S) integers of `TokenRole`.
         attention_mask: (B, S) bool or 0/1, False hides a padding key and zeroes the row of a padding query. Either
             padding side. Default: no padding.
-        segment_ids: (B, S) integers; a query sees the keys of its own segment alone (packed samples). Default: one.
+        segment_ids: (B, S) integers; a query sees only the keys of its own segment (packed samples). Default: one
+            segment.
         query_positions: (Q,) positions in [0, S), the same for every sample. Default: all.
         scale: factor of q . k. Default: D ** -0.5.
 
@@ -185,7 +186,7 @@ def attention_mass(
         Differentiable in query and key; memory grows with B * H * S, never with S * S.
 
     Raises:
-        ValueError: shapes, roles or positions that do not fit.
+        ValueError: invalid shapes, roles or positions.
 
     Source: arXiv 2603.03825, the masses under Eq. VAS, L_enhance, L_suppress and r_visual.
 
@@ -219,7 +220,7 @@ def attention_mass(
         positions_Q, selected = torch.arange(S, device=query.device), query
     else:
         positions_Q = torch.as_tensor(query_positions, device=query.device)
-        # A mask or fractions would become positions by conversion alone.
+        # Otherwise a conversion to int64 would silently turn a mask or fractions into positions.
         is_index = positions_Q.dtype != torch.bool and not positions_Q.is_floating_point()
         if positions_Q.dim() != 1 or (
             positions_Q.numel() and not (is_index and 0 <= int(positions_Q.min()) <= int(positions_Q.max()) < S)

@@ -18,8 +18,9 @@ HIDDEN = torch.finfo(torch.float32).min
 class Visibility:
     """Which keys each selected query sees, without the (S, S) mask.
 
-    Either `rows_BQS` says it outright (rows taken from a mask that the model itself built), or a query sees the keys at
-    or before its position that are no padding, lie in its segment and, with a window, at most `window - 1` before it.
+    Either `rows_BQS` defines it directly (rows of a mask that the model itself built), or a query sees the keys at or
+    before its position that are not padding, belong to its segment and, with a window, are at most `window - 1`
+    positions before it.
     """
 
     positions_BQ: torch.Tensor
@@ -64,7 +65,7 @@ class Visibility:
         return visible_BCW
 
     def sees_all(self, start: int, stop: int, keys_BW: torch.Tensor) -> bool:
-        """Whether it is plain from the positions alone that the queries start..stop see all of these keys."""
+        """Whether positions alone guarantee that the queries start..stop see all of these keys."""
         if not self.is_causal_only or keys_BW.numel() == 0 or start == stop:
             return False
         return bool((keys_BW.amax(1) <= self.positions_BQ[:, start:stop].amin(1)).all())
@@ -73,7 +74,7 @@ class Visibility:
         """(start, stop, first, last) of chunks of `size` queries: keys before `first` are visible to all queries of the
         chunk, keys from `last` on to none.
 
-        On the CPU alone: elsewhere reading the positions would wait for the device.
+        Only on the CPU: on other devices, reading the positions would synchronise.
         """
         num_queries = self.positions_BQ.shape[1]
         for start in range(0, num_queries, size):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint with its processor and role map: batches of conversations, and greedy responses.
 
-Plain transformers; no verl, no vllm. Any family: a conversation becomes ids and features by `render`, and a batch by
-`collate`, as in training.
+Plain transformers; no verl, no vllm. Works for any family: `render` turns a conversation into ids and features, and
+`collate` makes a batch, as in training.
 
 Shape suffixes:
     B = samples, S = positions
@@ -39,7 +39,7 @@ class Checkpoint:
         processor = AutoProcessor.from_pretrained(path)
         if not hasattr(processor, "tokenizer"):  # AutoProcessor falls back to the tokenizer.
             raise ValueError(
-                f"a checkpoint must have a processor for images; got {type(processor).__name__} alone from {path}. "
+                f"a checkpoint must have a processor for images; got only a {type(processor).__name__} from {path}. "
                 "Copy processor_config.json or preprocessor_config.json of the original checkpoint into the folder."
             )
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
@@ -66,11 +66,11 @@ def batches(items: Sequence, size: int, label: str) -> Iterable[tuple[int, Seque
 def generate_ids(checkpoint: Checkpoint, prompts: Sequence[Rendered], max_new_tokens: int) -> list[list[int]]:
     """Greedy responses to one batch of prompts (rendered with the header of the answer), as token ids.
 
-    A response ends with the token that has stopped it. Image placeholders are never generated. What the checkpoint's
-    generation config says beside sampling holds (Qwen2.5-VL: a repetition penalty).
+    A response ends with the token that stopped it. Image placeholders are never generated. Settings of the checkpoint's
+    generation config other than sampling apply (Qwen2.5-VL: a repetition penalty).
 
     Raises:
-        ValueError: a batch in a family that cannot be padded on the left.
+        ValueError: a batch of several prompts in a family that cannot be padded on the left.
     """
     if checkpoint.family.cross_attention and len(prompts) > 1:
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package has to know about a model family."""
+"""What this package needs to know about a model family."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,22 +16,23 @@ class Family:
     """One model family, found by `config.model_type`. Roles, freezing and the engine read its fields.
 
     model_types: the values of `config.model_type`.
-    turns: the chat format, or a function of the tokenizer where the family's checkpoints have several.
+    turns: the chat format, or a function of the tokenizer if the family's checkpoints have several.
     system: what counts as the system turn, in words, for logs and documentation.
-    placeholders: names of the config's ids that vision features replace; none for cross-attention.
-    vision_tower, projectors: prefixes of parameter names; a projector may lie inside the tower.
-    coordinates: how the model writes boxes, a value of `parse_anchors(coordinates=)`; None: it was trained on none.
-    cross_attention: images are read in layers of their own, whose softmax has image keys alone. Then the ratio of
-        image to system mass is not defined: L_suppress alone can guide, and the engine refuses the reward.
-    places: `places(processor, features, image_sizes) -> [(N, 4), ...]`, for every image the rectangles its tokens stand
-        for (`avar_verl.model.regions`); `image_sizes` are the (width, height) that the processor saw, or None. None:
-        boxes cannot be mapped to tokens.
-    unpackable: why its samples cannot be packed into one row (use_remove_padding); None where they can.
+    placeholders: names of the config's placeholder ids, which vision features replace; none for cross-attention.
+    vision_tower, projectors: prefixes of parameter names; a projector may be inside the tower.
+    coordinates: how the model writes boxes, a value of `parse_anchors(coordinates=)`; None if it was not trained on
+        boxes.
+    cross_attention: the model reads images in separate layers, whose softmax has only image keys. Then the ratio of
+        image to system mass is not defined: only L_suppress can guide, and the engine refuses the reward.
+    places: `places(processor, features, image_sizes) -> [(N, 4), ...]`, for every image the rectangles that its tokens
+        represent (`avar_verl.model.regions`); `image_sizes` are the (width, height) that the processor saw, or None.
+        None: boxes cannot be mapped to tokens.
+    unpackable: why its samples cannot be packed into one row (use_remove_padding); None if they can.
     verl_forward: verl replaces the model's forward by one of its own (verl/models/transformers/monkey_patch.py).
-    token_inputs: `token_inputs(config, ids_BS, features) -> dict` of model inputs with an entry for every position.
-    fill_text_only: `fill_text_only(features of another sample) -> features` of a sample without an image, where the
-        first dimension of features is the sample; None where it is the image.
-    prepare: `prepare(model)`, what a loaded model needs before its first batch; None: nothing.
+    token_inputs: `token_inputs(config, ids_BS, features) -> dict` of model inputs with one entry per position.
+    fill_text_only: `fill_text_only(features of another sample) -> features` of a sample without an image, if the first
+        dimension of features is the sample; None if it is the image.
+    prepare: `prepare(model)`, called on a loaded model before its first batch; None if not needed.
     """
 
     model_types: tuple[str, ...]
@@ -62,7 +63,7 @@ class Family:
         """For every image the places (N, 4) of its tokens; [] without an image.
 
         Raises:
-            ValueError: a family whose tokens stand for no rectangles, or one that needs `image_sizes`.
+            ValueError: a family whose tokens do not represent rectangles, or one that needs `image_sizes`.
         """
         if self.places is None:
             raise ValueError(

@@ -10,7 +10,7 @@ from avar_verl.model.families import get_family
 
 
 def freeze_vision(model: torch.nn.Module, model_type: str, tower: bool, projector: bool) -> list[str]:
-    """Take gradients from the parameters of the vision tower, of the projector into the language model, or of both.
+    """Turn off gradients of the vision tower, of the projector into the language model, or of both.
 
     Args:
         model: a bare transformers vision-language model, not yet sharded.
@@ -30,7 +30,7 @@ def freeze_vision(model: torch.nn.Module, model_type: str, tower: bool, projecto
     prefixes = {"tower": (family.vision_tower,), "projector": family.projectors}
     names: dict[str, list[str]] = {"tower": [], "projector": []}
     for name, _ in model.named_parameters():
-        for part in ("projector", "tower"):  # A projector may lie inside the tower.
+        for part in ("projector", "tower"):  # A projector may be inside the tower.
             if name.startswith(tuple(prefix + "." for prefix in prefixes[part])):
                 names[part].append(name)
                 break

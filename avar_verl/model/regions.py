@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image tokens of a region: which placeholders of an image lie in a box.
+"""Image tokens of a region: which placeholders of an image are inside a box.
 
-Every image token stands for a rectangle of its image, its *place*: (x1, y1, x2, y2) in shares of width and height. A
-family says which (`Family.places`). Where a processor stretches the whole image onto R x C tokens, row by row, token
- (r, c) covers (c / C, r / R) to ((c + 1) / C, (r + 1) / R); where it cuts tiles, each tile has such a grid. Places
-are shares, so boxes may be in pixels of the stored image, of the resized one, or in thousandths.
+Every image token represents a rectangle of its image, its *place*: (x1, y1, x2, y2) as fractions of width and height.
+The family defines it (`Family.places`). If a processor stretches the whole image onto R x C tokens, row by row, token
+(r, c) covers (c / C, r / R) to ((c + 1) / C, (r + 1) / R); if it cuts tiles, each tile has such a grid. Places are
+fractions, so boxes may be in pixels of the stored image, of the resized image, or in thousandths.
 
 Shape suffixes: S = positions, N = tokens of an image
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 Box = Sequence[float]
-# What a data set may add to its samples: (S,) integers, 1 on the image tokens that guidance is about.
+# A data set may add this to its samples: (S,) integers, 1 on the image tokens that guidance applies to.
 REGION_KEY = "image_region"
 
 
@@ -33,10 +33,11 @@ def grid_places(rows: int, columns: int, inside: Box = (0.0, 0.0, 1.0, 1.0)) -> 
 
 
 def merged_grid_places(grids_thw: torch.Tensor, merge_size: int) -> list[torch.Tensor]:
-    """Places of images that a processor reports as (t, h, w) patches, `merge_size` squared of them a token (Qwen, GLM).
+    """Places of images that a processor reports as (t, h, w) patches, `merge_size` squared patches per token (Qwen,
+    GLM).
 
     Raises:
-        ValueError: a video, or a grid that is no multiple of the merge size.
+        ValueError: a video, or a grid that is not a multiple of the merge size.
     """
     places = []
     for t, h, w in grids_thw.tolist():
@@ -54,15 +55,15 @@ def merged_grid_places(grids_thw: torch.Tensor, merge_size: int) -> list[torch.T
 def tokens_in_box(
     box: Box, image_size: tuple[float, float], places_N4: torch.Tensor, min_overlap: float = 0.0
 ) -> torch.Tensor:
-    """Which tokens of an image lie in a box, (N,) bool.
+    """Which tokens of an image are inside a box, (N,) bool.
 
     Args:
         box: (x1, y1, x2, y2), left, top, right and bottom edge.
         image_size: (width, height) in the unit of the box: pixels of the stored image or of the resized one, or
             (1000, 1000) for relative boxes.
         places_N4: places of the image's tokens.
-        min_overlap: share of a token's area that the box must cover at least, in [0, 1]; 0 takes every token that the
-            box touches with positive area.
+        min_overlap: smallest fraction of a token's area that the box must cover, in [0, 1]; 0 takes every token that
+            the box overlaps with positive area.
 
     Raises:
         ValueError: an empty box or one outside the image, or a `min_overlap` that no token reaches.
@@ -77,7 +78,7 @@ def tokens_in_box(
             f"a box must be (x1, y1, x2, y2) with positive area inside the image; got {tuple(box)} in {image_size}. "
             "Give it in the unit of image_size."
         )
-    # In the unit of the box, where its edges are exact: a border that the box only touches has no area in common.
+    # In the unit of the box, where its edges are exact: a token that the box only touches has no area in common.
     low_N2, high_N2 = (places_N4[:, i : i + 2] * torch.tensor([width, height], dtype=torch.float64) for i in (0, 2))
     common_N2 = high_N2.clamp(max=torch.tensor([x2, y2])) - low_N2.clamp(min=torch.tensor([x1, y1]))
     share_N = common_N2.clamp(min=0).prod(1) / (high_N2 - low_N2).prod(1)
@@ -102,12 +103,12 @@ def image_region(
 
     Args:
         image_token_ids: ids of the placeholders.
-        boxes: for every image its boxes; an image without boxes counts whole.
+        boxes: for every image its boxes; an image without boxes counts as a whole.
         image_sizes: for every image the (width, height) that its boxes refer to.
         places: for every image the places of its tokens, in the order of the placeholders.
 
     Raises:
-        ValueError: another number of images, boxes or tokens than there are places for, or a bad box.
+        ValueError: the numbers of images, lists of boxes, tokens and places do not match, or a box is invalid.
     """
     if not len(places) == len(boxes) == len(image_sizes):
         raise ValueError(

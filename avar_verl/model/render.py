@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation with its images as token ids and features, one sample at a time, and samples as one batch.
+"""Turns a conversation with images into token ids and features, and samples into a batch.
 
-One path for every family and every use (cold start, rollouts, measurement, `avar doctor`): the processor's chat
-template, then the processor, without a second BOS where the template has written one.
+There is one path for every family and every use (cold start, rollouts, measurement, `avar doctor`): the processor's
+chat template, then the processor, without a second BOS if the template has written one.
 
 Shape suffixes: B = samples, S = positions.
 """
@@ -15,15 +15,15 @@ import torch
 
 from avar_verl.model.families import Family
 
-# What a processor returns for every position. It is rebuilt from ids (`Family.token_inputs`), since rollouts append
-# ids that no processor has seen.
+# Per-position outputs of a processor. They are recomputed from ids (`Family.token_inputs`), because rollouts append ids
+# that no processor has seen.
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "cross_attention_mask")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One sample. `ids_S` are the model's; `prompt_ids` are those before placeholders are repeated for every image
-    token, which is what vLLM is given; `features` are the processor's outputs that do not belong to a position.
+    """One sample. `ids_S` are the model's input ids. `prompt_ids` are the ids before placeholders are repeated for
+    every image token, which vLLM expects. `features` are the processor's outputs that are not per position.
     """
 
     ids_S: torch.Tensor
@@ -32,7 +32,7 @@ class Rendered:
 
 
 def as_blocks(content: str | Sequence[dict]) -> list[dict]:
-    """Message content as a list of blocks, which every template takes."""
+    """Message content as a list of blocks."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
@@ -43,11 +43,11 @@ def images_of(messages: Sequence[dict]) -> list[Any]:
 
 
 def _chat_text(processor, messages: Sequence[dict], **kwargs) -> str:
-    """What the chat template writes, for messages with blocks as content.
+    """The output of the chat template for messages whose content is a list of blocks.
 
-    GLM-4.1V's template takes system and assistant turns as text alone, Llama 3.2 Vision's the system turn, and either
-    prints a list of blocks as Python does. Other templates take lists alone. So the turns that were printed are given
-    as text, and the rest is left as it is.
+    GLM-4.1V's template accepts only text in system and assistant turns, and Llama 3.2 Vision's in the system turn;
+    given a list of blocks, both print it as Python would. Other templates accept only lists. So turns that were printed
+    this way are passed as text, and all others stay as they are.
     """
     text = processor.apply_chat_template(messages, tokenize=False, **kwargs)
     printed = [str(message["content"]) in text for message in messages]
@@ -68,14 +68,14 @@ def render(
     template_kwargs: dict | None = None,
     processor_kwargs: dict | None = None,
 ) -> Rendered:
-    """Tokenize a conversation, its images in blocks `{"type": "image", "image": PIL}`.
+    """Tokenize a conversation whose images are blocks `{"type": "image", "image": PIL}`.
 
     Args:
         template_kwargs: for the chat template (`tools`, `enable_thinking`).
         processor_kwargs: for the processor (`min_pixels`).
 
     Raises:
-        ValueError: text that itself spells the placeholder; whatever the processor refuses.
+        ValueError: text that contains the placeholder, or anything that the processor refuses.
     """
     messages = [{**message, "content": as_blocks(message["content"])} for message in messages]
     placeholder = getattr(processor, "image_token", None)
@@ -92,7 +92,7 @@ def render(
     images = images_of(messages)
     inputs = processor(
         text=[text],
-        # A flat list: given as a list per text, LLaVA-OneVision does not tile images that come in twos, and vLLM does.
+        # A flat list: with a list per text, LLaVA-OneVision does not tile images that come in pairs, but vLLM does.
         images=images or None,
         add_special_tokens=not written_bos,
         return_tensors="pt",
@@ -106,7 +106,7 @@ def render(
 
 
 def _zero_padded(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors with zeros behind, so that they differ in their first dimension alone."""
+    """The tensors padded with zeros at the end, so that only their first dimension differs."""
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     out = []
     for value in values:
@@ -119,9 +119,9 @@ def _zero_padded(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def merge_features(
     family: Family, samples: Sequence[dict[str, torch.Tensor] | None], like: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Features of a batch: those of its samples one behind the other; a sample without an image has none.
+    """Features of a batch: the features of its samples, concatenated; a sample without an image has none.
 
-    Images of one sample may have more tiles than those of another: the missing tiles are zeros, which every family
+    If images of one sample have more tiles than those of another, the missing tiles are zeros, which every family
     recognises by its own sizes or masks. `like`: features of any image, for `Family.fill_text_only` in a batch without
     one.
     """
@@ -137,7 +137,7 @@ def merge_features(
 def collate(
     family: Family, config, samples: Sequence[Rendered], pad_id: int, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
-    """Model inputs of a batch: `input_ids` and `attention_mask` (B, S), features, and inputs for every position."""
+    """Model inputs of a batch: `input_ids` and `attention_mask` (B, S), features, and per-position inputs."""
     length = max(len(sample.ids_S) for sample in samples)
     ids_BS = torch.full((len(samples), length), pad_id, dtype=torch.long)
     mask_BS = torch.zeros_like(ids_BS)
@@ -148,8 +148,8 @@ def collate(
     features = merge_features(family, [sample.features for sample in samples])
     inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, **features}
     if "image_grid_thw" in features:
-        # Qwen-VL and GLM-4.1V make their positions in time, height and width from this, or refuse, or (Qwen2.5-VL)
-        # silently count tokens.
+        # Qwen-VL and GLM-4.1V compute positions in time, height and width from this. Without it they refuse, or
+        # (Qwen2.5-VL) silently count tokens.
         image_ids = ids_BS.new_tensor(family.placeholder_ids(config))
         inputs["mm_token_type_ids"] = torch.isin(ids_BS, image_ids).long()
     if family.token_inputs is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token roles: what every position of a prompt and its response is, exact, from token ids.
+"""Token roles: the role of every position of a prompt and its response, derived exactly from token ids.
 
 Shape suffixes: B = samples, S = positions.
 """
@@ -29,8 +29,8 @@ class RoleMap:
     """Maps token ids to roles for one model family. Build it with `RoleMap.from_pretrained`.
 
     Args:
-        find_turns: `find_turns(ids_BS, mask_BS) -> (B, S)` roles by turn, IMAGE not yet marked; `mask_BS` or None says
-            what is no padding.
+        find_turns: `find_turns(ids_BS, mask_BS) -> (B, S)` roles by turn, before IMAGE is marked; `mask_BS`, if not
+            None, is False on padding.
         image_token_ids: ids of the image and video placeholders.
     """
 
@@ -44,7 +44,7 @@ class RoleMap:
 
     @classmethod
     def from_pretrained(cls, processor, config) -> "RoleMap":
-        """The role map of the family `config.model_type`.
+        """The role map of the family that `config.model_type` names.
 
         Args:
             processor: the model's processor (or its tokenizer), for the ids of the turn delimiters.
@@ -53,7 +53,7 @@ class RoleMap:
         Raises:
             ValueError: an unknown family, or a tokenizer without the family's delimiters.
         """
-        from avar_verl.model.families import get_family  # The families build RoleMaps.
+        from avar_verl.model.families import get_family  # Here, because the families import this module.
 
         family = get_family(config.model_type)
         return family.role_map(getattr(processor, "tokenizer", processor), config)
@@ -68,16 +68,16 @@ class RoleMap:
 
         Args:
             input_ids: (B, S) integers; a row may hold one sample, padded on either side, or several packed ones.
-            attention_mask: (B, S), 0 on padding, which becomes OTHER. Without it the padding tokens at the end of a
-                row are taken for padding, also where a response has ended with one.
-            response_mask: (B, S), 1 on the tokens that are trained or were rolled out. They become RESPONSE whatever
-                their ids are (a policy can write any id), and no other position does.
+            attention_mask: (B, S), 0 on padding, which becomes OTHER. Without it, padding tokens at the end of a row
+                count as padding, even if a response ended with one.
+            response_mask: (B, S), 1 on the tokens that are trained or were rolled out. These positions become RESPONSE
+                whatever their ids are (a policy can write any id), and no others do.
 
         Returns:
             (B, S) int64 of `TokenRole`.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not match.
         """
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must be (B, S); got {tuple(input_ids.shape)}. Add the batch dimension.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Turns of a chat format, found in token ids.
 
-A format says which texts open a turn of which role and which token closes one. The texts become token ids once, when
-the tokenizer is known; after that ids are compared with ids.
+A format says which texts open a turn of each role and which tokens close a turn. The texts become token ids once, when
+the tokenizer is known; after that, only ids are compared.
 
 Shape suffixes: B = samples, S = positions.
 """
@@ -18,19 +18,19 @@ from avar_verl.model.roles import TokenRole
 class TurnFormat:
     """How a chat template writes turns.
 
-    A turn runs from its header through the token that closes it and the text behind that, or, when nothing closes it,
-    to the next header or the end of the row. The header of an assistant turn is OTHER: the model is given it. Positions
-    outside every turn are OTHER.
+    A turn runs from its header through the token that closes it and the trailing text. If nothing closes it, it runs to
+    the next header or the end of the row. The header of an assistant turn is OTHER, because the model does not write
+    it. Positions outside every turn are OTHER.
 
-    system, user, assistant: texts that open a turn of this role. A first token that every prompt has (BOS) may stand
-        under `system`: the attention sink in front of the first turn then counts as the system turn.
-    other: texts that open a turn without a role, where none of the texts above stands.
-    header_tail: tokens of the header behind these texts, whatever they are (the newline in ChatML).
-    tokens: texts in these headers that must be one token each, or the tokenizer is not the model's.
+    system, user, assistant: texts that open a turn of this role. The first token of every prompt (BOS) may be listed
+        under `system`: the attention sink before the first turn then counts as the system turn.
+    other: texts that open a turn without a role, if none of the texts above matches there.
+    header_tail: number of header tokens after these texts, whatever they are (the newline in ChatML).
+    tokens: texts in these headers that must each be one token; otherwise the tokenizer is not the model's.
     ends: texts, each one token, that close a turn.
-    trailing: text, one token, that belongs to a turn when it stands behind its end.
-    anchored: headers count only at the start of a row, behind an end (and its trailing text), behind the header of a
-        `system` turn that is one token, or behind padding; for headers of ordinary words ("User:").
+    trailing: text, one token, that belongs to a turn if it follows the turn's end.
+    anchored: headers count only at the start of a row, after an end (and its trailing text), after a one-token `system`
+        header, or after padding; for headers that are ordinary words ("User:").
     """
 
     system: tuple[str, ...] = ()
@@ -55,9 +55,10 @@ def _one_token(tokenizer, text: str) -> int:
 
 
 def _spellings(tokenizer, text: str, ends: tuple[str, ...], trailing: str) -> tuple[tuple[int, ...], ...]:
-    """Ids of `text` at the start of a prompt and behind whatever a turn may end with.
+    """Ids of `text` at the start of a prompt and after anything that a turn may end with.
 
-    Several, since a tokenizer may write a word in one way at the start of a text and in another behind a special token.
+    There can be several, because a tokenizer may encode a word differently at the start of a text and after a special
+    token.
     """
     spellings = {tuple(tokenizer.encode(text, add_special_tokens=False))}
     for before in (*ends, *(end + trailing for end in ends), "\n"):
@@ -65,7 +66,7 @@ def _spellings(tokenizer, text: str, ends: tuple[str, ...], trailing: str) -> tu
         ids = tokenizer.encode(before + text, add_special_tokens=False)
         if ids[: len(prefix)] == prefix:
             spellings.add(tuple(ids[len(prefix) :]))
-    # Behind a word: " [/INST]", whose space many tokenizers write into the first token of the header.
+    # After a word: " [/INST]", whose space many tokenizers merge into the first token of the header.
     word = tokenizer.encode("a", add_special_tokens=False)
     ids = tokenizer.encode(f"a {text}", add_special_tokens=False)
     if ids[: len(word)] == word and tuple(ids[len(word) + 1 :]) not in spellings:
@@ -83,8 +84,8 @@ def _spellings(tokenizer, text: str, ends: tuple[str, ...], trailing: str) -> tu
 class Turns:
     """Callable (B, S) ids, (B, S) mask or None -> (B, S) roles by turn.
 
-    Without a mask, padding tokens behind an open turn are OTHER; with one they are what the mask says, since a response
-    may end with that token.
+    Without a mask, padding tokens after an open turn are OTHER. With a mask, the mask decides, because a response may
+    end with that token.
     """
 
     headers: tuple[tuple[tuple[int, ...], TokenRole], ...]
@@ -96,7 +97,7 @@ class Turns:
 
     @classmethod
     def from_tokenizer(cls, tokenizer, turn_format: TurnFormat) -> "Turns":
-        """Read the ids off a tokenizer.
+        """Look up the ids in a tokenizer.
 
         Raises:
             ValueError: an end is not one token of the vocabulary, or a header cannot be written with it.
@@ -117,7 +118,7 @@ class Turns:
             for text in texts
             for ids in _spellings(tokenizer, text, ends, trailing)
         ]
-        # Where an end itself pads, what follows the first one is outside the turn anyway.
+        # If an end token is also the padding token, everything after the first one is outside the turn anyway.
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id not in end_ids else None
         return cls(tuple(headers), turn_format.header_tail, end_ids, trailing_id, turn_format.anchored, pad_id)
 
@@ -149,7 +150,7 @@ class Turns:
             role_at_start_BS = role_at_start_BS.masked_fill(match_BS, int(role))
             header_at_start_BS = header_at_start_BS.masked_fill(match_BS, len(header) + self.header_tail)
 
-        # Every position looks back to the start of its turn, and counts the ends since.
+        # For every position, find the start of its turn and count the ends since then.
         last_start_BS = torch.where(starts_BS, positions_S, -1).cummax(dim=1).values
         start_BS = last_start_BS.clamp(min=0)
         ends_before_BS = ends_BS.long().cumsum(dim=1) - ends_BS.long()
@@ -160,14 +161,14 @@ class Turns:
         in_header_BS = positions_S - start_BS < header_at_start_BS.gather(1, start_BS)
         roles_BS = roles_BS.masked_fill((roles_BS == TokenRole.RESPONSE) & in_header_BS, int(TokenRole.OTHER))
         if self.pad_id is not None and mask_BS is None:
-            # Padding on the right of an open turn: a run of the padding token up to the end of the row.
+            # Right padding after an open turn: a run of padding tokens up to the end of the row.
             other_BS = (ids_BS != self.pad_id).long()
             tail_BS = other_BS.flip(1).cumsum(1).flip(1) == 0
             roles_BS = roles_BS.masked_fill(tail_BS, int(TokenRole.OTHER))
         return roles_BS
 
 
-# Qwen and InternVL, and LLaVA's models on Qwen. A turn of another name (tool) has no role.
+# Qwen and InternVL, and LLaVA's models on Qwen. A turn with any other name (tool) has no role.
 CHATML = TurnFormat(
     system=("<|im_start|>system",),
     user=("<|im_start|>user",),

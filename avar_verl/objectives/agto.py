@@ -17,15 +17,15 @@ import torch
 
 from avar_verl.model.roles import TokenRole
 
-# Columns that `mean_over_queries` adds behind the R role masses.
+# Columns that `mean_over_queries` adds after the R role masses.
 RATIO, SHARE = len(TokenRole), len(TokenRole) + 1
 
 
 def mean_over_queries(mass_BHQR: torch.Tensor, valid_BQ: torch.Tensor) -> torch.Tensor:
     """Mean over the real queries of a layer: (B, H, R + 2), 0 for a sample without queries.
 
-    The last two columns are the mean of m_image / m_system and of m_image / (m_image + m_system), for the log: they
-    carry no gradient.
+    The last two columns are the mean of m_image / m_system and of m_image / (m_image + m_system), for the log, without
+    gradients.
     """
     with torch.no_grad():
         image, system = mass_BHQR[..., TokenRole.IMAGE], mass_BHQR[..., TokenRole.SYSTEM]
@@ -37,9 +37,10 @@ def mean_over_queries(mass_BHQR: torch.Tensor, valid_BQ: torch.Tensor) -> torch.
 
 @dataclass(frozen=True)
 class AgtoTerms:
-    """Per-sample guidance terms and who has them; a sample that does not have a term has 0 there.
+    """Per-sample guidance terms, and which samples have them; a sample without a term has 0 there.
 
-    `enhance_B`, `suppress_B`: float32. `has_enhance_B`: an image and a query. `has_suppress_B`: also a system turn.
+    `enhance_B`, `suppress_B`: float32. `has_enhance_B`: the sample has an image and a query. `has_suppress_B`: also a
+        system turn.
     """
 
     enhance_B: torch.Tensor
@@ -53,8 +54,8 @@ def eligible(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which samples have an enhance term (image and query) and a suppress term (also a system turn), bool (B,) each.
 
-    `has_image_B`: which samples have an image that no key of these layers stands for (cross-attention); they have no
-    enhance term.
+    `has_image_B`: which samples have an image without keys in these layers (cross-attention); they have no enhance
+    term.
     """
     has_query_B, has_keys_B = valid_BQ.any(1), (roles_BS == TokenRole.IMAGE).any(1)
     has_image_B = has_keys_B if has_image_B is None else has_image_B
@@ -84,12 +85,12 @@ def agto_terms(
         roles_BS: roles of the keys, for |K_image| and |K_system|.
         valid_BQ: which queries are real.
         epsilon: the paper's, inside the logarithm of L_suppress. >= 0.
-        image_target: mass in (0, 1] from which a head is no longer pushed towards the image; None never stops.
-        system_floor: mass in [0, 1) below which a head is no longer pushed off the system turn; None never stops.
+        image_target: mass in (0, 1] at which a head is no longer pushed towards the image; None never stops.
+        system_floor: mass in [0, 1) below which a head is no longer pushed away from the system turn; None never stops.
         layer_weights: L positive weights of mean_l, normalised by their sum; None is the plain mean.
         has_image_B: see `eligible`.
 
-    Gradients flow through the masses. A mass of exactly 0 counts as the smallest positive float and has no gradient.
+    Differentiable in the masses. A mass of exactly 0 counts as the smallest positive float and has no gradient.
     """
     has_enhance_B, has_suppress_B = eligible(roles_BS, valid_BQ, has_image_B)
     num_image_B = (roles_BS == TokenRole.IMAGE).sum(1).clamp(min=1)[:, None, None]
@@ -116,7 +117,7 @@ def agto_terms(
 
 
 def schedule(step: int, warmup_steps: int = 0, anneal: tuple[int, int] | None = None) -> float:
-    """Factor of alpha and beta at an optimizer step (from 0): up linearly over the warm-up, down over the annealing.
+    """Factor of alpha and beta at an optimizer step (from 0): rises linearly in the warm-up, falls in the annealing.
 
     1 from step `warmup_steps` on; with `anneal = (first, last)` it falls linearly from 1 at `first` to 0 at `last`.
 

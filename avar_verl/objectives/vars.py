@@ -3,8 +3,8 @@
 
     r_visual = mean_{t in T} mean_{l in L} m_image(l, t) / (m_system(l, t) + epsilon)     if the answer is right, else 0
 
-T are the response tokens, m(l, t) the mean over heads (arXiv 2603.03825, the VARS reward). The ratio has no bound and a
-policy can raise it by starving its denominator, so a bounded statistic and several shapings stand beside it.
+T are the response tokens, m(l, t) the mean over heads (arXiv 2603.03825, the VARS reward). The ratio is unbounded, and
+a policy can raise it by shrinking the denominator, so there are also a bounded statistic and several shapings.
 
 Shape suffixes: B = samples, H = query heads, Q = queries, R = token roles, X = R and more, F = fields of VISUAL_FIELDS
 """
@@ -17,14 +17,14 @@ from avar_verl.model.roles import TokenRole
 from avar_verl.objectives.agto import normalized_weights
 from avar_verl.objectives.vas import attention_ratio
 
-# What the log-prob pass returns for every sample, a vector of F numbers.
+# What the log-prob pass returns for every sample: a vector of F numbers.
 VISUAL_FIELDS = (
     *("ratio", "image_share", "image_mass", "system_mass", "vas"),
     *("num_queries", "num_image", "num_system"),
 )
-# Those that a sample without a system turn does not have.
+# Undefined for a sample without a system turn.
 _OF_SYSTEM = [VISUAL_FIELDS.index(name) for name in ("ratio", "image_share", "vas")]
-# The masses that it reads.
+# The masses that the reduction reads.
 VISUAL_ROLES = (TokenRole.SYSTEM, TokenRole.IMAGE)
 STATISTICS = ("ratio", "image_share")
 SHAPINGS = ("none", "clip", "log", "rank")
@@ -33,13 +33,13 @@ SHAPINGS = ("none", "clip", "log", "rank")
 class VisualReduction:
     """Reduction of one layer for `capture_mass`: the first five of VISUAL_FIELDS, means over the sample's queries.
 
-    (B, H, Q, R) -> (B, 5); nan where a sample has no query. `ratio` and `image_share` are of masses averaged over the
-    heads, as in r_visual; `vas` is the metric of the paper, the mean over heads of m_image / m_system, without an
-    epsilon: inf where a head gives the system turn no mass at all.
+    (B, H, Q, R) -> (B, 5); nan for a sample without queries. `ratio` and `image_share` use masses averaged over the
+    heads, as in r_visual. `vas` is the paper's metric, the mean over heads of m_image / m_system without an epsilon:
+    inf if a head gives the system turn no mass at all.
     """
 
     def __init__(self, epsilon: float, head_mean: Callable[[torch.Tensor], torch.Tensor] | None = None):
-        """`head_mean(x_BHQX) -> x_BQX` where the heads are spread over several processes."""
+        """`head_mean(x_BHQX) -> x_BQX`, needed if the heads are spread over several processes."""
         self.epsilon = epsilon
         self.head_mean = head_mean or (lambda x_BHQX: x_BHQX.mean(1))
 
@@ -63,8 +63,7 @@ def visual_fields(
 
     Layers are averaged, by `layer_weights` if given.
 
-    `ratio`, `image_share` and `vas` of a sample without a system turn are nan, not defined: epsilon must not make up a
-    number.
+    `ratio`, `image_share` and `vas` of a sample without a system turn are nan: epsilon must not make up a number.
     """
     counts = [
         valid_BQ.sum(1),
@@ -92,18 +91,18 @@ def shape_visual_reward(
     shaping: str = "none",
     clip_max: float | None = None,
 ) -> torch.Tensor:
-    """r_visual of every rollout: gated on a right answer, then shaped. (B,) float32, 0 for a wrong answer.
+    """r_visual of every rollout: gated on a correct answer, then shaped. (B,) float32, 0 for a wrong answer.
 
     Args:
         raw_B: the statistic, >= 0.
         correct_B: bool, the gate.
         groups: B hashable group ids (the prompt's uid), for `rank`.
-        shaping: `none` raw, in [0, inf); `clip` min(raw, clip_max); `log` log(1 + raw); `rank` the rank among the right
-            answers of the group divided by their number, in (0, 1], ties share the mean rank.
+        shaping: `none` raw, in [0, inf); `clip` min(raw, clip_max); `log` log(1 + raw); `rank` the rank among the
+            correct answers of the group divided by their number, in (0, 1]; ties share the mean rank.
         clip_max: bound of `clip`, > 0.
 
     Raises:
-        ValueError: a right answer whose statistic is not finite, or an unknown shaping.
+        ValueError: a correct answer whose statistic is not finite, or an unknown shaping.
 
     >>> shape_visual_reward(torch.tensor([2.0, 8.0, 5.0]), torch.tensor([True, True, False]), ["a"] * 3, "clip", 4.0)
     tensor([2., 4., 0.])

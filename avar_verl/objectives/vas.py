@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Visual Attention Score (VAS) and its bounded companions, from attention masses.
 
-VAS is a ratio whose denominator a head can drive to zero, so a mean of it is a statement about a few heads. The
-companions are reported beside it everywhere: image share in [0, 1], ratio of mean masses, median over heads.
+VAS is a ratio whose denominator can approach zero in a head, so a few heads can dominate its mean. Its companions are
+always reported with it: image share in [0, 1], ratio of mean masses, median over heads.
 
 Shape suffixes: B = samples, L = layers, H = query heads, Q = queries, R = token roles
 """
@@ -20,29 +20,29 @@ STATISTICS = ("vas", "vas_median", "ratio_of_means", "log_ratio", "image_share",
 
 
 def band(vas: float) -> str | None:
-    """The paper's band of a VAS; None for one that is not finite."""
+    """The paper's band of a VAS; None if it is not finite."""
     return next(name for bound, name in BANDS if vas < bound) if math.isfinite(vas) else None
 
 
 def image_share(mass: torch.Tensor) -> torch.Tensor:
-    """m_image / (m_image + m_system), in [0, 1]; (..., R) -> (...). nan where both masses are 0."""
+    """m_image / (m_image + m_system), in [0, 1]; (..., R) -> (...). nan if both masses are 0."""
     image, system = mass[..., TokenRole.IMAGE], mass[..., TokenRole.SYSTEM]
     return image / (image + system)
 
 
 def attention_ratio(mass: torch.Tensor) -> torch.Tensor:
-    """m_image / m_system, in [0, inf]; (..., R) -> (...). inf where the system mass is 0, nan where both are."""
+    """m_image / m_system, in [0, inf]; (..., R) -> (...). inf if the system mass is 0, nan if both are."""
     return mass[..., TokenRole.IMAGE] / mass[..., TokenRole.SYSTEM]
 
 
 def vas_statistics(
     ratio_LH: torch.Tensor, share_LH: torch.Tensor, image_LH: torch.Tensor, system_LH: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The `STATISTICS` of means over queries by layer and head, (..., L, H) -> (...) each.
+    """The `STATISTICS`, from means over queries by layer and head; (..., L, H) -> (...) each.
 
     `vas`, the paper's mean over layers, heads and queries of the ratio; `vas_median`, the median over layers and heads
     of the mean ratio; `ratio_of_means`, mean image mass over mean system mass; `log_ratio`, its natural logarithm;
-    `image_share`; `image_mass`; `system_mass`. A ratio is inf where its denominator is 0, nan where both masses are.
+    `image_share`; `image_mass`; `system_mass`. A ratio is inf if its denominator is 0, nan if both masses are.
     """
     image, system = image_LH.mean((-2, -1)), system_LH.mean((-2, -1))
     return {
@@ -61,8 +61,8 @@ class VasSums:
     """Sums over samples and queries that add up across batches and processes.
 
     `ratio_LH`, `share_LH`, `image_LH`, `system_LH`: float64 sums over all real queries, by layer and head.
-    `num_queries`: how many. `num_samples`: samples that counted. `num_skipped`: samples left out, because they lack
-    an image, a system turn or a query, for which VAS is not defined.
+    `num_queries`: how many. `num_samples`: samples that counted. `num_skipped`: samples left out because they lack an
+    image, a system turn or a query, so that VAS is not defined.
     """
 
     ratio_LH: torch.Tensor
@@ -109,8 +109,8 @@ def vas_sums(mass_BLHQR: torch.Tensor, key_roles_BS: torch.Tensor, valid_BQ: tor
 
     Args:
         mass_BLHQR: attention masses of the selected queries.
-        key_roles_BS: `TokenRole` of the keys, to tell which samples have an image and a system turn.
-        valid_BQ: bool, False on filling.
+        key_roles_BS: `TokenRole` of the keys, to find samples with an image and a system turn.
+        valid_BQ: bool, False on padding.
     """
     has_image_B = (key_roles_BS == TokenRole.IMAGE).any(1)
     has_system_B = (key_roles_BS == TokenRole.SYSTEM).any(1)

@@ -512,7 +512,7 @@ class VisionAttentionChild(VisionAttention):
 def test_the_eager_function_is_the_one_that_the_class_names():
     assert capture._eager_of(TextAttention()) is text_eager_attention_forward
     assert capture._eager_of(VisionAttentionChild()) is vision_eager_attention_forward
-    with pytest.raises(ValueError, match="must be defined beside the attention class; got Linear without one"):
+    with pytest.raises(ValueError, match="must be defined in the file of the attention class; got Linear without one"):
         capture._eager_of(torch.nn.Linear(2, 2))
 
 

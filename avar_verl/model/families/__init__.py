@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families by `config.model_type`, each in a file of its own that ends in `FAMILY = Family(...)`."""
+"""Model families by `config.model_type`. Each has its own file, which ends in `FAMILY = Family(...)`."""
 
 import importlib
 
 from avar_verl.model.family import Family
 
-# Modules of this package; one is imported when its family is asked for.
+# model_type -> module of this package, which is imported when its family is first used.
 FAMILIES: dict[str, str] = {
     "gemma3": "gemma3",
     "glm4v": "glm4v",
@@ -23,7 +23,7 @@ FAMILIES: dict[str, str] = {
 
 
 def get_family(model_type: str) -> Family:
-    """The family of `config.model_type`.
+    """The family that `config.model_type` names.
 
     Raises:
         ValueError: an unknown family; the message names the known ones.

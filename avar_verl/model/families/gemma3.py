@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 3. An image is 256 tokens of a square; image tokens of one image see each other in both directions.
+"""Gemma 3. An image is a square of 256 tokens; tokens of one image see each other in both directions.
 
-The chat template folds the system message into the first user turn, where no id tells the two apart. So the text of a
+The chat template folds the system message into the first user turn, where ids do not distinguish them. So the text of a
 system message is USER, and SYSTEM is `<bos>`, the attention sink before the first turn.
 """
 
@@ -26,13 +26,14 @@ TURNS = TurnFormat(
 
 
 def token_inputs(config, ids_BS: torch.Tensor, features: dict) -> dict[str, torch.Tensor]:
-    """`token_type_ids`, 1 on image tokens: those of one image see each other."""
+    """`token_type_ids`, 1 on image tokens, which see each other within an image."""
     return {"token_type_ids": (ids_BS == config.image_token_id).long()}
 
 
 def places(processor, features: dict, image_sizes: list | None) -> list[torch.Tensor]:
-    """Every image is stretched to a square of `image_seq_length` tokens. With pan and scan an image has more crops than
-    one, which the features do not tell apart: then the number of images does not fit, an error."""
+    """Every image is stretched to a square of `image_seq_length` tokens. With pan and scan an image has several crops,
+    which the features do not distinguish; then the number of images does not match, which is an error.
+    """
     side = math.isqrt(processor.image_seq_length)
     return [grid_places(side, side) for _ in features["pixel_values"]]
 
@@ -46,5 +47,5 @@ FAMILY = Family(
     projectors=("model.multi_modal_projector",),
     token_inputs=token_inputs,
     places=places,
-    unpackable="image tokens of one image see each other, by a mask that knows no packed samples",
+    unpackable="image tokens of one image see each other, through a mask that does not support packed samples",
 )

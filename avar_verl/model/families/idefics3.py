@@ -9,7 +9,9 @@ from avar_verl.model.turns import TurnFormat
 
 
 def turns(tokenizer) -> TurnFormat:
-    """The first token of a prompt is the tokenizer's: `<|im_start|>` in SmolVLM, `<|begin_of_text|>` in Idefics3."""
+    """The first token of a prompt is the tokenizer's bos_token: `<|im_start|>` in SmolVLM, `<|begin_of_text|>` in
+    Idefics3.
+    """
     first = [text for text in ("<|im_start|>", "<|begin_of_text|>") if text == tokenizer.bos_token]
     if not first:
         raise ValueError(
@@ -30,7 +32,7 @@ def turns(tokenizer) -> TurnFormat:
 FAMILY = Family(
     model_types=("idefics3", "smolvlm"),
     turns=turns,
-    system="the first token and the system turn behind it, if there is one",
+    system="the first token and the system turn after it, if there is one",
     placeholders=("image_token_id",),
     vision_tower="model.vision_model",
     projectors=("model.connector",),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """InternVL in its Hugging Face form (InternVL2.5-hf, InternVL3-hf, InternVL3.5-HF).
 
-An image is cut into square tiles of a canvas that fits its shape, and, when there are several, a thumbnail of the whole
+An image is cut into square tiles of a canvas that fits its shape. If there are several tiles, a thumbnail of the whole
 image follows. `<img>` and `</img>` around the placeholders keep the role of their turn.
 """
 
@@ -15,7 +15,7 @@ from avar_verl.model.turns import CHATML
 
 
 def places(processor, features: dict, image_sizes: list | None) -> list[torch.Tensor]:
-    """Tiles of the canvas, row by row, then the thumbnail where there is more than one tile.
+    """Tiles of the canvas, row by row, then the thumbnail if there is more than one tile.
 
     Raises:
         ValueError: without `image_sizes`, from which the processor chooses the canvas.
@@ -46,7 +46,7 @@ def places(processor, features: dict, image_sizes: list | None) -> list[torch.Te
 FAMILY = Family(
     model_types=("internvl",),
     turns=CHATML,
-    system="the system turn; the chat template writes none of its own, so give every prompt one",
+    system="the system turn; the chat template adds none, so give every prompt one",
     placeholders=("image_token_id",),
     vision_tower="model.vision_tower",
     projectors=("model.multi_modal_projector",),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT (v1.6) on Mistral, Vicuna, Yi, Qwen and Llama 3: five chat formats, told apart by the chat template.
+"""LLaVA-NeXT (v1.6) on Mistral, Vicuna, Yi, Qwen and Llama 3: five chat formats, distinguished by the chat template.
 
 Mistral's and Vicuna's turns open with ordinary words, so a user who writes `[INST]` or `USER:` opens a turn too.
 """
@@ -9,7 +9,7 @@ from avar_verl.model.turns import CHATML, LLAMA3, TurnFormat
 
 MISTRAL = TurnFormat(system=("<s>",), user=("[INST]",), assistant=("[/INST]",), tokens=("<s>",), ends=("</s>",))
 VICUNA = TurnFormat(system=("<s>",), user=("USER:",), assistant=("ASSISTANT:",), tokens=("<s>",), ends=("</s>",))
-# What tells a chat template apart -> its format.
+# A mark in the chat template -> its format.
 FORMATS = {
     "<|im_start|>": CHATML,
     "<|start_header_id|>": LLAMA3,
@@ -22,7 +22,7 @@ def turns(tokenizer) -> TurnFormat:
     """The format of the tokenizer's chat template.
 
     Raises:
-        ValueError: no chat template, or one of none of these formats.
+        ValueError: no chat template, or one without any of these formats.
     """
     template = tokenizer.chat_template
     for mark, turn_format in FORMATS.items():
@@ -37,7 +37,7 @@ def turns(tokenizer) -> TurnFormat:
 FAMILY = Family(
     model_types=("llava_next",),
     turns=turns,
-    system="on Mistral and Vicuna what stands before the first user turn, `<s>` at least; else the system turn",
+    system="on Mistral and Vicuna everything before the first user turn, at least `<s>`; else the system turn",
     placeholders=("image_token_index", "image_token_id"),
     vision_tower="model.vision_tower",
     projectors=("model.multi_modal_projector",),

@@ -7,7 +7,7 @@ from avar_verl.model.turns import CHATML
 FAMILY = Family(
     model_types=("llava_onevision",),
     turns=CHATML,
-    system="the system turn; the chat template writes none of its own, so give every prompt one",
+    system="the system turn; the chat template adds none, so give every prompt one",
     placeholders=("image_token_id", "video_token_id"),
     vision_tower="model.vision_tower",
     projectors=("model.multi_modal_projector",),

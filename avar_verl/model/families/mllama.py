@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama 3.2 Vision. Images are read in cross-attention layers, text in self-attention layers.
 
-A softmax of a cross-attention layer has image keys alone, so the image mass there is 1 and the system mass is 0; in a
-self-attention layer it is the other way round. No softmax has both, so
-image mass over system mass is not defined, L_enhance is a constant, and r_visual does not exist. `<|image|>` is a token
-of its turn: no feature replaces it.
+The softmax of a cross-attention layer has only image keys, so the image mass there is 1 and the system mass 0; in a
+self-attention layer the image mass is 0. No softmax has both, so image mass over system mass is not defined, L_enhance
+is a constant, and r_visual does not exist. `<|image|>` is an ordinary token of its turn: no feature replaces it.
 """
 
 import torch
@@ -24,7 +23,7 @@ def token_inputs(config, ids_BS: torch.Tensor, features: dict) -> dict[str, torc
 
     num_images, num_tiles = features["aspect_ratio_mask"].shape[1:]
     seen = [get_cross_attention_token_mask(ids_S.tolist(), config.image_token_index) for ids_S in ids_BS]
-    # Tiles that an image does not have are hidden here; `aspect_ratio_mask` hides them in the vision tower.
+    # This hides tiles that an image does not have; `aspect_ratio_mask` hides them in the vision tower.
     tiles = features["aspect_ratio_mask"].sum(-1).tolist()
     mask = convert_sparse_cross_attention_mask_to_dense(seen, tiles, num_tiles, ids_BS.shape[1])
     mask = torch.from_numpy(mask).to(ids_BS.device)
@@ -34,17 +33,19 @@ def token_inputs(config, ids_BS: torch.Tensor, features: dict) -> dict[str, torc
 def fill_text_only(like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Features of a sample without an image: one black image that no token sees."""
     features = {key: torch.zeros_like(value[:1, :1]) for key, value in like.items()}
-    # As the image processor does for images that a sample does not have: with no tile at all the tower has no key.
+    # As the image processor does for images that a sample does not have: without any tile, the tower would have no
+    # keys.
     features["aspect_ratio_mask"][..., 0] = 1
     return features
 
 
 def hide_images_from_rows_without(model: torch.nn.Module) -> None:
-    """Make a token that sees no image read none, as in the model's reference implementation.
+    """Make a token that sees no image read nothing from images, as in the model's reference implementation.
 
     Transformers unmasks the row of such a token (models/mllama/modeling_mllama.py:73 in 5.9.0) and multiplies what the
-    MLP adds by 0, but not what the attention adds. So tokens before an image, and whole samples beside others that have
-    images, read the mean of all images that the batch pads to, and a sample depends on the batch it is in.
+    MLP adds by 0, but not what the attention adds. So tokens before an image, and samples without images in a batch
+    with images, read the mean of all images that the batch is padded to, and the result for a sample depends on its
+    batch.
     """
     from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
@@ -66,7 +67,7 @@ def hide_images_from_rows_without(model: torch.nn.Module) -> None:
 FAMILY = Family(
     model_types=("mllama",),
     turns=LLAMA3,
-    system="`<|begin_of_text|>` and the system turn behind it, if there is one",
+    system="`<|begin_of_text|>` and the system turn after it, if there is one",
     placeholders=(),
     vision_tower="model.vision_model",
     projectors=("model.multi_modal_projector",),

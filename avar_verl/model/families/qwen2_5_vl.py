@@ -8,7 +8,7 @@ from avar_verl.model.turns import CHATML
 FAMILY = Family(
     model_types=("qwen2_5_vl",),
     turns=CHATML,
-    system="the system turn; the chat template writes a default one when the messages have none",
+    system="the system turn; the chat template adds a default one when the messages have none",
     placeholders=("image_token_id", "video_token_id"),
     vision_tower="model.visual",
     projectors=("model.visual.merger",),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen3-VL and its mixture of experts.
 
-Features of three depths of the vision tower enter the language model (deepstack), each through a merger of its own.
+Features from three depths of the vision tower enter the language model (deepstack), each through its own merger.
 """
 
 from avar_verl.model.families.grid import grid_thw_places
@@ -11,7 +11,7 @@ from avar_verl.model.turns import CHATML
 FAMILY = Family(
     model_types=("qwen3_vl", "qwen3_vl_moe"),
     turns=CHATML,
-    system="the system turn; the chat template writes none of its own, so give every prompt one",
+    system="the system turn; the chat template adds none, so give every prompt one",
     placeholders=("image_token_id", "video_token_id"),
     vision_tower="model.visual",
     projectors=("model.visual.merger", "model.visual.deepstack_merger_list"),
