@@ -36,6 +36,10 @@ MOVED = {
     "avar_verl.engine": "avar_verl.plugin.engine",
     "avar_verl.engine_config": "avar_verl.plugin.engine.config",
     "avar_verl.evaluation": "avar_verl.tools.evaluate",
+    "avar_verl.evaluation.grade": "avar_verl.tools.grade",
+    "avar_verl.evaluation.items": "avar_verl.tools.items",
+    "avar_verl.evaluation.records": "avar_verl.tools.records",
+    "avar_verl.evaluation.statistics": "avar_verl.tools.stats",
     "avar_verl.families": "avar_verl.model.families",
     "avar_verl.families.family": "avar_verl.model.family",
     "avar_verl.families.turns": "avar_verl.model.turns",
@@ -55,6 +59,7 @@ MOVED = {
     "avar_verl.trainer": "avar_verl.plugin.trainer",
     "avar_verl.trainer.grpo": "avar_verl.plugin.trainer.ppo",
     "avar_verl.vas": "avar_verl.tools.vas",
+    "avar_verl.vas.records": "avar_verl.tools.runs",
     "avar_verl.vllm_plugin": "avar_verl.plugin.vllm_plugin",
 }
 

@@ -14,7 +14,6 @@ LAYERS = ("plugin", "tools")
 
 # Imports that break a rule, as (room, room): what has to come first. It only gets shorter.
 KNOWN: dict[tuple[str, str], str] = {
-    ("tools.generate", "tools.evaluate"): "answers, items, records and statistics have no home that both can share",
     ("tools.generate", "tools.vas"): "rows become conversations in vas.rows",
 }
 

@@ -36,6 +36,7 @@ from avar_verl.tools.plots import (
     printable,
     svg,
 )
+from avar_verl.tools.stats import standard_error
 
 STAGES = ("base", "sft", "agto", "avar")
 STARTS_FROM = {"base": None, "sft": "base", "agto": "base", "avar": "agto"}
@@ -172,11 +173,6 @@ def read_log(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[int, flo
 
 
 # ---- words -----------------------------------------------------------------------------------------------------
-
-
-def standard_error(accuracy: float, n: int) -> float:
-    """sqrt(p (1 - p) / n), the standard error of a share of right answers."""
-    return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def accuracy_text(accuracy: float, n: int) -> str:

@@ -29,6 +29,7 @@ from avar_verl.rewards.accuracy import extract_answer, grade_answer
 from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.demo.report import write_report
 from avar_verl.tools.demo.tiny_model import build_tiny_model
+from avar_verl.tools.runs import SETTINGS, check_settings
 from avar_verl.tools.vas.measure import Item, generate, image_attention, measure_vas
 
 NUM_SHOWN = 6
@@ -111,19 +112,7 @@ class Demo:
         self.started = time.monotonic()
         for name in ("data", "logs", "stages", "checkpoints"):
             (self.run_dir / name).mkdir(parents=True, exist_ok=True)
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        """A folder holds one run: going on in it with other settings would mix two."""
-        path = self.run_dir / "settings.json"
-        wanted = json.loads(json.dumps(asdict(self.settings)))
-        if path.exists() and (found := json.loads(path.read_text())) != wanted:
-            changed = sorted(key for key in wanted if found.get(key) != wanted[key])
-            raise ValueError(
-                f"{self.run_dir} holds a run with other settings; got changes in {changed}. "
-                "Start over with --fresh, or choose another folder with --out."
-            )
-        path.write_text(json.dumps(wanted, indent=1))
+        check_settings(self.run_dir / SETTINGS, asdict(settings))
 
     # ---- inputs ------------------------------------------------------------------------------------------------
 

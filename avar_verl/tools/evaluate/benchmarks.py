@@ -19,8 +19,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from avar_verl.rewards.accuracy import accepted_answers
-from avar_verl.tools.evaluate.grade import LETTERS, check_letter
-from avar_verl.tools.evaluate.items import IMAGE, Item
+from avar_verl.tools.grade import LETTERS, check_letter
+from avar_verl.tools.items import IMAGE, Item
 
 TASK_DIR = Path(__file__).parent / "tasks"
 INSTRUCTION = (

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from avar_verl.tools.evaluate.items import Item
+from avar_verl.tools.items import Item
 
 MAX_FAILURES_IN_A_ROW = 10
 """Items without an answer, one after the other, that end a run: that is no bad item any more."""

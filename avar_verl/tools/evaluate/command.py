@@ -113,8 +113,8 @@ def _compare(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from avar_verl.tools.evaluate.run import read_run
-    from avar_verl.tools.evaluate.statistics import compare
     from avar_verl.tools.evaluate.tables import check_same_questions, comparison_table
+    from avar_verl.tools.stats import compare
 
     if len(args.runs) < 2:
         raise ValueError(f"avar eval compare needs two folders or more; got {args.runs}. Name them.")

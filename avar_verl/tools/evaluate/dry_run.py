@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from avar_verl.tools.evaluate.benchmarks import COMMIT, TASK_DIR, Benchmark, expand, load_benchmark, make_item
-from avar_verl.tools.evaluate.items import Item, parquet_items
+from avar_verl.tools.items import Item, parquet_items
 
 
 def example_docs(name: str) -> list[dict[str, Any]]:

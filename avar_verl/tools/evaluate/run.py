@@ -3,7 +3,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +15,12 @@ from tqdm import tqdm
 
 from avar_verl.tools.evaluate.benchmarks import Benchmark, benchmark_items, expand, load_benchmark, resolve_revision
 from avar_verl.tools.evaluate.client import Sampling, ask, ask_all, make_client, served_name
-from avar_verl.tools.evaluate.grade import find_answer, is_correct
 from avar_verl.tools.evaluate.intervene import Intervention, check_server, make_intervention
-from avar_verl.tools.evaluate.items import Item, parquet_items
-from avar_verl.tools.evaluate.records import Record, RecordFile, model_fingerprint, read_records
 from avar_verl.tools.evaluate.server import NAME, cpu_environment, free_port, running_server, server_command
-from avar_verl.tools.evaluate.statistics import group_accuracy, standard_error
+from avar_verl.tools.items import Item, parquet_items
+from avar_verl.tools.records import Record, Records, graded, read
+from avar_verl.tools.runs import fingerprint, write_json
+from avar_verl.tools.stats import group_accuracy, standard_error
 
 RESULTS = "results.json"
 # Changes whenever the same response would be graded otherwise.
@@ -123,6 +122,8 @@ def local_model(settings: EvalSettings) -> Path | None:
     """The model's folder, fetched from the hub where `model` is a name there; None for a remote server's model."""
     path = Path(settings.model)
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--model must be a Hugging Face folder; got no config.json in {path}. Check the path.")
         return path.resolve()
     if settings.server_url:
         return None
@@ -144,7 +145,7 @@ def record_settings(
     """What a record depends on: records of other values are not mixed with these."""
     return {
         "model": str(model or settings.model),
-        "model_fingerprint": model_fingerprint(model) if model else None,
+        "model_files": fingerprint(model) if model else None,
         "task": task.name,
         "source": task.source,
         "sampling": asdict(settings.sampling),
@@ -168,7 +169,7 @@ class Index:
     """Most images of an item."""
 
 
-def index_items(items: Iterable[Item], records: Mapping[str, Record]) -> Index:
+def index_items(items: Iterable[Item], records: Records) -> Index:
     """Read every item once, before anything is asked: a bad row is an error here, not after hours.
 
     Raises:
@@ -179,21 +180,17 @@ def index_items(items: Iterable[Item], records: Mapping[str, Record]) -> Index:
     for item in items:
         if item.id in ids:
             raise ValueError(f"items must have different ids; got {item.id!r} twice in {item.task}. Mend the data.")
-        if item.id in records and records[item.id].prompt_hash != item.prompt_hash():
-            raise ValueError(
-                f"a record must be about its item's question; got another one for item {item.id!r} of {item.task}: the "
-                "data have changed. Choose another folder with --out."
-            )
+        records.check_question(item)
         ids[item.id] = None
         num_images = max(num_images, len(item.images))
-    return Index(tuple(ids), frozenset(ids.keys() - records.keys()), num_images)
+    return Index(tuple(ids), frozenset(ids.keys() - records.records.keys()), num_images)
 
 
 async def _run_task(
     settings: EvalSettings,
     task: Task,
     index: Index,
-    file: RecordFile,
+    file: Records,
     client: openai.AsyncOpenAI,
     model: str,
     intervention: Intervention,
@@ -207,26 +204,18 @@ async def _run_task(
 
         async def answer(item: Item) -> None:
             reply = await ask(client, model, item, settings.sampling, intervention.extra_body)
-            found = find_answer(reply.text, settings.answer_rule)
             # math-verify may take seconds; requests go on meanwhile.
-            correct = await asyncio.to_thread(is_correct, found, item.ground_truth, item.options)
-            file.add(
-                Record(
-                    id=item.id,
-                    task=item.task,
-                    prompt_hash=item.prompt_hash(),
-                    response=reply.text,
-                    answer=found,
-                    ground_truth=list(item.ground_truth),
-                    correct=correct,
-                    prompt_tokens=reply.prompt_tokens,
-                    response_tokens=reply.response_tokens,
-                    finish_reason=reply.finish_reason,
-                    seconds=round(reply.seconds, 3),
-                    data_source=item.data_source,
-                    groups=item.groups,
-                )
+            record = await asyncio.to_thread(
+                graded,
+                item,
+                reply.text,
+                settings.answer_rule,
+                prompt_tokens=reply.prompt_tokens,
+                response_tokens=reply.response_tokens,
+                finish_reason=reply.finish_reason,
+                seconds=round(reply.seconds, 3),
             )
+            file.add(record)
             bar.update()
 
         return await ask_all(todo, answer, concurrency=settings.concurrency, check=check)
@@ -270,13 +259,11 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         files = {
             task.name: stack.enter_context(
-                RecordFile(settings.out / task.name, record_settings(settings, task, model, intervention))
+                Records(settings.out / task.name, record_settings(settings, task, model, intervention))
             )
             for task in tasks
         }
-        indices = {
-            task.name: index_items(islice(task.items(), settings.n or None), files[task.name].records) for task in tasks
-        }
+        indices = {task.name: index_items(islice(task.items(), settings.n or None), files[task.name]) for task in tasks}
         num_items, num_open = (sum(len(getattr(index, x)) for index in indices.values()) for x in ("ids", "open"))
         if num_open < num_items:
             print(f"going on: {num_items - num_open} of {num_items} items are in {settings.out}", flush=True)
@@ -297,7 +284,7 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
             "intervene": intervention.text,
             "tasks": {name: summarize([files[name].records[i] for i in index.ids]) for name, index in indices.items()},
         }
-    (settings.out / RESULTS).write_text(json.dumps(results, indent=1))
+    write_json(settings.out / RESULTS, results)
     return results
 
 
@@ -305,7 +292,7 @@ async def _run_tasks(
     settings: EvalSettings,
     tasks: Sequence[Task],
     indices: Mapping[str, Index],
-    files: Mapping[str, RecordFile],
+    files: Mapping[str, Records],
     url: str,
     wanted: str,
     intervention: Intervention,
@@ -364,7 +351,7 @@ def read_run(folder: Path) -> dict[str, dict[str, Record]]:
     Raises:
         ValueError: no records there.
     """
-    tasks = {path.parent.name: read_records(path.parent)[0] for path in sorted(folder.glob("*/records.jsonl"))}
+    tasks = {path.parent.name: read(path.parent) for path in sorted(folder.glob("*/records.jsonl"))}
     tasks = {name: records for name, records in tasks.items() if records}
     if not tasks:
         raise ValueError(

@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from avar_verl.tools.evaluate.benchmarks import NAMES, PARTS
-from avar_verl.tools.evaluate.records import Record
 from avar_verl.tools.evaluate.run import summarize
-from avar_verl.tools.evaluate.statistics import Comparison
+from avar_verl.tools.records import Record
+from avar_verl.tools.stats import Comparison
 
 STAGES = ("base", "+VARD", "+AGTO", "+VARS")
 # arXiv 2603.03825, Qwen2.5-VL-7B. Mean over the seven benchmarks in per cent, and VAS; the benchmarks one by one are

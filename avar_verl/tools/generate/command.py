@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from avar_verl.intervention.spec import InterventionSpec
-    from avar_verl.tools.evaluate.items import Item
-    from avar_verl.tools.evaluate.records import Record
     from avar_verl.tools.generate.answers import Backend, Prompt, PromptReader
+    from avar_verl.tools.items import Item
+    from avar_verl.tools.records import Record
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -172,9 +172,8 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 def _asker(backend: "Backend", prompts: dict[str, "Prompt"], batch_size: int) -> Any:
     """`ask(items, spec)` of `run_sweep`."""
-    from avar_verl.tools.evaluate.grade import find_answer, is_correct
-    from avar_verl.tools.evaluate.records import Record
     from avar_verl.tools.generate.answers import in_batches
+    from avar_verl.tools.records import graded
 
     def ask(items: Sequence["Item"], spec: "InterventionSpec") -> Iterator["Record"]:
         for batch in in_batches(items, batch_size):
@@ -182,20 +181,13 @@ def _asker(backend: "Backend", prompts: dict[str, "Prompt"], batch_size: int) ->
             answers = backend.answers([prompts[item.id] for item in batch], spec)
             seconds = time.monotonic() - start
             for item, answer in zip(batch, answers, strict=True):
-                found = find_answer(answer.text)
-                yield Record(
-                    id=item.id,
-                    task=item.task,
-                    prompt_hash=item.prompt_hash(),
-                    response=answer.text,
-                    answer=found,
-                    ground_truth=list(item.ground_truth),
-                    correct=is_correct(found, item.ground_truth, item.options),
+                yield graded(
+                    item,
+                    answer.text,
                     prompt_tokens=len(prompts[item.id].rendered.ids_S),
                     response_tokens=answer.response_tokens,
                     finish_reason=answer.finish_reason,
                     seconds=seconds,
-                    data_source=item.data_source,
                 )
 
     return ask
@@ -208,10 +200,10 @@ def _sweep(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from avar_verl.intervention.spec import InterventionSpec
-    from avar_verl.tools.evaluate.items import parquet_items
-    from avar_verl.tools.evaluate.records import model_fingerprint
     from avar_verl.tools.generate.answers import PromptReader, check_effect, default_dtype
     from avar_verl.tools.generate.sweep import cell_results, grid, results_table, run_sweep, write_results
+    from avar_verl.tools.items import parquet_items
+    from avar_verl.tools.runs import absolute, fingerprint
     from avar_verl.tools.vas.rows import conversation
 
     lists = [f"{name}={value}" for name, value in (("layers", args.layers), ("heads", args.heads)) if value]
@@ -230,7 +222,8 @@ def _sweep(args: argparse.Namespace) -> None:
     for spec in cells:
         check_effect(spec, *keys)
     settings = {
-        "model": model_fingerprint(Path(args.model)),
+        "model": absolute(args.model),
+        "model_files": fingerprint(Path(args.model)),
         "backend": args.backend,
         "dtype": args.dtype or default_dtype(reader, _device(args)),
         "max_new_tokens": args.max_new_tokens,

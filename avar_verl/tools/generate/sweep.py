@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A grid of interventions on the same questions: accuracy of each, against doing nothing, with significance.
 
-Every cell of the grid is a folder of records (`avar_verl.tools.evaluate.records`), written answer by answer, so a
+Every cell of the grid is a folder of records (`avar_verl.tools.records`), written answer by answer, so a
 killed sweep goes on, and a grid can be widened later. `run_sweep` asks, `cell_results` compares, the rest shows.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from avar_verl.intervention.spec import InterventionSpec
-from avar_verl.tools.evaluate.items import Item
-from avar_verl.tools.evaluate.records import Record, RecordFile
-from avar_verl.tools.evaluate.statistics import Comparison, compare
+from avar_verl.tools.items import Item
+from avar_verl.tools.records import Record, Records
+from avar_verl.tools.runs import write_json
+from avar_verl.tools.stats import Comparison, compare, holm
 
 LEVEL = 0.05
 TASK = "sweep"
@@ -73,36 +73,16 @@ def run_sweep(
     correct = {}
     for spec in cells:
         name = cell_folder(out, spec).name
-        with RecordFile(cell_folder(out, spec), {**settings, "intervene": name}) as file:
-            hashes = {item.id: item.prompt_hash() for item in items}
-            for record in file.records.values():
-                if record.id in hashes and record.prompt_hash != hashes[record.id]:
-                    raise ValueError(
-                        f"answers must be to the questions of the data; got another question {record.id!r} in "
-                        f"{file.folder}. Choose another folder with --out."
-                    )
-            progress(spec, len(hashes.keys() & file.records.keys()))
+        with Records(cell_folder(out, spec), {**settings, "intervene": name}) as file:
+            for item in items:
+                file.check_question(item)
+            ids = {item.id for item in items}
+            progress(spec, len(ids & file.records.keys()))
             for record in ask([item for item in items if item.id not in file.records], spec):
                 file.add(record)
-                progress(spec, len(hashes.keys() & file.records.keys()))
+                progress(spec, len(ids & file.records.keys()))
             correct[spec] = {item.id: file.records[item.id].correct for item in items}
     return correct
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment: with k p-values, the i-th smallest times k - i + 1, never less than the one before, at most 1.
-
-    An adjusted value below 5 % is significant with a chance of at most 5 % that any of those called so is not.
-
-    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
-    adjusted, least = [0.0] * len(p_values), 0.0
-    for rank, at in enumerate(order):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[at]))
-        adjusted[at] = least
-    return adjusted
 
 
 @dataclass(frozen=True)
@@ -162,8 +142,7 @@ def results_table(results: Sequence[CellResult]) -> Table:
 
 def write_results(results: Sequence[CellResult], settings: dict[str, Any], out: Path) -> None:
     """`sweep.json` and `sweep.png` in the folder `out`."""
-    text = json.dumps({"settings": settings, "cells": [result.as_dict() for result in results]}, indent=1)
-    (out / "sweep.json").write_text(text)
+    write_json(out / "sweep.json", {"settings": settings, "cells": [result.as_dict() for result in results]})
     plot(results, out / "sweep.png")
 
 

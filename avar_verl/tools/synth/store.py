@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from avar_verl.tools.runs import whole_lines
+
 JOURNAL = "journal"
 """Folder of the journals, beside the database."""
 
@@ -90,8 +92,7 @@ class Journal:
 
 def read_journal(folder: Path) -> list[Call]:
     """The answers in the journals of a folder; a line that a kill has cut off is none."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
-    return [Call(**json.loads(line)) for line in lines if line.endswith(b"\n")]
+    return [Call(**json.loads(line)) for path in sorted(folder.glob("*.jsonl")) for line in whole_lines(path)]
 
 
 class Store:

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from avar_verl.objectives.vas import STATISTICS, vas_statistics
 from avar_verl.tools.plots import numbers
-from avar_verl.tools.vas.records import dumps, write_json
+from avar_verl.tools.runs import dumps, write_json
+from avar_verl.tools.stats import LEVEL, Bootstrap, correlate, with_interval
 from avar_verl.tools.vas.score import SUMS
 from avar_verl.tools.vas.show import estimate
-from avar_verl.tools.vas.statistics import LEVEL, MEAN_STATISTICS, Bootstrap, interval, means, with_interval
+from avar_verl.tools.vas.statistics import MEAN_STATISTICS, means
 
 # What is correlated with scores; the others are functions of these or say the same.
 CORRELATED = ("vas", "log_ratio", "image_share")
@@ -113,7 +112,7 @@ def differences(one: Measurement, reference: Measurement, query: str, bootstrap:
     mine, theirs = shared_samples(one, reference, query)
     if not mine:
         return None
-    counts_DN = bootstrap.counts(len(mine))
+    counts_DN = torch.from_numpy(bootstrap.counts(len(mine)))
     value, other = (_statistics(m, query, at, counts_DN) for m, at in ((one, mine), (reference, theirs)))
     parts = {key: with_interval(value[key] - other[key]) for key in MEAN_STATISTICS}
     return {"num_samples": len(mine), **parts}
@@ -157,40 +156,6 @@ def read_scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
     if len(out) > 1 and MEAN not in out:
         out[MEAN] = [sum(values) / len(values) for values in zip(*out.values(), strict=True)]
     return out
-
-
-def correlate(x: Sequence[float], y: Sequence[float], bootstrap: Bootstrap) -> dict[str, Any]:
-    """`pearson` and `spearman` with intervals over checkpoints, `num_models`, and `undefined`, the number of draws that
-    were left out. The values are nan where x or y is constant or not finite."""
-    x_N, y_N = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    drawn_DN = np.random.default_rng(bootstrap.seed).integers(len(x_N), size=(bootstrap.num_draws, len(x_N)))
-    index_DN = np.concatenate([np.arange(len(x_N))[None], drawn_DN])
-    out: dict[str, Any] = {"num_models": len(x_N)}
-    for name, function in (("pearson", _pearson), ("spearman", _spearman)):
-        value_D = torch.from_numpy(function(x_N[index_DN], y_N[index_DN]))
-        defined_D = ~value_D[1:].isnan()
-        kept_D = torch.cat([value_D[:1], value_D[1:][defined_D]])
-        low, high = interval(kept_D)
-        ends = {"low": None if low is None else float(low), "high": None if high is None else float(high)}
-        out[name] = {"value": float(value_D[0]), **ends}
-        out["undefined"] = int((~defined_D).sum())
-    return out
-
-
-def _pearson(x_DN: np.ndarray, y_DN: np.ndarray) -> np.ndarray:
-    """(D,) correlation of every row; nan where a row is constant or not finite."""
-    with np.errstate(all="ignore"):
-        dx, dy = (values - values.mean(1, keepdims=True) for values in (x_DN, y_DN))
-        # Not exactly 0 for a constant row, by rounding.
-        varies = (np.ptp(x_DN, axis=1) > 0) & (np.ptp(y_DN, axis=1) > 0)
-        value = (dx * dy).sum(1) / np.sqrt((dx**2).sum(1) * (dy**2).sum(1))
-    return np.where(varies, np.clip(value, -1, 1), np.nan)
-
-
-def _spearman(x_DN: np.ndarray, y_DN: np.ndarray) -> np.ndarray:
-    """(D,) correlation of the ranks of every row, ties at their mean; inf has the highest rank."""
-    ranks = _pearson(stats.rankdata(x_DN, axis=1), stats.rankdata(y_DN, axis=1))
-    return np.where(np.isnan(x_DN).any(1) | np.isnan(y_DN).any(1), np.nan, ranks)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ A folder holds one measurement: `settings.json`, `records.jsonl` (a line a sampl
 made from these at the end, `vas.json`, `words.json` and `report.html`.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -17,14 +16,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from avar_verl.tools.runs import RECORDS, RecordFile, absolute, dumps, fingerprint, write_json
+from avar_verl.tools.stats import LEVEL, Bootstrap
 from avar_verl.tools.vas import rows as data_rows
 from avar_verl.tools.vas.measure import QUERIES
-from avar_verl.tools.vas.records import RecordFile, check_settings, dumps, write_json
 from avar_verl.tools.vas.score import measurable_layers
-from avar_verl.tools.vas.statistics import LEVEL, Bootstrap, by_sample, summarize_query
+from avar_verl.tools.vas.statistics import by_sample, summarize_query
 from avar_verl.tools.vas.work import DTYPES, LocalWorkers, RayWorkers, Work, batched
 
 FORMAT = 1
@@ -109,19 +110,18 @@ class VasSettings:
         }
 
 
-def absolute(name: str) -> str:
-    """The absolute path of what is on this machine, however it was given; a name on the hub as it is."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+def _compact(value: Any) -> Any:
+    """Nested lists of numbers as float64 arrays, a quarter of their memory; the rest as it is."""
+    if isinstance(value, dict):
+        return {key: _compact(item) for key, item in value.items()}
+    is_matrix = isinstance(value, list) and value and isinstance(value[0], list)
+    return np.array(value, dtype=np.float64) if is_matrix else value  # numpy reads "inf" and "nan".
 
 
-def fingerprint(path: Path) -> str | None:
-    """Sixteen hex digits of the names, sizes and times of the files of a folder, or of one file; None of what is not on
-    this machine. A checkpoint that was trained on and written into the same place has another one."""
-    if not path.exists():
-        return None
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    stats = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+def open_records(settings: "VasSettings", out: Path | None) -> RecordFile:
+    """The records of a measurement by row, in the folder `out` or in memory only. Matrices are arrays."""
+    path = None if out is None else out / RECORDS
+    return RecordFile(path, "row", settings.identity(), _compact)
 
 
 def model_name(model: str) -> str:
@@ -172,7 +172,7 @@ def measure(settings: VasSettings, records: RecordFile, workers) -> None:
 
         def pending():
             for row in rows:
-                if row.number in records:
+                if row.number in records.records:
                     bar.update()
                 else:
                     yield row
@@ -226,15 +226,12 @@ def run_vas(settings: VasSettings, out: Path | None) -> dict[str, Any]:
     started = time.monotonic()
     if out is not None:
         check_report_packages()
-        out.mkdir(parents=True, exist_ok=True)
     layers = _check_model(settings)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     workers = RayWorkers(settings.work, settings.ray_workers) if settings.ray_workers else LocalWorkers(settings.work)
-    with RecordFile(None if out is None else out / "records.jsonl") as store, workers:
-        if out is not None:
-            check_settings(out / "settings.json", settings.identity())
+    with open_records(settings, out) as store, workers:
         measure(settings, store, workers)
-        records = store.records(settings.n)
+        records = [store.records[row] for row in sorted(store.records) if not settings.n or row < settings.n]
         summary = json.loads(dumps(summarize(settings, records, layers, time.monotonic() - started)))
         if out is None:
             return summary

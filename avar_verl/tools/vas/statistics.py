@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From records to numbers with intervals: VAS and its companions, overall and by layer, head, position and image.
 
-Every number is a function of sums over the queries of all samples that count. Its interval is the percentile bootstrap
-over samples (Efron): samples are drawn with replacement, as many as there are, `draws` times, the number is computed
-from the sums of each draw, and the interval is that between the quantiles 0.025 and 0.975. Queries of a sample depend
-on each other, so samples are drawn, not queries. Of one sample there is no interval.
+Every number is a function of sums over the queries of all samples that count. Its interval is the bootstrap of
+`tools.stats`, from the sums of each draw. Queries of a sample depend on each other, so samples are drawn, not queries.
+One sample gives no interval.
 
 Shape suffixes: N = samples, D = draws, the first of which takes every sample once; L = layers, H = query heads,
     P = bins of positions, X = anything
@@ -13,26 +12,18 @@ Shape suffixes: N = samples, D = draws, the first of which takes every sample on
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from avar_verl.objectives.vas import STATISTICS, band, vas_statistics
+from avar_verl.tools.stats import Bootstrap, with_interval
 from avar_verl.tools.vas.score import BIN_STARTS, SUMS
 
-LEVEL, QUANTILES = 0.95, (0.025, 0.975)
 # What has a meaning for means over the heads of a layer: a median over heads needs the heads.
 MEAN_STATISTICS = tuple(name for name in STATISTICS if name != "vas_median")
 HEAD_STATISTICS = ("vas", "image_share", "image_mass", "system_mass")
-
-
-def draw_counts(num_samples: int, num_draws: int, seed: int) -> torch.Tensor:
-    """(D, N) float64, how often each sample is in each draw; the first row is all ones."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(num_samples, np.full(num_samples, 1 / num_samples), size=num_draws)
-    return torch.from_numpy(np.concatenate([np.ones((1, num_samples), dtype=drawn.dtype), drawn])).double()
 
 
 def totals(counts_DN: torch.Tensor, values_NX: torch.Tensor) -> torch.Tensor:
@@ -44,49 +35,6 @@ def totals(counts_DN: torch.Tensor, values_NX: torch.Tensor) -> torch.Tensor:
         for is_special_NX, special in ((flat_NX == math.inf, math.inf), (flat_NX.isnan(), math.nan)):
             out_DX = out_DX.masked_fill(counts_DN @ is_special_NX.double() > 0, special)
     return out_DX.reshape(len(counts_DN), *values_NX.shape[1:])
-
-
-def interval(value_DX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Ends of the interval, (X,) each, from the draws behind the first; None of fewer than two draws.
-
-    Values that were drawn, with nothing between them interpolated, since a ratio may be inf. A nan in a draw makes both
-    ends nan.
-    """
-    drawn_DX = value_DX[1:]
-    if len(drawn_DX) < 2:
-        return None, None
-    sorted_DX = drawn_DX.sort(dim=0).values
-    ends = []
-    for level in QUANTILES:
-        index = min(max(math.ceil(level * len(sorted_DX)) - 1, 0), len(sorted_DX) - 1)
-        ends.append(sorted_DX[index].where(~drawn_DX.isnan().any(0), math.nan))
-    return ends[0], ends[1]
-
-
-def with_interval(value_DX: torch.Tensor) -> dict[str, Any]:
-    """`value`, `low` and `high` as numbers, or as nested lists in the shape of X; `low` and `high` may be None."""
-    low, high = interval(value_DX)
-    return {
-        "value": value_DX[0].tolist(),
-        "low": None if low is None else low.tolist(),
-        "high": None if high is None else high.tolist(),
-    }
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """Draws over any number of samples, the same for every number."""
-
-    num_draws: int = 1000
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.num_draws < 100:
-            raise ValueError(f"a bootstrap needs at least 100 draws; got {self.num_draws}. Use 1000.")
-
-    def counts(self, num_samples: int) -> torch.Tensor:
-        """(D, N), D = 1 of fewer than two samples."""
-        return draw_counts(num_samples, self.num_draws if num_samples > 1 else 0, self.seed)
 
 
 def means(
@@ -104,6 +52,10 @@ def _stacked(parts: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, dict[str
     """(N,) queries and SUMS (N, L, H) of records of one query role."""
     queries_N = torch.tensor([part["queries"] for part in parts])
     return queries_N, {name: _tensor([part[name] for part in parts]) for name in SUMS}
+
+
+def _counts(bootstrap: Bootstrap, samples: Sequence) -> torch.Tensor:
+    return torch.from_numpy(bootstrap.counts(len(samples)))
 
 
 def _tensor(values: Any) -> torch.Tensor:
@@ -138,7 +90,7 @@ def summarize_query(
             "measure other queries (--query)."
         )
     parts = [record[name] for record in kept]
-    counts_DN = bootstrap.counts(len(parts))
+    counts_DN = _counts(bootstrap, parts)
     queries_N, sums = _stacked(parts)
     mean_of = means(counts_DN, queries_N, sums)
     by_layer = _by_statistic({key: value_DLH[..., None, :] for key, value_DLH in mean_of.items()}, STATISTICS)
@@ -172,7 +124,7 @@ def by_position(positions: Sequence[Mapping[str, Any]], bootstrap: Bootstrap) ->
             continue
         queries_N = torch.tensor([one["queries"][index] for one in there])
         sums = {name: _tensor([one[name][index] for one in there])[:, :, None] for name in SUMS}
-        mean_of = means(bootstrap.counts(len(there)), queries_N, sums)
+        mean_of = means(_counts(bootstrap, there), queries_N, sums)
         first, last = bin_range(index)
         counts = {"num_samples": len(there), "num_queries": int(queries_N.sum())}
         by_layer = {key: value_DLH[..., None, :] for key, value_DLH in mean_of.items()}
@@ -195,7 +147,7 @@ def by_image(records: Sequence[Mapping[str, Any]], name: str, bootstrap: Bootstr
     for index in range(max(len(record["images"]) for record in records)):
         there = [record for record in records if len(record["images"]) > index]
         parts = [record[name] for record in there]
-        counts_DN = bootstrap.counts(len(there))
+        counts_DN = _counts(bootstrap, there)
         queries_N = torch.tensor([part["queries"] for part in parts])
         tokens_N = _tensor([record["images"][index] for record in there])
         mass_N, ratio_N = (_tensor([part[key][index] for part in parts]) for key in ("image_mass", "image_ratio"))

@@ -23,7 +23,7 @@ from avar_verl.tools.evaluate.benchmarks import (
     resolve_revision,
 )
 from avar_verl.tools.evaluate.dry_run import example_docs, show_tasks
-from avar_verl.tools.evaluate.grade import find_answer, is_correct
+from avar_verl.tools.grade import find_answer, is_correct
 
 TASKS = expand(",".join(NAMES))
 # Items of the published splits.

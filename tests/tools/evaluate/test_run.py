@@ -5,7 +5,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,9 +17,10 @@ import pytest
 
 from avar_verl.tools.evaluate import client
 from avar_verl.tools.evaluate.client import Sampling
-from avar_verl.tools.evaluate.records import RECORDS, SETTINGS, RecordFile, model_fingerprint
-from avar_verl.tools.evaluate.run import EvalSettings, run_eval
+from avar_verl.tools.evaluate.run import EvalSettings, local_model, run_eval
 from avar_verl.tools.evaluate.server import free_port
+from avar_verl.tools.records import Records
+from avar_verl.tools.runs import RECORDS, SETTINGS
 from tests.tools.evaluate.conftest import png
 from tests.tools.evaluate.fake_server import image_digest, serving
 
@@ -167,10 +167,10 @@ def test_a_torn_line_is_dropped_and_asked_again(tmp_path, digests):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"sampling": Sampling(max_tokens=7)}, "sampling.max_tokens: 2048 -> 7"),
-        ({"sampling": Sampling(temperature=1.0)}, "sampling.temperature: 0.0 -> 1.0"),
-        ({"answer_rule": "whole"}, "answer_rule: 'reward' -> 'whole'"),
-        ({"model": "other"}, "model: 'fake' -> 'other'"),
+        ({"sampling": Sampling(max_tokens=7)}, "sampling.max_tokens: 2048 there, 7 now"),
+        ({"sampling": Sampling(temperature=1.0)}, "sampling.temperature: 0.0 there, 1.0 now"),
+        ({"answer_rule": "whole"}, "answer_rule: 'reward' there, 'whole' now"),
+        ({"model": "other"}, "model: 'fake' there, 'other' now"),
     ],
 )
 def test_other_settings_do_not_mix(tmp_path, digests, changes, named):
@@ -187,49 +187,34 @@ def test_other_settings_do_not_mix(tmp_path, digests, changes, named):
 def test_other_data_do_not_mix(tmp_path, digests):
     with serving(right) as server:
         run_eval(settings(server, digests(2), tmp_path / "out"))
-        with pytest.raises(ValueError, match="got another one for item '0' of digests: the data have changed"):
+        with pytest.raises(ValueError, match="got another one for item '0' of digests in .*: the data have changed"):
             run_eval(settings(server, digests(2, first=5), tmp_path / "out"))
 
 
-def test_the_fingerprint_is_that_of_the_files(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
+def test_a_model_is_a_hugging_face_folder(tmp_path):
     with pytest.raises(ValueError, match="got no config.json"):
-        model_fingerprint(model)
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"123")
-    first = model_fingerprint(model)
-    assert model_fingerprint(model) == first
-    os.utime(model / "config.json", (1, 1))  # Its content is what counts.
-    assert model_fingerprint(model) == first
-    os.utime(model / "model.safetensors", (1, 1))
-    second = model_fingerprint(model)
-    assert second != first
-    (model / "config.json").write_text('{"a": 1}')
-    assert model_fingerprint(model) not in (first, second)
+        local_model(EvalSettings(model=str(tmp_path), out=tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert local_model(EvalSettings(model=str(tmp_path), out=tmp_path)) == tmp_path.resolve()
 
 
-def test_two_runs_do_not_write_to_one_folder(tmp_path):
-    with RecordFile(tmp_path, {"a": 1}):
-        with pytest.raises(ValueError, match="one that is still writing"):
-            RecordFile(tmp_path, {"a": 1})
-    RecordFile(tmp_path, {"a": 1}).close()
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path, digests):
+    """Its settings hold another fingerprint of the model."""
+    with serving(right) as server:
+        run_eval(settings(server, digests(1), tmp_path / "out"))
+        path = tmp_path / "out" / "digests" / SETTINGS
+        held = json.loads(path.read_text())
+        held["model_fingerprint"] = held.pop("model_files")
+        path.write_text(json.dumps({**held, "model_fingerprint": "abc"}))
+        with pytest.raises(ValueError, match="another version of avar wrote it"):
+            run_eval(settings(server, digests(1), tmp_path / "out"))
 
 
 @pytest.mark.parametrize("line", ["nonsense", '{"id": "1"}', "[]"])
 def test_a_broken_record_is_named(tmp_path, line):
     (tmp_path / RECORDS).write_text(f"{line}\n")
-    with pytest.raises(ValueError, match="every line must be a record; got .*line 1 of"):
-        RecordFile(tmp_path, {})
-
-
-def test_a_second_record_of_an_item_is_refused(tmp_path, digests):
-    with serving(right) as server:
-        run_eval(settings(server, digests(1), tmp_path / "out"))
-    path = tmp_path / "out" / "digests" / RECORDS
-    path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(ValueError, match="got a second one of '0' in line 2"):
-        RecordFile(path.parent, json.loads((path.parent / SETTINGS).read_text()))
+    with pytest.raises(ValueError, match="line 1 of .* must be a record; got"):
+        Records(tmp_path, {})
 
 
 def wait_for(what, seconds: float = 60) -> None:
@@ -306,7 +291,7 @@ def test_an_intervention_is_in_every_request_and_in_the_settings(tmp_path, diges
         first = settings(server, digests(2), tmp_path / "out", intervene=" alpha_img = 0.15")
         assert run_eval(first)["intervene"] == SPEC
         assert [xargs(request) for request in server.requests] == ["no spec", SPEC, SPEC]
-        with pytest.raises(ValueError, match="intervene: .* -> ''"):
+        with pytest.raises(ValueError, match="intervene: .* there, '' now"):
             run_eval(replace(first, intervene=None))
         run_eval(replace(first, intervene=None, out=tmp_path / "plain"))
         assert [xargs(request) for request in server.requests[3:]] == [None, None]

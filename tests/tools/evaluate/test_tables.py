@@ -9,7 +9,6 @@ from rich.console import Console
 
 from avar_verl.tools import cli
 from avar_verl.tools.evaluate.benchmarks import NAMES
-from avar_verl.tools.evaluate.records import Record, RecordFile
 from avar_verl.tools.evaluate.run import read_run, summarize
 from avar_verl.tools.evaluate.tables import (
     PAPER_BENCHMARKS,
@@ -19,6 +18,7 @@ from avar_verl.tools.evaluate.tables import (
     benchmark_scores,
     read_vas,
 )
+from avar_verl.tools.records import Record, Records
 
 
 def record(i: int, right: bool, task: str = "x", **changes) -> Record:
@@ -39,7 +39,7 @@ def record(i: int, right: bool, task: str = "x", **changes) -> Record:
 
 
 def write(folder, bits: str, task: str = "x"):
-    with RecordFile(folder / task, {}) as file:
+    with Records(folder / task, {}) as file:
         for i, bit in enumerate(bits):
             file.add(record(i, bit == "1", task))
     return folder
@@ -99,7 +99,7 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(SystemExit, match=rule):
             run_cli(monkeypatch, capsys, *arguments)
-    with RecordFile(tmp_path / "other" / "x", {}) as file:
+    with Records(tmp_path / "other" / "x", {}) as file:
         file.add(record(0, True, prompt_hash="another"))
         file.add(record(1, True))
     with pytest.raises(SystemExit, match="got two for item '0' of x"):

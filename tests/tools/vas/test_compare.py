@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from avar_verl.tools.vas.compare import compare, correlate, differences, read_measurements, read_scores, run_compare
-from avar_verl.tools.vas.records import write_json
-from avar_verl.tools.vas.statistics import Bootstrap, by_sample, summarize_query
+from avar_verl.tools.runs import write_json
+from avar_verl.tools.stats import Bootstrap, correlate
+from avar_verl.tools.vas.compare import compare, differences, read_measurements, read_scores, run_compare
+from avar_verl.tools.vas.statistics import by_sample, summarize_query
 from tests.tools.vas.test_statistics import part, record
 
 POSITIONS = {"queries": [2], "ratio": [[8.0]], "share": [[2.5]], "image": [[1.2]], "system": [[0.7]]}

@@ -15,7 +15,7 @@ from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.vas import run as vas_run
 from avar_verl.tools.vas import work
 from avar_verl.tools.vas.measure import Item, measure_vas
-from avar_verl.tools.vas.run import VasSettings, fingerprint, run_vas
+from avar_verl.tools.vas.run import VasSettings, run_vas
 from avar_verl.tools.vas.work import RayWorkers, batched
 from tests.model.families.tiny import sample_messages
 from tests.tools.vas.conftest import assert_same, leaves
@@ -154,16 +154,6 @@ def test_a_path_may_be_given_in_another_way(measured, tiny_model_path, sft, monk
     again = run_vas(VasSettings(tiny_model_path.name, sft, show=2), out)
     assert again["model"] == summary["model"] == str(tiny_model_path)
     assert vas_run.absolute("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
-
-
-def test_a_checkpoint_that_was_overwritten_is_another_one(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "weights").write_text("a")
-    first = fingerprint(folder)
-    assert first == fingerprint(folder) and fingerprint(tmp_path / "none") is None
-    (folder / "weights").write_text("b")
-    assert fingerprint(folder) != first
 
 
 def test_generated_responses(tiny_model_path, rl, tmp_path):

@@ -9,17 +9,14 @@ import torch
 
 from avar_verl.objectives.vas import STATISTICS, band, vas_sums
 from avar_verl.roles import TokenRole
+from avar_verl.tools.stats import Bootstrap, interval, with_interval
 from avar_verl.tools.vas.statistics import (
     MEAN_STATISTICS,
-    Bootstrap,
     by_image,
     by_position,
     by_sample,
-    draw_counts,
-    interval,
     summarize_query,
     totals,
-    with_interval,
 )
 
 HEADS = {"ratio": [[6.0, 2.0]], "share": [[1.5, 1.0]], "image": [[0.8, 0.4]], "system": [[0.3, 0.4]]}
@@ -107,7 +104,7 @@ def test_intervals_are_those_of_a_plain_bootstrap():
     records, _, _ = random_records(7)
     bootstrap = Bootstrap(num_draws=100, seed=3)
     summary = summarize_query("response", records, [0, 1, 2], bootstrap)
-    counts_DN = draw_counts(7, 100, 3).int()
+    counts_DN = torch.from_numpy(bootstrap.counts(7)).int()
     values = {key: [] for key in STATISTICS}
     for counts_N in counts_DN[1:]:
         drawn = [one for one, times in zip(records, counts_N.tolist(), strict=True) for _ in range(times)]
@@ -122,7 +119,7 @@ def test_intervals_are_those_of_a_plain_bootstrap():
 
 
 def test_draws_are_seeded_and_whole():
-    one, same, other = draw_counts(5, 200, 0), draw_counts(5, 200, 0), draw_counts(5, 200, 1)
+    one, same, other = (torch.from_numpy(Bootstrap(200, seed).counts(5)) for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert one.shape == (201, 5) and bool((one.sum(1) == 5).all()) and one[0].tolist() == [1.0] * 5
     assert float(one[1:].var(dim=0, correction=0).mean()) == pytest.approx(0.8, rel=0.1)  # 5 * 1/5 * 4/5
@@ -160,13 +157,13 @@ def test_an_infinite_ratio_is_said():
 
 @pytest.mark.parametrize("bad", [[math.nan] * 4, [1.0, 1.0, math.nan, 1.0]])
 def test_a_draw_without_a_value_leaves_no_interval(bad):
-    low, high = interval(torch.tensor([1.0, *bad]))
+    low, high = interval([1.0, *bad])
     assert math.isnan(low) and math.isnan(high)
 
 
 def test_quantiles_are_values_that_were_drawn():
     """0.025 of 200: the fifth smallest; 0.975: the 195th."""
-    part = with_interval(torch.tensor([7.0, *range(200, 0, -1)]))
+    part = with_interval(np.array([7.0, *range(200, 0, -1)]))
     assert part == {"value": 7.0, "low": 5.0, "high": 195.0}
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from avar_verl.tools.demo import photo_grid
-from avar_verl.tools.evaluate.items import Item, data_uri, parquet_items
+from avar_verl.tools.items import Item, data_uri, parquet_items
 from tests.tools.evaluate.conftest import png
 
 

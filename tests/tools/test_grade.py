@@ -3,7 +3,7 @@
 
 import pytest
 
-from avar_verl.tools.evaluate.grade import check_letter, find_answer, is_correct, text_is_answer
+from avar_verl.tools.grade import check_letter, find_answer, is_correct, text_is_answer
 
 OPTIONS = ("11 cm", "12 cm", "13 cm", "twice the radius")
 

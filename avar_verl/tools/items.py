@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from avar_verl.data.images import as_verl_image
 from avar_verl.data.rows import Row, read_rows
 from avar_verl.rewards.accuracy import accepted_answers
-from avar_verl.tools.evaluate.grade import check_letter
+from avar_verl.tools.grade import check_letter
 
 IMAGE = "<image>"
 """Where an image stands in the text of a message, as in verl's data."""

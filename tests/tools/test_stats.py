@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from avar_verl.tools.evaluate.statistics import bootstrap, compare, group_accuracy, mcnemar, standard_error
+from avar_verl.tools.stats import compare, group_accuracy, holm, mcnemar, paired_bootstrap, standard_error
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -15,6 +15,11 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert mcnemar(1, 5) == pytest.approx(14 / 64)  # 2 (C(6,0) + C(6,1)) / 2^6
     assert mcnemar(5, 1) == mcnemar(1, 5)
     assert mcnemar(0, 10) == pytest.approx(2 / 1024)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_standard_error_and_groups():
@@ -27,29 +32,29 @@ def test_standard_error_and_groups():
 
 def test_bootstrap_of_two_items_is_the_enumerated_distribution():
     # Means of the four equally likely resamples of (1, 0): 0, 1/2, 1/2, 1. Their 2.5 and 97.5 % quantiles are 0 and 1.
-    assert bootstrap({"a": [1.0, 0.0]}) == (0.0, 1.0)
+    assert paired_bootstrap({"a": [1.0, 0.0]}) == (0.0, 1.0)
     # Without variation there is no width.
-    assert bootstrap({"a": [1.0, 1.0], "b": [0.0]}) == (0.5, 0.5)
+    assert paired_bootstrap({"a": [1.0, 1.0], "b": [0.0]}) == (0.5, 0.5)
 
 
 def test_bootstrap_agrees_with_enumeration_over_all_resamples():
     values = np.array([1.0, 1.0, 0.0, -1.0, 1.0])
     means = [np.mean(values[list(indices)]) for indices in product(range(5), repeat=5)]
     low, high = np.quantile(means, [0.025, 0.975])
-    found = bootstrap({"a": values}, resamples=200_000)
+    found = paired_bootstrap({"a": values}, resamples=200_000)
     assert found == pytest.approx((low, high), abs=1e-9)  # Both are multiples of 1/5.
 
 
 def test_bootstrap_keeps_tasks_apart():
     # Resampled together, the mean would move; task by task every resample has the same one.
-    assert bootstrap({"a": [1.0] * 5, "b": [-1.0] * 50}) == (0.0, 0.0)
+    assert paired_bootstrap({"a": [1.0] * 5, "b": [-1.0] * 50}) == (0.0, 0.0)
 
 
 def test_bootstrap_refuses_nothing():
     with pytest.raises(ValueError, match="needs items in every task"):
-        bootstrap({"a": []})
+        paired_bootstrap({"a": []})
     with pytest.raises(ValueError, match="resamples must be at least 100; got 10"):
-        bootstrap({"a": [1.0]}, resamples=10)
+        paired_bootstrap({"a": [1.0]}, resamples=10)
 
 
 def _run(task_bits: dict[str, str]) -> dict[str, dict[str, bool]]:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of a question: the line that `avar eval` and `avar intervene sweep` write for each (`tools.runs`)."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from avar_verl.tools.grade import find_answer, is_correct
+from avar_verl.tools.items import Item
+from avar_verl.tools.runs import RECORDS, RecordFile, read_records
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one item."""
+
+    id: str
+    """Of the item."""
+
+    task: str
+    """Name of the task."""
+
+    prompt_hash: str
+    """`Item.prompt_hash`."""
+
+    response: str
+    """Text of the model, without the prompt."""
+
+    answer: str | None
+    """Found in the response; null without one."""
+
+    ground_truth: list[str]
+    """Accepted answers."""
+
+    correct: bool
+    """The grader's word."""
+
+    prompt_tokens: int
+    """As the server counts them, image tokens included."""
+
+    response_tokens: int
+    """As the server counts them."""
+
+    finish_reason: str
+    """Of the server: "stop", or "length" for a response that was cut off."""
+
+    seconds: float
+    """From the request to the response, waiting in the server's queue and retries included."""
+
+    data_source: str = ""
+    """As in verl's data."""
+
+    groups: dict[str, str] = field(default_factory=dict)
+    """As in `Item`."""
+
+
+def graded(item: Item, response: str, answer_rule: str = "reward", **measured: Any) -> Record:
+    """The record of a response to an item. `measured`: tokens, finish reason and seconds, as in `Record`."""
+    answer = find_answer(response, answer_rule)
+    return Record(
+        id=item.id,
+        task=item.task,
+        prompt_hash=item.prompt_hash(),
+        response=response,
+        answer=answer,
+        ground_truth=list(item.ground_truth),
+        correct=is_correct(answer, item.ground_truth, item.options),
+        data_source=item.data_source,
+        groups=item.groups,
+        **measured,
+    )
+
+
+def _load(fields: dict[str, Any]) -> Record:
+    return Record(**fields)
+
+
+class Records(RecordFile):
+    """The open records of one task, in a folder with its settings."""
+
+    records: dict[str, Record]
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        super().__init__(folder / RECORDS, "id", settings, _load)
+
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        self.append([asdict(record)])
+
+    def check_question(self, item: Item) -> None:
+        """Nothing, where the record of an item, if there is one, is about its question.
+
+        Raises:
+            ValueError: it is about another one.
+        """
+        if item.id in self.records and self.records[item.id].prompt_hash != item.prompt_hash():
+            raise ValueError(
+                f"a record must be about its item's question; got another one for item {item.id!r} of {item.task} in "
+                f"{self.path.parent}: the data have changed. Choose another folder with --out."
+            )
+
+
+def read(folder: Path) -> dict[str, Record]:
+    """The records of a task's folder by item id."""
+    return read_records(folder / RECORDS, "id", _load)
