@@ -48,7 +48,7 @@ MOVED = {
     "avar_verl.intervention.answers": "avar_verl.tools.generate.answers",
     "avar_verl.intervention.command": "avar_verl.tools.generate.command",
     "avar_verl.intervention.sweep": "avar_verl.tools.generate.sweep",
-    "avar_verl.measure": "avar_verl.tools.vas.measure",
+    "avar_verl.measure": "avar_verl.tools.vas.score",
     "avar_verl.objectives.reward": "avar_verl.objectives.vars",
     "avar_verl.regions": "avar_verl.model.regions",
     "avar_verl.register": "avar_verl.plugin.register",

@@ -4,11 +4,10 @@
 VAS is a ratio whose denominator can approach zero in a head, so a few heads can dominate its mean. Its companions are
 always reported with it: image share in [0, 1], ratio of mean masses, median over heads.
 
-Shape suffixes: B = samples, L = layers, H = query heads, Q = queries, R = token roles
+Shape suffixes: L = layers, H = query heads, R = token roles
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -54,74 +53,3 @@ def vas_statistics(
         "image_mass": image,
         "system_mass": system,
     }
-
-
-@dataclass(frozen=True)
-class VasSums:
-    """Sums over samples and queries that add up across batches and processes.
-
-    `ratio_LH`, `share_LH`, `image_LH`, `system_LH`: float64 sums over all real queries, by layer and head.
-    `num_queries`: how many. `num_samples`: samples that counted. `num_skipped`: samples left out because they lack an
-    image, a system turn or a query, so that VAS is not defined.
-    """
-
-    ratio_LH: torch.Tensor
-    share_LH: torch.Tensor
-    image_LH: torch.Tensor
-    system_LH: torch.Tensor
-    num_queries: int
-    num_samples: int
-    num_skipped: int
-
-    def __add__(self, other: "VasSums") -> "VasSums":
-        return VasSums(
-            *(
-                getattr(self, name) + getattr(other, name)
-                for name in (
-                    "ratio_LH",
-                    "share_LH",
-                    "image_LH",
-                    "system_LH",
-                    "num_queries",
-                    "num_samples",
-                    "num_skipped",
-                )
-            )
-        )
-
-    def summary(self) -> dict[str, float]:
-        """`vas_statistics` over all queries.
-
-        Raises:
-            ValueError: no sample counted.
-        """
-        if not self.num_queries:
-            raise ValueError(
-                f"VAS needs samples with an image, a system turn and a query; got none in {self.num_skipped} samples. "
-                "Check the chat template and the query role."
-            )
-        sums = (self.ratio_LH, self.share_LH, self.image_LH, self.system_LH)
-        return {name: float(value) for name, value in vas_statistics(*(x / self.num_queries for x in sums)).items()}
-
-
-def vas_sums(mass_BLHQR: torch.Tensor, key_roles_BS: torch.Tensor, valid_BQ: torch.Tensor) -> VasSums:
-    """Sums of the VAS statistics over one batch.
-
-    Args:
-        mass_BLHQR: attention masses of the selected queries.
-        key_roles_BS: `TokenRole` of the keys, to find samples with an image and a system turn.
-        valid_BQ: bool, False on padding.
-    """
-    has_image_B = (key_roles_BS == TokenRole.IMAGE).any(1)
-    has_system_B = (key_roles_BS == TokenRole.SYSTEM).any(1)
-    counts_B = has_image_B & has_system_B & valid_BQ.any(1)
-    mass_NLHR = mass_BLHQR.movedim(3, 1)[valid_BQ & counts_B[:, None]].double()  # N real queries of counted samples
-    return VasSums(
-        ratio_LH=attention_ratio(mass_NLHR).sum(0),
-        share_LH=image_share(mass_NLHR).sum(0),
-        image_LH=mass_NLHR[..., TokenRole.IMAGE].sum(0),
-        system_LH=mass_NLHR[..., TokenRole.SYSTEM].sum(0),
-        num_queries=mass_NLHR.shape[0],
-        num_samples=int(counts_B.sum()),
-        num_skipped=int((~counts_B).sum()),
-    )

@@ -22,8 +22,8 @@ def _vas(args: argparse.Namespace) -> None:
 
         run_compare(args.files, args.scores, Path(args.out) if args.out else None, Console())
         return
-    from avar_verl.tools.vas.measure import QUERIES
     from avar_verl.tools.vas.run import VasSettings, default_device, run_vas
+    from avar_verl.tools.vas.score import QUERIES
     from avar_verl.tools.vas.show import print_summary
 
     missing = [name for name in ("--model", "--data") if getattr(args, name[2:]) is None]

@@ -20,7 +20,8 @@ from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import collate, render
 from avar_verl.roles import RoleMap, TokenRole
-from avar_verl.tools.vas.measure import Item, measure_vas
+from avar_verl.tools.vas.rows import Conversation
+from avar_verl.tools.vas.score import Scorer
 from tests.intervention.reference import attention_of, reference
 from tests.model.families import tiny
 
@@ -259,12 +260,15 @@ def test_vas_of_an_intervention(one, family_processor):
     model, role_map, _ = one("qwen2_5_vl")
     image = tiny.sample_images(1)[0]
     checkpoint = Checkpoint(model, family_processor("qwen2_5_vl"), role_map)
-    items = [Item("What does the top left show?", (image,), "<think>cat</think><answer>cat</answer>")]
-    plain = measure_vas(checkpoint, items)["user"]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What does the top left show?"}]
+    answer = "<think>cat</think><answer>cat</answer>"
+    scorer = Scorer(checkpoint)
+    samples = scorer.prepare([Conversation([{"role": "user", "content": content}], answer, None, False, {})])
+    [plain] = scorer.score(samples)
     with intervene(model, role_map, BOTH):
-        changed = measure_vas(checkpoint, items)["user"]
-    assert plain.summary() != changed.summary()
-    assert plain.summary() == measure_vas(checkpoint, items)["user"].summary()
+        [changed] = scorer.score(samples)
+    assert plain["user"]["ratio"] != changed["user"]["ratio"]
+    assert [plain] == scorer.score(samples)
 
 
 def test_nothing_stays_behind(one):

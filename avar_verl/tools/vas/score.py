@@ -18,9 +18,9 @@ from avar_verl.model.checkpoint import Checkpoint, generate_ids
 from avar_verl.model.families import Family
 from avar_verl.model.render import Rendered, as_blocks, render
 from avar_verl.model.roles import TokenRole
-from avar_verl.tools.vas.measure import QUERIES
 from avar_verl.tools.vas.rows import Conversation
 
+QUERIES = {"user": TokenRole.USER, "response": TokenRole.RESPONSE}
 # First positions of the bins of a response, two an octave, the last one open: attention to the image fades with length.
 BIN_STARTS = (0, 4, *(edge for power in range(3, 18) for edge in (2**power, 3 * 2 ** (power - 1))))
 SUMS = ("ratio", "share", "image", "system")

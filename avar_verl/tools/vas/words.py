@@ -4,7 +4,8 @@
 A token is written by the query before it. So the queries of a word are those before each of its tokens, as in the
 demo's report. (The word's own queries look ahead: they write what comes next.)
 
-Shape suffixes: S = positions, T = response tokens, I = image tokens, N = tokens of one image, Y = rows, X = columns
+Shape suffixes: S = positions, T = response tokens, I = image tokens, N = tokens of one image, Y = rows, X = columns,
+    B = samples, H = query heads, Q = queries, G = key groups
 """
 
 import base64
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from avar_verl.attention import capture_mass
 from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.model.render import Rendered
 from avar_verl.model.roles import TokenRole
-from avar_verl.tools.vas.measure import attention_to_image_tokens
 from avar_verl.tools.vas.rows import Conversation
 from avar_verl.tools.vas.score import Sample
 
@@ -98,6 +100,47 @@ def _png(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+@torch.no_grad()
+def attention_to_image_tokens(
+    checkpoint: Checkpoint,
+    rendered: Rendered,
+    roles_S: torch.Tensor,
+    chosen_S: torch.Tensor,
+    layers: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Attention of every chosen query to every image token of one sample, (Q, I) float32, mean over layers and heads.
+
+    Args:
+        chosen_S: bool, the queries.
+        layers: default all.
+
+    Raises:
+        ValueError: nothing chosen, or no image.
+    """
+    image_S = roles_S == TokenRole.IMAGE
+    num_image = int(image_S.sum())
+    if not num_image or not bool(chosen_S.any()):
+        raise ValueError(
+            f"image attention needs image tokens and selected queries; got {num_image} and {int(chosen_S.sum())}. "
+            "Check the sample and the queries that were chosen."
+        )
+    # One key group for every image token, group 0 for all other keys.
+    groups_S = image_S.long().cumsum(0) * image_S
+    query_roles_S = torch.where(chosen_S, TokenRole.RESPONSE, TokenRole.OTHER)
+    device = checkpoint.model.device
+    with capture_mass(
+        checkpoint.model,
+        query_roles_S[None].to(device),
+        layers=layers,
+        query_role=TokenRole.RESPONSE,
+        reduction=lambda mass_BHQG, _: mass_BHQG[0, :, :, 1:].mean(0),
+        key_groups=groups_S[None].to(device),
+        num_groups=num_image + 1,
+    ) as captured:
+        checkpoint.model(**checkpoint.collate([rendered]), use_cache=False)
+    return torch.stack(captured.per_layer()).mean(0).cpu()
 
 
 def where_words_look(

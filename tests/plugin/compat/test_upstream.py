@@ -626,8 +626,8 @@ def test_the_platform_answers_what_verl_asks():
 EVERYTHING = """
     import sys
     import avar_verl.attention, avar_verl.plugin.config, avar_verl.model.checkpoint, avar_verl.model.families
-    import avar_verl.tools.vas.measure, avar_verl.objectives.agto
-    import avar_verl.objectives.vars, avar_verl.objectives.vas, avar_verl.rewards.accuracy, avar_verl.roles
+    import avar_verl.objectives.agto, avar_verl.objectives.vars, avar_verl.objectives.vas
+    import avar_verl.rewards.accuracy, avar_verl.roles
     core = [name for name in ("verl", "vllm", "ray") if name in sys.modules]
     assert not core, f"the core imports {core}"
 

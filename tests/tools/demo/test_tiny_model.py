@@ -6,8 +6,8 @@ import torch
 
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.demo.measure import answer_attention, answers, headline, heatmap, measure_vas
 from avar_verl.tools.demo.tiny_model import SPECIAL_TOKENS, TAG_TOKENS, build_tiny_model
-from avar_verl.tools.vas.measure import Item, generate, image_attention, measure_vas
 
 
 def test_tags_survive_decoding_and_special_tokens_do_not(tiny_processor):
@@ -47,19 +47,20 @@ def test_the_seed_decides_the_weights(tmp_path, tiny_model_path):
 def test_measuring_does_not_depend_on_the_batch_size(tiny_model_path):
     checkpoint = Checkpoint.load(tiny_model_path)
     samples = photo_grid.make_samples(5, 0, "test")
-    items = [Item(sample.question, (sample.image,), sample.response) for sample in samples]
-    one, five = measure_vas(checkpoint, items, batch_size=1), measure_vas(checkpoint, items, batch_size=5)
+    one, five = measure_vas(checkpoint, samples, batch_size=1), measure_vas(checkpoint, samples, batch_size=5)
     for query in ("user", "response"):
-        assert one[query].num_samples == 5 and one[query].num_queries == five[query].num_queries
-        assert one[query].summary() == pytest.approx(five[query].summary(), rel=1e-4)
-    assert generate(checkpoint, items, 8, batch_size=1) == generate(checkpoint, items, 8, batch_size=5)
+        assert headline(one[query])["num_samples"] == 5 and one[query]["num_queries"] == five[query]["num_queries"]
+        assert headline(one[query]) == pytest.approx(headline(five[query]), rel=1e-4)
+        assert torch.tensor(heatmap(one[query])["share"]).mean() == pytest.approx(headline(one[query])["image_share"])
+    assert answers(checkpoint, samples, 8, batch_size=1) == answers(checkpoint, samples, 8, batch_size=5)
 
 
-def test_where_a_word_looks(tiny_model_path):
+def test_where_an_answer_looks(tiny_model_path):
     checkpoint = Checkpoint.load(tiny_model_path)
     sample = photo_grid.make_samples(1, 0, "test")[0]
-    item = Item(sample.question, (sample.image,), sample.response)
-    attention = image_attention(checkpoint, item, sample.response, lambda ids: torch.arange(len(ids)) == len(ids) - 3)
+    attention = answer_attention(checkpoint, sample, sample.response)
     assert attention.shape == (16,) and 0 < float(attention.sum()) < 1
+    other = sample.response.replace("<answer>", "<answer>cat</answer><answer>", 1)  # The last answer counts.
+    assert float(answer_attention(checkpoint, sample, other).sum()) != float(attention.sum())
     with pytest.raises(ValueError, match="got 16 and 0"):
-        image_attention(checkpoint, item, sample.response, lambda ids: torch.zeros(len(ids), dtype=torch.bool))
+        answer_attention(checkpoint, sample, "no answer")

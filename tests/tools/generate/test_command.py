@@ -13,10 +13,9 @@ import torch
 from avar_verl.intervention.spec import InterventionSpec
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.tools import cli
-from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.demo import measure, photo_grid
 from avar_verl.tools.generate import answers
 from avar_verl.tools.generate.answers import Answer, PromptReader, TransformersBackend, check_effect, open_backend
-from avar_verl.tools.vas.measure import Item, generate
 from tests.model.families import tiny
 
 SPEC = "alpha_img=0.35,alpha_sys=0.6"
@@ -30,11 +29,6 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def items() -> list[Item]:
-    return [Item(sample.question, (sample.image,), "") for sample in photo_grid.make_samples(NUM, 0, "test")]
-
-
 def avar(monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["avar", *map(str, arguments)])
     cli.main()
@@ -44,14 +38,16 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_of_a_file(monkeypatch, tmp_path, tiny_model_path, data, items):
-    """Two batches; without an intervention they are those of `measure.generate`."""
+def test_answers_of_a_file(monkeypatch, tmp_path, tiny_model_path, data):
+    """Two batches; without an intervention they are those of the demo."""
     run = ("generate", "--model", tiny_model_path, "--data", data, "--max-new-tokens", 12, "--batch-size", 2)
     avar(monkeypatch, *run, "--out", tmp_path / "plain.jsonl")
     avar(monkeypatch, *run, "--out", tmp_path / "more.jsonl", "--intervene", SPEC, "--n", 2)
     plain, more = lines(tmp_path / "plain.jsonl"), lines(tmp_path / "more.jsonl")
     checkpoint = Checkpoint.load(tiny_model_path)
-    assert [line["response"] for line in plain] == generate(checkpoint, items, 12)
+    assert [line["response"] for line in plain] == measure.answers(
+        checkpoint, photo_grid.make_samples(NUM, 0, "test"), 12
+    )
     assert [line["row"] for line in plain] == [0, 1, 2] and [line["row"] for line in more] == [0, 1]
     assert all(line["response"] != other["response"] for line, other in zip(plain, more, strict=False))
     assert {line["intervene"] for line in more} == {SPEC} and {line["image_keys"] for line in more} == {16}

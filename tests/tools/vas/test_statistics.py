@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from avar_verl.objectives.vas import STATISTICS, band, vas_sums
+from avar_verl.objectives.vas import STATISTICS, attention_ratio, band, image_share, vas_statistics
 from avar_verl.roles import TokenRole
 from avar_verl.tools.stats import Bootstrap, interval, with_interval
 from avar_verl.tools.vas.statistics import (
@@ -81,16 +81,23 @@ def random_records(n: int, seed: int = 0) -> tuple[list[dict], torch.Tensor, tor
     return records, mass_BLHQR, valid_BQ
 
 
-def test_the_same_numbers_as_vas_sums():
+def over_all_queries(mass_BLHQR: torch.Tensor, valid_BQ: torch.Tensor) -> dict[str, float]:
+    """The definition: means over the queries of all samples at once."""
+    mass_NLHR = mass_BLHQR.movedim(3, 1)[valid_BQ].double()
+    image, system = mass_NLHR[..., TokenRole.IMAGE], mass_NLHR[..., TokenRole.SYSTEM]
+    parts = (attention_ratio(mass_NLHR), image_share(mass_NLHR), image, system)
+    return {name: float(value) for name, value in vas_statistics(*(part.mean(0) for part in parts)).items()}
+
+
+def test_sums_of_samples_give_the_means_over_all_queries():
     records, mass_BLHQR, valid_BQ = random_records(6)
-    roles = torch.tensor([[TokenRole.SYSTEM, TokenRole.IMAGE, TokenRole.RESPONSE]]).expand(6, -1)
-    expected = vas_sums(mass_BLHQR, roles, valid_BQ).summary()
+    expected = over_all_queries(mass_BLHQR, valid_BQ)
     summary = summarize_query("response", records, [0, 1, 2], Bootstrap())
     for key in STATISTICS:
         assert summary["overall"][key]["value"] == pytest.approx(expected[key], rel=1e-12), key
     # Every layer is what it is alone.
     for layer in range(3):
-        alone = vas_sums(mass_BLHQR[:, layer : layer + 1], roles, valid_BQ).summary()
+        alone = over_all_queries(mass_BLHQR[:, layer : layer + 1], valid_BQ)
         for key in STATISTICS:
             assert summary["layers"][key]["value"][layer] == pytest.approx(alone[key], rel=1e-12), key
     # One bin holds all: it is the whole, but for the median.
