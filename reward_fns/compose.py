@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any mixture of the shipped rewards, and of the user's own, by config only.
+"""Any weighted combination of the shipped parts and your own functions, set in the config.
 
 reward.custom_reward_function.path=pkg://reward_fns.compose reward.custom_reward_function.name=compute_score
 '+reward.custom_reward_function.reward_kwargs.parts={acc:{weight:1.0},anchor:{weight:0.3,gate:acc}}'

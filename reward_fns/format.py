@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Format only, with the accuracy for the log and for VARS's gate.
+"""Format only; accuracy is reported for the log and for the gate of VARS.
 
 reward.custom_reward_function.path=pkg://reward_fns.format reward.custom_reward_function.name=compute_score
 """
@@ -17,7 +17,7 @@ def compute_score(
             Whether the prompt ends with `<think>`, see `avar_verl.rewards.format.format_score`.
 
     Returns:
-        `dict[str, float]`: `score`; `format`; `acc` and `pred_found`, which are not paid for; all in {0, 1}.
+        `dict[str, float]`: `score`; `format`; `acc` and `pred_found`, which are not rewarded; all in {0, 1}.
 
     Example:
         >>> compute_score("geo3k", "<think>2 + 2</think><answer>5</answer>", "4")["score"]

@@ -29,16 +29,16 @@ def compute_score(
         grounding_weight (`float`, *optional*, defaults to 0.5):
             Weight of the grounding, finite and >= 0; 0 disables it.
         gated (`bool`, *optional*, defaults to `True`):
-            Pay for boxes of right answers only.
+            Pay for boxes only if the answer is right.
         coordinates (`str`, *optional*, defaults to `"auto"`):
-            System of the model's boxes, see `visual_anchor`. JSON boxes do not tell theirs: name it.
+            Coordinate system of the model's boxes, see `visual_anchor`. JSON boxes do not say theirs, so set it.
 
     Returns:
         `dict[str, float]`: `score` in [0, 1 + grounding_weight]; `acc`, `pred_found`, `grounding` in [0, 1], and
         `num_boxes` of the response.
 
     Raises:
-        ValueError: If the sample has no `boxes` or `boxes_size`, or its boxes are in a system that is not known.
+        ValueError: If the sample has no `boxes` or `boxes_size`, or its boxes are in an unknown coordinate system.
 
     Example:
         >>> info = {"boxes": [[0, 0, 100, 100]], "boxes_size": [200, 200]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy, format and visual anchors: a reward for reasoning that goes back to the image.
+"""Accuracy, format and visual anchors: a reward for reasoning that keeps referring to the image.
 
 reward.custom_reward_function.path=pkg://reward_fns.visual_anchor reward.custom_reward_function.name=compute_score
 +reward.custom_reward_function.reward_kwargs.coordinates=absolute
@@ -23,7 +23,7 @@ def compute_score(
     """Score a response: `score = acc + format_weight * format + anchor_weight * gate * anchor`.
 
     `anchor = 1/4 * sum over the four quarters of the reasoning of the best new reference in it`, where a box or point
-    counts 1 and a phrase 0.5 (`avar_verl.rewards.anchors`). What an exploit earns: docs/reward-hacking.md.
+    counts 1 and a phrase 0.5 (`avar_verl.rewards.anchors`). For exploits see docs/reward-hacking.md.
 
     Args:
         solution_str (`str`):
@@ -31,16 +31,16 @@ def compute_score(
             `avar.reward.skip_special_tokens=false`.
         extra_info (`dict`, *optional*):
             `image_sizes`, [(width, height)] of the images as the model saw them, for range checks, and `prompt_text`,
-            whose wording is not paid for; the reward manager `avar` adds both.
+            whose wording is not rewarded; the reward manager `avar` adds both.
         anchor_weight (`float`, *optional*, defaults to 0.3):
-            Weight of the anchors, finite and >= 0; 0 disables them, they are still reported.
+            Weight of the anchors, finite and >= 0; 0 disables them, but they are still reported.
         format_weight (`float`, *optional*, defaults to 0.1):
             Weight of the format, finite and >= 0; 0 disables it.
         gated (`bool`, *optional*, defaults to `True`):
-            Pay for anchors of right answers only.
+            Pay for anchors only if the answer is right.
         coordinates (`str`, *optional*, defaults to `"auto"`):
-            System of the model's boxes: `auto`, `absolute` (Qwen2.5-VL), `relative_1000` (Qwen3-VL), `normalized`,
-            `percent`.
+            Coordinate system of the model's boxes: `auto`, `absolute` (Qwen2.5-VL), `relative_1000` (Qwen3-VL),
+            `normalized`, `percent`.
         think_in_prompt (`bool`, *optional*, defaults to `False`):
             Whether the prompt ends with `<think>`.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from avar_verl.anchors.formats import FORMATS, SCALES
 
 COORDINATES = ("auto", "absolute", "relative_1000", "normalized", "percent")
-"""Values of `coordinates`: `auto` = what the format itself says, then pixels, 0-1000, 0-1 and 0-100 of the image."""
+"""Values of `coordinates`: `auto` (defined by the format), then pixels, 0-1000, 0-1 and 0-100 of the image."""
 
 KOSMOS_GRID = 32
 """Patches per side of the Kosmos-2 location grid, indices row by row."""
@@ -29,7 +29,7 @@ class Anchor:
             The numbers as written, so y first for PaliGemma and Gemini, and two patch indices for Kosmos-2. A quad has
             eight numbers. `None` for a phrase. `to_pixels` gives the same meaning for every format.
         label (`str` or `None`):
-            Name of the object as far as the format carries one.
+            Name of the object, if the format has one.
         format (`str`):
             Name of the row in `avar_verl.anchors.formats.FORMATS`; `phrase_en` or `phrase_zh` for a phrase.
         region (`str`):
@@ -70,7 +70,7 @@ def check_image_size(image_size: tuple[int, int]) -> tuple[float, float]:
 
 
 def resolve_scale(format_name: str, coords: tuple[float, ...], coordinates: str) -> str | None:
-    """Scale of `coords`: a key of `SCALES`, `absolute` or `patches`; `None` if the text can not tell."""
+    """Scale of `coords`: a key of `SCALES`, `absolute` or `patches`; `None` if the text does not say."""
     row = FORMATS[format_name]
     if row.fixed:
         return row.scale
@@ -87,9 +87,9 @@ def to_pixels(anchor: Anchor, image_size: tuple[int, int], coordinates: str = "a
     """Coordinates of a box or point in pixels of the image the model saw, origin top left, x right, y down.
 
     `x * width / scale`, with scale 1000 (`relative_1000`), 1 (`normalized`), 100 (`percent`), 999 (DeepSeek), 1024
-    (PaliGemma); y alike, with the height. PaliGemma and Gemini write y first and are turned round. Kosmos-2 names two
-    patches of a 32 x 32 grid: the box runs between the patch centres, between the outer edges if both patches lie in
-    one row or column. A quad becomes the box around it. The result is clipped to the image.
+    (PaliGemma); y alike, with the height. PaliGemma and Gemini write y first; the result has x first. Kosmos-2 names
+    two patches of a 32 x 32 grid: the box runs between the patch centres, between the outer edges if both patches lie
+    in one row or column. A quad becomes the box around it. The result is clipped to the image.
 
     Args:
         anchor (`Anchor`):
@@ -97,15 +97,15 @@ def to_pixels(anchor: Anchor, image_size: tuple[int, int], coordinates: str = "a
         image_size (`tuple[int, int]`):
             (width, height) of the image the model saw: the *resized* image for Qwen2.5-VL.
         coordinates (`str`, *optional*, defaults to `"auto"`):
-            System of the numbers. Formats with a scale of their own (`fixed` in `FORMATS`) keep it whatever is passed;
-            Qwen tags and Molmo XML use theirs with `auto` only, as other models write pixels or 0-1000 in the same
-            syntax. JSON boxes have none; `auto` then works only for numbers that are all at most 1.
+            Coordinate system of the numbers. Formats with a fixed scale (`fixed` in `FORMATS`) ignore it; Qwen tags and
+            Molmo XML use their own scale only with `auto`, because other models write pixels or 0-1000 in the same
+            syntax. JSON boxes have no scale; `auto` then works only if all numbers are at most 1.
 
     Returns:
         `tuple[float, ...]`: (x1, y1, x2, y2) or (x, y) in pixels, within [0, width] and [0, height].
 
     Raises:
-        ValueError: For a phrase, an unknown `coordinates`, a bad `image_size`, or `auto` where the text can not tell.
+        ValueError: For a phrase, an unknown `coordinates`, a bad `image_size`, or `auto` if the text does not say.
 
     Source: one repository file per format, in `FORMATS`; Kosmos-2 as in transformers' `patch_index_to_coordinate`.
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coordinate formats of vision-language models: one table row per format, one small scanner per syntax.
 
-Number groups in brackets are found once, by a character class between two brackets, and each is then named by what
-stands *before* it: a JSON key, a tag, a call, or prose. JSON is never parsed: models write stray braces, duplicate
-keys, Python quotes and leading zeros around perfectly good numbers.
+Number groups in brackets are found once, by a character class between two brackets. Each is then classified by the text
+*before* it: a JSON key, a tag, a call, or prose. JSON is never parsed, because models write stray braces, duplicate
+keys, Python quotes and leading zeros around valid numbers.
 
-Every look at the surroundings of a group is bounded, so the time is linear in the length of the text.
+The context read around each group is bounded, so the time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Format:
     order: str = "xy"
     """`xy`, or `yx` where y is written first."""
     fixed: bool = False
-    """Whether the scale belongs to the syntax itself, so that a `coordinates` argument does not change it."""
+    """Whether the syntax defines the scale, so that a `coordinates` argument does not change it."""
 
 
 SCALES = {"normalized": 1.0, "percent": 100.0, "relative_999": 999.0, "relative_1000": 1000.0, "bins_1024": 1024.0}
@@ -98,7 +98,7 @@ FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 
 
 class Reference(NamedTuple):
-    """Coordinates as found, before any check of their geometry."""
+    """Coordinates as found, before their geometry is checked."""
 
     format: str
     start: int
@@ -171,7 +171,7 @@ class _RefLabels:
         self.ends = [end for end, _ in self.labels]
 
     def before(self, start: int) -> str | None:
-        """Label of the box whose tag begins at `start`: the last one, if nothing but tags and numbers follow it."""
+        """Label of the box whose tag begins at `start`: the last label, if only tags and numbers follow it."""
         index = bisect.bisect_right(self.ends, start) - 1
         if index < 0 or start - self.ends[index] > 1000:
             return None
@@ -339,7 +339,7 @@ def _groups(text: str) -> Iterator[_Group]:
 
 
 def _runs(text: str) -> Iterator[list[_Group]]:
-    """Neighbouring groups: only commas, semicolons and white space between them."""
+    """Adjacent groups, with only commas, semicolons and white space between them."""
     run: list[_Group] = []
     for group in _groups(text):
         if run:
@@ -405,7 +405,7 @@ def _scan_groups(text: str) -> Iterator[Reference]:
 
 
 def _classify(text: str, run: list[_Group], labels: _RefLabels) -> Iterator[Reference]:
-    """Name a run of groups by what stands before it."""
+    """Classify a run of groups by the text before it."""
     first = run[0]
     if len(run) == 1 and first.size not in (2, 4):
         return
@@ -522,8 +522,8 @@ def _json_name(text: str, key: str, start: int) -> str:
 
 # --- Boxes and points in prose ---
 
-# Words that announce a place in the image, and words that announce some other list of numbers. The strong ones decide
-# alone; a weak one on each side leaves the later of the two. Matched by their first five letters, or whole if shorter.
+# Words that announce a place in the image, and words that announce some other list of numbers. A strong word decides;
+# between two weak words, the later one decides. Words are matched by their first five letters, or whole if shorter.
 _STRONG = frozenset(
     "bbox bboxe bound box boxes regio crop cropp zoom zoome zooms pixel click tap taps tappi detec".split()
 )
@@ -574,9 +574,9 @@ def _wanted(text: str, head: int, end: int, size: int) -> bool | None:
 
 
 def _is_data(label: str, numbers: list[float]) -> bool:
-    """Whether numbers behind a name are sorted data: rising all the way, and small or of several things.
+    """Whether numbers after a name are sorted data: increasing throughout, and small or with several names.
 
-    A box may rise too, when it is wider and higher than it is far from the corner.
+    The numbers of a box can increase too, if its size exceeds its distance from the corner.
     """
     rises = all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
     return rises and (numbers[-1] < 100 or label.endswith("s"))
@@ -586,7 +586,7 @@ _NO_NAME = frozenset(
     "is are was were be to of get gets give gives have has with and or from by between equals equal answer answers "
     "result i we it they numbers these those following then than for as the a an that this".split()
 )
-"""Words that do not name an object when they stand right before a box."""
+"""Words that do not name an object even if they are directly before a box."""
 _MALFORMED_NEXT = re.compile(r"\s*[,;]?\s*[\[(][0-9]")
 
 
@@ -600,10 +600,10 @@ def _bare(text: str, run: list[_Group], head: int, outer: str) -> Iterator[Refer
     largest = max(numbers)
     whole = all(n.is_integer() and n >= 0 for n in numbers)
     unit = not whole and largest <= 1 and min(numbers) >= 0
-    # Most bracketed pairs are small numbers of mathematics: leave before looking at the words.
+    # Most bracketed pairs are small numbers in mathematics: return before reading the words.
     if sizes == {2} and not unit and (largest <= 20 or not whole):
         return
-    # An unknown tag, or a neighbour that is no number group, leaves a broken format rather than prose.
+    # An unknown tag, or a neighbour that is not a number group, means a broken format rather than prose.
     if text[max(0, head - 1) : head] == ">" and not text[max(0, head - 12) : head].endswith(_REGION_ENDS):
         return
     if _MALFORMED_NEXT.match(text, last.end, last.end + 8):

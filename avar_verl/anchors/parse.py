@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""References to the image in a response: coordinates and phrases, without what the environment wrote or nobody can use.
+"""References to the image in a response: coordinates and phrases, without text of the environment and invalid
+references.
 
-Regions, cuts, geometry and repeats are decided here; `formats` finds coordinates and `phrases` finds phrases.
+This module handles regions, cuts, geometry and repeats; `formats` finds coordinates and `phrases` finds phrases.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from avar_verl.anchors.formats import FORMATS, SCALES, Reference, scan_coordinat
 from avar_verl.anchors.phrases import Sentences, scan_chinese, scan_english
 
 CLIP_TOLERANCE = 0.03
-"""Share of a side by which coordinates may lie outside the image. Models drift by a few pixels at the border."""
+"""Fraction of a side by which coordinates may be outside the image. Models are off by a few pixels at the border."""
 
 MAX_PIXELS = 100_000
-"""Largest coordinate where neither the image size nor the scale is known."""
+"""Largest coordinate if neither the image size nor the scale is known."""
 
 SPAM_REPEATS = 3
-"""From this many verbatim copies on, only the first one counts."""
+"""From this many verbatim copies, only the first one counts."""
 
 COPY_REACH = 40
 """Characters on each side of a phrase, within its sentence, that make it a copy of another one."""
@@ -176,8 +177,9 @@ def parse_anchors(text: str, image_size: tuple[int, int] | None = None, coordina
         image_size (`tuple[int, int]`, *optional*):
             (width, height) in pixels of the image the model saw. Without it pixel boxes have no upper bound.
         coordinates (`str`, *optional*, defaults to `"auto"`):
-            System of the numbers: `absolute` (pixels), `relative_1000`, `normalized` (0-1), `percent`, or `auto`: what
-            the format says, else pixels or 0-1000, whichever fits. Only decides what is inside the image.
+            Coordinate system of the numbers: `absolute` (pixels), `relative_1000`, `normalized` (0-1), `percent`, or
+            `auto`: the scale of the format, else pixels or 0-1000, whichever fits. Used only to decide what is inside
+            the image.
 
     Returns:
         `list[Anchor]`: In text order.
@@ -221,7 +223,7 @@ _Found = tuple[int, int, str, tuple[float, ...] | None, str | None, str]
 
 
 def _outside(found: list[_Found], spans: list[tuple[int, int]]) -> list[_Found]:
-    """What lies outside all of the spans."""
+    """The text outside all of the spans."""
     if not spans:
         return found
     kept = []

@@ -5,9 +5,9 @@ A phrase is found from its word for the image (`image`, `figure`, ...). In Engli
 backwards: modifiers, a determiner, then what governs the noun. It is a reference if that is a verb of looking ("look
 closely at the image") or a preposition of place or source ("in the figure", "at the top of the image", "based on the
 chart"), or if the noun is the subject of a verb such as "shows" or "contains". In Chinese the neighbouring characters
-decide. Other senses of these words, drawings the model makes itself and images it can not see are left out.
+decide. Other senses of these words, drawings the model makes itself and images it cannot see are left out.
 
-Every look around a word is bounded, so the time is linear in the length of the text.
+The context read around each word is bounded, so the time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _forms(verbs: str) -> frozenset[str]:
     return frozenset(forms | {"re" + form for form in forms} | {"re-" + form for form in forms})
 
 
-# Verbs that take the image as their object, straight or over a particle.
+# Verbs that take the image as their object, directly or with a particle.
 _LOOK = _forms(
     "look glance gaze peer stare peek examine inspect observe study check review revisit view analyze analyse scan "
     "scrutinize scrutinise survey explore consult watch consider verify confirm read interpret zoom enlarge magnify "
@@ -93,7 +93,7 @@ _PREDICATE_ADVERBS = frozenset(
     "primarily mainly mostly prominently explicitly definitely likely again then however together both all on the left "
     "right in question".split()
 )
-"""Words that may stand between the image noun and its verb."""
+"""Words that may occur between the image noun and its verb."""
 _COMPOUNDS = frozenset(
     "description descriptions caption captions file files url quality format album frame book resolution size height "
     "data set sets search credit metadata analysis understanding content contents title legend input inputs".split()
@@ -413,7 +413,7 @@ def _english_reference(low: str, start: int, end: int, noun: str, left: int, rig
 
 
 def _unseen(words: _Words) -> bool:
-    """Whether the noun phrase is what somebody can not see or does not have."""
+    """Whether the noun phrase is something that somebody cannot see or does not have."""
     index = words.at
     while index >= 0 and words.words[index] in _ACCESS:
         index -= 1
@@ -435,7 +435,7 @@ def _restated(low: str, start: int, left: int, right: int) -> bool:
 
 
 def _aimed(low: str, start: int, left: int) -> bool:
-    """Whether the noun stands in the statement of an aim."""
+    """Whether the noun is in the statement of an aim."""
     prefix = low[max(left, start - 160) : start]
     aim = _AIM.search(prefix)
     if not aim or "," in prefix[aim.end() :]:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an intervention does, and how it is written: `alpha_img=0.15,alpha_sys=0.4,layers=0-13,heads=0-3`.
+"""What an intervention does, and its text form: `alpha_img=0.15,alpha_sys=0.4,layers=0-13,heads=0-3`.
 
     Z' = Z + alpha_img * M_img (*) Z - alpha_sys * M_sys (*) Z
 
-Z are the pre-softmax logits of a chosen layer and head, M_img is one on image keys, M_sys on system keys. Z = scale *
-q.k is linear in the keys, so Z' is what attention computes by itself from image keys times (1 + alpha_img) and system
-keys times (1 - alpha_sys), taken behind the rotary embedding.
+Z are the pre-softmax logits of a selected layer and head; M_img is 1 on image keys, M_sys is 1 on system keys. Z =
+scale * q.k is linear in the keys, so attention computes Z' if image keys are multiplied by (1 + alpha_img) and system
+keys by (1 - alpha_sys), after the rotary embedding.
 
 Shape suffixes: K = key/value heads, R = token roles
 """
@@ -23,7 +23,7 @@ GRAMMAR = "alpha_img=NUMBER,alpha_sys=NUMBER,layers=0-13,20,heads=0-3"
 _ALPHAS = ("alpha_img", "alpha_sys")
 _LISTS = ("layers", "heads")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
-# What a spec names must be counted before it is compared with a model: no model has more layers or heads.
+# Ranges of a spec are expanded before they are compared with a model. No model has more layers or heads than this.
 _MOST_INDICES = 4096
 
 
@@ -33,9 +33,9 @@ class InterventionSpec:
 
     alpha_img: image logits are multiplied by 1 + alpha_img; in [-1, inf). 0 disables it. Paper: 0.15.
     alpha_sys: system logits are multiplied by 1 - alpha_sys; in (-inf, 1]. 0 disables it. Paper: 0, 0.05, 0.4, 0.6.
-    layers: ascending decoder layers, None for all.
-    heads: ascending query heads, the same in every chosen layer, None for all. Query heads that share a key/value head
-        share its keys, so they can only be chosen together (`key_factors`).
+    layers: ascending indices of decoder layers, None for all.
+    heads: ascending indices of query heads, the same in every selected layer, None for all. Query heads that share a
+        key/value head share its keys, so they can only be selected together (`key_factors`).
 
     Raises:
         ValueError: an alpha out of range, or indices that are not ascending and distinct.
@@ -67,13 +67,13 @@ class InterventionSpec:
 
     @classmethod
     def parse(cls, text: str) -> "InterventionSpec":
-        """The spec that a text stands for. White space does not count; `str(spec)` is the text in its shortest form.
+        """Parse the text form of a spec, ignoring white space; `str(spec)` is the shortest text.
 
         >>> InterventionSpec.parse("alpha_img=0.15, layers=0-2,5")
         InterventionSpec(alpha_img=0.15, alpha_sys=0.0, layers=(0, 1, 2, 5), heads=None)
 
         Raises:
-            ValueError: an unknown or repeated name, what is no number or range, whatever the class refuses.
+            ValueError: an unknown or repeated name, an invalid number or range, or anything that the class refuses.
         """
         values: dict[str, str] = {}
         name = ""
@@ -83,13 +83,13 @@ class InterventionSpec:
                 if name not in (*_ALPHAS, *_LISTS) or name in values:
                     raise ValueError(
                         f"an intervention is written {GRAMMAR}, each name at most once; got {name!r} in {text!r}. "
-                        "Mend the text."
+                        "Correct the text."
                     )
                 values[name] = item
             elif name in _LISTS:  # `layers=0-3,8`: the list goes on.
                 values[name] += f",{item}"
             else:
-                raise ValueError(f"an intervention is written {GRAMMAR}; got {item!r} in {text!r}. Mend the text.")
+                raise ValueError(f"an intervention is written {GRAMMAR}; got {item!r} in {text!r}. Correct it.")
         fields: dict[str, float | tuple[int, ...]] = {}
         for name, value in values.items():
             fields[name] = _number(name, value) if name in _ALPHAS else tuple(_indices(name, value))
@@ -97,7 +97,7 @@ class InterventionSpec:
 
     @classmethod
     def of(cls, spec: "InterventionSpec | str | None") -> "InterventionSpec":
-        """A spec from whatever stands for one: itself, its text, or None for the one that does nothing."""
+        """A spec from a spec, its text, or None (no intervention)."""
         if spec is None:
             return cls()
         return cls.parse(spec) if isinstance(spec, str) else spec
@@ -109,11 +109,11 @@ class InterventionSpec:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing is changed, whatever the layers and heads."""
+        """Whether the spec changes nothing, whatever its layers and heads."""
         return self.alpha_img == 0 and self.alpha_sys == 0
 
     def chosen_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers among `num_layers`.
+        """The selected layers of `num_layers`.
 
         Raises:
             ValueError: a layer that the model does not have.
@@ -121,13 +121,13 @@ class InterventionSpec:
         return _among("layers", self.layers, num_layers)
 
     def key_factors(self, num_heads: int, num_kv_heads: int) -> torch.Tensor:
-        """What the keys of a chosen layer are multiplied by, (K, R) float32: 1 but for IMAGE and SYSTEM.
+        """Factors for the keys of a selected layer, (K, R) float32: 1 except for IMAGE and SYSTEM.
 
         Args:
-            num_heads: query heads of a layer; `num_heads // num_kv_heads` of them in a row share a key/value head.
+            num_heads: query heads of a layer; `num_heads // num_kv_heads` consecutive ones share a key/value head.
 
         Raises:
-            ValueError: a head that the model does not have, or one chosen without the others that share its keys.
+            ValueError: a head that the model does not have, or one selected without the others that share its keys.
         """
         heads = set(_among("heads", self.heads, num_heads))
         factors_KR = torch.ones(num_kv_heads, len(TokenRole))
@@ -147,7 +147,7 @@ class InterventionSpec:
 
 
 def scale_keys(key: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Keys times float32 factors that broadcast to them, rounded once to the keys' type."""
+    """Keys times float32 factors (broadcast), rounded once to the type of the keys."""
     return (key * factors).to(key.dtype)
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The intervention in a transformers model, whatever attention backend it runs on.
+"""The intervention in a transformers model, with any attention backend.
 
 As in `attention.capture`, the attention function in use is registered again under its own name with a wrapper around
-it, and what belongs to a forward pass travels as a keyword argument from the decoder to its attention layers. The
+it, and the state of a forward pass is passed as a keyword argument from the decoder to its attention layers. The
 wrapper scales the keys that attention reads, so a key/value cache holds the model's own keys: it can be filled inside
-the block and read outside, or the other way round. Every kind of cache is read the same way, since what a key is
-scaled by depends on its position alone.
+the block and read outside, or vice versa. All kinds of cache work the same way, because the factor of a key depends
+only on its position.
 
 A `capture_mass` inside or around the block sees the scaled keys.
 
@@ -34,7 +34,7 @@ KWARG = "avar_intervention"
 
 
 class _Scaling:
-    """What one forward pass of the decoder scales its keys by.
+    """The key factors of one forward pass of the decoder.
 
     A plain class: FSDP rebuilds dataclasses and tuples among the keyword arguments, and this must stay one object.
     """
@@ -42,7 +42,7 @@ class _Scaling:
     def __init__(self, layers: tuple[int, ...], factors_BKP: torch.Tensor, num_seen: int):
         self.layers = layers
         self.factors_BKP = factors_BKP
-        self.num_seen = num_seen  # Positions so far, those of this pass included.
+        self.num_seen = num_seen  # Positions so far, including those of this pass.
         self.scaled: set[int] = set()
 
     def scale(self, module, key_BKTD: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ class _Scaling:
                 "With beams or several sequences a prompt, repeat each row of roles as often, or use "
                 "avar_verl.intervention.transformers_hook.generate."
             )
-        # A static cache has room behind the last position; a sliding window has the last keys alone.
+        # A static cache has free space after the last position; a sliding window has only the last keys.
         first = max(0, self.num_seen - num_keys)
         if first and getattr(module, "sliding_window", None) is None:
             raise ValueError(
@@ -84,13 +84,13 @@ def _wrap(name: str) -> None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention._avar_intervention = True
-    # The capture's wrapper is inside. Were it wrapped around this one too, it would see keys that are not scaled.
+    # The capture's wrapper is inside this one. If it were also outside, it would see unscaled keys.
     attention._avar_capture = True
     AttentionInterface.register(name, attention)
 
 
 def check_decoder(decoder: torch.nn.Module) -> None:
-    """Refuse what key rescaling cannot do.
+    """Refuse models in which rescaling keys would not rescale logits.
 
     Raises:
         ValueError: cross-attention layers, a cap on the logits, or paged attention.
@@ -98,7 +98,7 @@ def check_decoder(decoder: torch.nn.Module) -> None:
     if any(not hasattr(layer, "self_attn") for layer in decoder.layers):
         raise ValueError(
             "the intervention weighs image keys against other keys of the same softmax; got cross-attention layers "
-            "(Llama 3.2 Vision), whose softmax has image keys alone, beside self-attention layers without any. Use a "
+            "(Llama 3.2 Vision), whose softmax has only image keys, and self-attention layers without any. Use a "
             "model that reads images in its self-attention."
         )
     cap = getattr(decoder.config, "attn_logit_softcapping", None)
@@ -120,16 +120,15 @@ def intervene(model: torch.nn.Module, roles: torch.Tensor | RoleMap, spec: Inter
 
     Args:
         model: a transformers vision-language model with self-attention over image tokens, bare or wrapped.
-        roles: (B, P) `TokenRole` of the first P positions of every row, padding included; positions behind them are
-            response tokens, which are never scaled. Or a `RoleMap`, which reads the `input_ids` and the
-            `attention_mask` of every pass that starts a sequence: all of its positions have the role that their ids
-            have.
-        spec: what to change. alpha_img = alpha_sys = 0 leaves the model alone, to the bit.
+        roles: (B, P) `TokenRole` of the first P positions of every row, padding included; later positions are response
+            tokens, which are never scaled. Or a `RoleMap`, which reads the `input_ids` and the `attention_mask` of
+            every pass that starts a sequence: all positions get the role of their ids.
+        spec: what to change. With alpha_img = alpha_sys = 0 the outputs are bit-identical.
 
     Raises:
-        ValueError: layers or heads that the model does not have or that cannot be chosen, whatever `check_decoder`
-            refuses; and in a forward pass roles of another batch, a cache that drops keys, an attention that bypasses
-            transformers' attention interface.
+        ValueError: layers or heads that the model does not have or that cannot be selected, or anything that
+            `check_decoder` refuses; in a forward pass, roles of another batch, a cache that drops keys, or an attention
+            that bypasses transformers' attention interface.
 
     >>> with intervene(model, role_map, "alpha_img=0.15,alpha_sys=0.4"):  # doctest: +SKIP
     ...     ids = model.generate(**inputs)
@@ -211,14 +210,14 @@ def generate(
     inputs: Mapping[str, Any],
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`model.generate(**inputs, **kwargs)` under an intervention, beams and several sequences a prompt included.
+    """`model.generate(**inputs, **kwargs)` under an intervention, including beams and several sequences per prompt.
 
     Args:
         roles: (B, P) `TokenRole` of the prompts, or a `RoleMap`.
-        inputs: of the processor; batches padded on the left, as generation wants them.
+        inputs: outputs of the processor; batches must be padded on the left.
 
     Raises:
-        ValueError: whatever `intervene` refuses.
+        ValueError: anything that `intervene` refuses.
     """
     if not isinstance(roles, torch.Tensor):
         roles = roles(inputs["input_ids"], inputs.get("attention_mask"))

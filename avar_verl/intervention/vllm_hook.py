@@ -1,32 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The intervention in vLLM 0.24 (V1 engine, V1 model runner): keys are scaled as they enter the key/value cache.
 
-An engine is told that requests may ask for it, and which setting is the default of those that do not:
+An engine must be started for it, with a default setting for requests without one of their own:
 
     LLM(model, additional_config={"avar_intervention": True})
     vllm serve MODEL --additional-config '{"avar_intervention": "alpha_img=0.15,alpha_sys=0.4"}'
 
-A request asks with `SamplingParams(extra_args={"avar_intervene": "alpha_img=0.15"})`, over HTTP with `"vllm_xargs":
-{"avar_intervene": "alpha_img=0.15"}`. Requests of one batch may have different settings.
+A request sets it with `SamplingParams(extra_args={"avar_intervene": "alpha_img=0.15"})`, or over HTTP with
+`"vllm_xargs": {"avar_intervene": "alpha_img=0.15"}`. Requests in one batch may have different settings.
 
-Two patches, which `avar_verl.plugin.vllm_plugin` applies when vLLM imports the module:
+There are two patches, which `avar_verl.plugin.vllm_plugin` applies when vLLM imports the modules:
 
-1. `InputProcessor.process_inputs` (vllm/v1/engine/input_processor.py:242): the one way from a prompt to an engine
-   request. Placeholders are expanded, an error reaches whoever asked, and the cache salt can still be set.
-2. `GPUModelRunner.initialize_kv_cache` (vllm/v1/worker/gpu_model_runner.py:7309), which the CPU's runner inherits: the
-   model is loaded and no CUDA graph has been captured.
+1. `InputProcessor.process_inputs` (vllm/v1/engine/input_processor.py:242): every prompt becomes an engine request here.
+   Placeholders are expanded, errors reach the caller, and the cache salt can still be set.
+2. `GPUModelRunner.initialize_kv_cache` (vllm/v1/worker/gpu_model_runner.py:7309), which the CPU runner inherits. At
+   this point the model is loaded, and no CUDA graph has been captured.
 
-An engine that was not told gets nothing but a look-up in `extra_args` a request. In one that was, a `KeyScaler` takes
-part in the runner's `_prepare_inputs` (gpu_model_runner.py:1889), which knows the tokens of the step, and stands before
-`do_kv_cache_update` and `forward` of every layer's `AttentionImpl` (vllm/model_executor/layers/attention/attention.py,
-`unified_kv_cache_update`, `unified_attention_with_output`): inside vLLM's opaque operators, so compiled graphs are
-those of vLLM. Both get the key as the model made it, and a backend may write it to the cache in either or both
-(cpu_attn.py does), so both get the scaled one. What a token is scaled by stands in buffers of fixed address; a captured
-CUDA graph holds the multiplication and reads them, everything else multiplies only in steps that have tokens to scale.
+In an engine that was not started for it, the only cost is one look-up in `extra_args` per request. Otherwise, a
+`KeyScaler` hooks the runner's `_prepare_inputs` (gpu_model_runner.py:1889), which knows the tokens of the step, and
+runs before `do_kv_cache_update` and `forward` of every layer's `AttentionImpl`
+(vllm/model_executor/layers/attention/attention.py, `unified_kv_cache_update`, `unified_attention_with_output`). This is
+inside vLLM's opaque operators, so compiled graphs stay those of vLLM. Both methods get the key as the model made it,
+and a backend may write it to the cache in either or both (cpu_attn.py does), so both get the scaled key. The factors of
+the tokens are in buffers with fixed addresses. A captured CUDA graph contains the multiplication and reads them; other
+steps multiply only if they have tokens to scale.
 
 Blocks of the prefix cache hold scaled keys, so the setting is part of the request's cache salt. (A response is never
-scaled. If it becomes part of a later prompt and spells a system turn or a placeholder, those blocks, if still cached,
-stay as they are.)
+scaled. If it becomes part of a later prompt and contains a system turn or a placeholder, those blocks stay unscaled
+while they are cached.)
 
 Shape suffixes: L = layers of this rank, T = tokens of a step, G = settings of a step by role, K = key/value heads of
 this rank, D = head size
@@ -45,7 +46,7 @@ from avar_verl.model.roles import RoleMap, TokenRole
 
 ENGINE_KEY = "avar_intervention"
 REQUEST_KEY = "avar_intervene"
-# In extra_args of a request under way: [first, stop, role] of the prompt's tokens that are scaled.
+# In extra_args of a running request: [first, stop, role] of the prompt's tokens that are scaled.
 RUNS_KEY = "avar_key_runs"
 
 
@@ -56,7 +57,7 @@ def engine_arguments(default: InterventionSpec | str | None = None) -> dict[str,
     """Keyword arguments of `vllm.LLM` (or `AsyncEngineArgs`) that let requests ask for the intervention.
 
     Args:
-        default: what requests get that ask for nothing; None leaves them alone.
+        default: setting of requests without one of their own; None scales nothing.
 
     >>> engine_arguments("alpha_img=0.15")
     {'additional_config': {'avar_intervention': 'alpha_img=0.15,alpha_sys=0.0'}}
@@ -66,9 +67,9 @@ def engine_arguments(default: InterventionSpec | str | None = None) -> dict[str,
 
 
 def request_arguments(spec: InterventionSpec | str | None) -> dict[str, Any]:
-    """`extra_args` of `SamplingParams`, and the `vllm_xargs` of an HTTP request, that ask for a setting.
+    """`extra_args` of `SamplingParams`, or `vllm_xargs` of an HTTP request, for a setting.
 
-    None asks for nothing, so it gets the engine's default; `InterventionSpec()` asks to be left alone.
+    None means the engine's default; `InterventionSpec()` means no intervention.
 
     >>> request_arguments("alpha_img=0.15")
     {'avar_intervene': 'alpha_img=0.15,alpha_sys=0.0'}
@@ -80,7 +81,7 @@ def request_arguments(spec: InterventionSpec | str | None) -> dict[str, Any]:
 
 
 def engine_default(additional_config: Any) -> InterventionSpec | None:
-    """What an engine does by default, None if it was not started for the intervention.
+    """The default setting of an engine; None if it was not started for the intervention.
 
     Raises:
         ValueError: a value that is neither true nor a spec.
@@ -99,10 +100,10 @@ def engine_default(additional_config: Any) -> InterventionSpec | None:
 
 
 def requested(extra_args: dict | None, default: InterventionSpec | None) -> InterventionSpec:
-    """What a request gets: what it asks for, else what the engine does by default.
+    """The setting of a request: its own, or else the engine's default.
 
     Raises:
-        ValueError: a spec that cannot be read, or one in an engine that was not started for it.
+        ValueError: a spec that cannot be parsed, or one for an engine that was not started for it.
     """
     text = (extra_args or {}).get(REQUEST_KEY)
     if text is not None and not isinstance(text, str):
@@ -135,10 +136,10 @@ def key_runs(roles_S: Sequence[int], spec: InterventionSpec) -> list[list[int]]:
 
 
 def plan_request(request: Any, spec: InterventionSpec, role_map: RoleMap, model_config: Any) -> None:
-    """Tell the workers which keys of a request to scale, and keep its blocks of the prefix cache apart.
+    """Tell the workers which keys of a request to scale, and separate its blocks in the prefix cache.
 
     Raises:
-        ValueError: layers or heads that the model does not have or that cannot be chosen, a prompt of embeddings, or
+        ValueError: layers or heads that the model does not have or that cannot be selected, a prompt of embeddings, or
             one that arrives in parts.
     """
     spec.chosen_layers(model_config.get_total_num_hidden_layers())
@@ -171,7 +172,7 @@ def patch_input_processor(module: Any) -> None:
         if params is None:  # Pooling.
             return request
         if RUNS_KEY in (params.extra_args or {}):
-            raise ValueError(f"{RUNS_KEY} belongs to the engine; got it in a request. Send {REQUEST_KEY} alone.")
+            raise ValueError(f"{RUNS_KEY} belongs to the engine; got it in a request. Send only {REQUEST_KEY}.")
         default = engine_default(self.vllm_config.additional_config)
         spec = requested(params.extra_args, default)
         if not spec.is_identity:
@@ -236,8 +237,8 @@ def check_layer(name: str, layer: Any) -> None:
 
 
 def head_of_rank(head: int, rank: int, size: int, num_kv_heads: int, num_of_rank: int) -> int:
-    """The model's key/value head that is `head` of a tensor-parallel rank: vLLM cuts heads in order and, with more
-    ranks than heads, repeats each one.
+    """Index in the model of the key/value head that is `head` on a tensor-parallel rank. vLLM splits heads in order
+    and, with more ranks than heads, repeats each one.
 
     >>> [head_of_rank(head, 1, 2, 4, 2) for head in range(2)], [head_of_rank(0, rank, 4, 2, 1) for rank in range(4)]
     ([2, 3], [0, 0, 1, 1])
@@ -246,7 +247,7 @@ def head_of_rank(head: int, rank: int, size: int, num_kv_heads: int, num_of_rank
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:
-    """Whether what happens to the tensor goes into a CUDA graph."""
+    """Whether operations on the tensor are being captured in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -254,13 +255,13 @@ class KeyScaler:
     """Scales keys in one model runner.
 
     Args:
-        layers: the model's numbers of this rank's layers, ascending.
-        heads: the model's key/value heads that this rank has.
+        layers: indices in the model of this rank's layers, ascending.
+        heads: indices in the model of this rank's key/value heads.
         num_layers, num_heads, num_kv_heads: of the whole model.
-        index_T: buffer (T,) of int64; says which row of the table a token of the step has. Row 0 is 1.
-        table_LGK: buffer (L, G, K) of float32, with a row for each of two roles of as many requests as a step can have.
+        index_T: buffer (T,) of int64; the table row of each token of the step. Row 0 is all ones.
+        table_LGK: buffer (L, G, K) of float32, with two rows (one per role) for each request that a step can have.
 
-    Buffers are vLLM's `CpuGpuBuffer`. They are written anew in every step that has tokens to scale.
+    Buffers are vLLM's `CpuGpuBuffer`. They are rewritten in every step that has tokens to scale.
     """
 
     def __init__(
@@ -282,14 +283,14 @@ class KeyScaler:
         self.rows_of = functools.lru_cache(maxsize=1024)(self._rows_of)
 
     def _rows_of(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Where this rank's chosen layers are in the table, and (K, R) factors of this rank's heads."""
+        """Table indices of this rank's selected layers, and (K, R) factors of this rank's heads."""
         spec = InterventionSpec.parse(text)
         chosen = set(spec.chosen_layers(self.num_layers))
         factors_KR = spec.key_factors(self.num_heads, self.num_kv_heads)[self.heads].numpy()
         return [at for at, layer in enumerate(self.layers) if layer in chosen], factors_KR
 
     def stand_before(self, impl: Any, at: int) -> None:
-        """The `AttentionImpl` of the layer that is `at` in the table gets scaled keys, whichever method gets them."""
+        """Give scaled keys to both methods of the `AttentionImpl` of the layer with table index `at`."""
         forward, update = impl.forward, getattr(impl, "do_kv_cache_update", None)
 
         def scaled_forward(layer, query, key, *args, **kwargs):
@@ -303,19 +304,19 @@ class KeyScaler:
             impl.do_kv_cache_update = scaled_update
 
     def prepare(self, batch: Any, requests: dict[str, Any], num_scheduled: np.ndarray) -> None:
-        """Get ready for a step with the requests of the runner's input batch, so many tokens of each."""
+        """Prepare a step with the requests of the runner's input batch and their numbers of tokens."""
         num_computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
-        # Of most steps all tokens are responses.
+        # In most steps, all tokens are response tokens.
         if self.active or bool((num_computed < batch.num_prompt_tokens[: batch.num_reqs]).any()):
             params = [requests[name].sampling_params for name in batch.req_ids]
             self.write([None if p is None else p.extra_args for p in params], num_computed, num_scheduled)
 
     def write(self, extra_args: Sequence[dict | None], num_computed: np.ndarray, num_scheduled: np.ndarray) -> None:
-        """Fill the buffers for a step with these requests, the tokens of each behind those of the one before."""
+        """Fill the buffers for a step with the tokens of these requests, in order."""
         rows: dict[str, int] = {}
         index_T, table_LGK = self.index_T.np, self.table_LGK.np
         was_active, self.active = self.active, False
-        index_T[:] = 0  # Also behind the last token, where vLLM pads.
+        index_T[:] = 0  # Also after the last token, where vLLM pads.
         start = 0
         for extra, computed, count in zip(extra_args, num_computed.tolist(), num_scheduled.tolist(), strict=True):
             for first, stop, role in (extra or {}).get(RUNS_KEY, ()):
@@ -337,9 +338,9 @@ class KeyScaler:
             self.index_T.copy_to_gpu()
 
     def scale(self, at: int, key_TKD: torch.Tensor | None) -> torch.Tensor | None:
-        """The keys of a step in the layer that is `at` in the table.
+        """The scaled keys of a step in the layer with table index `at`.
 
-        A captured CUDA graph is replayed in steps of either kind, so it always multiplies.
+        A captured CUDA graph is replayed in steps with and without tokens to scale, so it always multiplies.
         """
         if key_TKD is None or not (self.active or is_capturing(key_TKD)):
             return key_TKD
@@ -348,10 +349,10 @@ class KeyScaler:
 
 
 def attach(runner: Any) -> KeyScaler:
-    """Give a model runner that has its model and its cache a `KeyScaler`.
+    """Attach a `KeyScaler` to a model runner that has its model and its cache.
 
     Raises:
-        ValueError: whatever `check_engine` and `check_layer` refuse, or layers of another kind.
+        ValueError: anything that `check_engine` or `check_layer` refuses, or layers of another kind.
     """
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.attention.attention import Attention
@@ -396,7 +397,7 @@ def attach(runner: Any) -> KeyScaler:
 
 
 def patch_model_runner(module: Any) -> None:
-    """Give a runner its `KeyScaler` where the engine was started for the intervention. Idempotent."""
+    """Attach a `KeyScaler` to a runner if the engine was started for the intervention. Idempotent."""
     cls = module.GPUModelRunner
     original = cls.initialize_kv_cache
     if hasattr(original, "_avar_intervention"):

@@ -24,7 +24,7 @@ The grading rules:
    with a factorial, a tower of powers, or powers beyond `MAX_POWER_DIGITS`. A comparison that needs more than
    `MAX_MATH_CALLS` function calls counts as unequal.
 
-An answer is right if 2, 3 or 4 says so.
+An answer is right if rule 2, 3 or 4 matches.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 MAX_MATH_CHARS = 200
-"""Longest cleaned answer, in characters, that math-verify gets to see."""
+"""Longest cleaned answer, in characters, that math-verify gets."""
 
 MAX_POWER_DIGITS = 300
-"""Most digits of a power. Huge integers take long in few calls, so the limit on calls would come too late for them."""
+"""Most digits of a power. Huge integers take long in few calls, so the limit on calls would not stop them in time."""
 
 MAX_MATH_CALLS = 10_000_000
 """Most function calls and returns in one comparison, 3 to 6 s of work. Ordinary answers take less than a tenth of it,
@@ -93,7 +93,7 @@ def extract_answer(text: str) -> str | None:
     4. Everything else has no answer: neither tag nor box, an unclosed tag, an empty answer.
 
     The tags must be in the decoded text. verl decodes with `skip_special_tokens=True`, which drops tags that were added
-    to the tokenizer as *special* tokens: add them as ordinary tokens, or leave the vocabulary alone.
+    to the tokenizer as *special* tokens: add them as ordinary tokens, or do not change the vocabulary.
 
     Args:
         text (`str`):
@@ -133,7 +133,7 @@ def extract_answer(text: str) -> str | None:
 
 # --- Cleaning (rule 1) ---
 
-# NFKC alone turns 5 with a superscript 2 into 52, and 3 with a vulgar half into 31/2.
+# Without this, NFKC turns 5 with a superscript 2 into 52, and 3 with a vulgar half into 31/2.
 _SUPERSCRIPTS = re.compile("[\u00b2\u00b3\u00b9\u2070\u2071\u2074-\u207f]+")
 _VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e\u2189]")
 _SIGNS = {
@@ -278,7 +278,7 @@ _ROUND_ROOT = re.compile(r"\\sqrt ?\(([^()]*)\)")
 _ROUND_EXPONENT = re.compile(r"\^ ?\(([^()]*)\)")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[bpv]?matrix\}")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
-# Commands that only build a value: sums, products, integrals and binomials hide any amount of work in a few characters.
+# Commands that only build a value. Others (sums, products, integrals, binomials) can hide any amount of work.
 _COMMANDS = frozenset(
     "frac dfrac tfrac cfrac sqrt pi infty cdot times div pm mp le leq leqslant ge geq geqslant lt gt ne neq approx in "
     "cup cap emptyset varnothing setminus sin cos tan cot sec csc arcsin arccos arctan log lg ln circ degree mathbb "
@@ -334,16 +334,16 @@ def _load_math_verify() -> tuple[Callable, Callable, type[BaseException]]:
         raise ImportError(
             f"grade_answer needs the package math-verify; got {error}. Run `pip install math-verify==0.9.0`."
         ) from error
-    # Said once in each process when the timeouts are off. `_limit_calls` is the limit it asks for.
+    # math-verify warns once per process if its timeouts are off. `_limit_calls` is the limit it asks for.
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith("Timeout is disabled"))
     # units=False: math-verify's own list has single letters and words such as "c", "t", "ab" and "monkey", so 3c is 3.
-    # LaTeX alone, in one pair of $: the plain-text search takes the last number it finds, so "1, 2, 3, 4" is 4.
+    # Only LaTeX, in one pair of $: the plain-text search takes the last number it finds, so "1, 2, 3, 4" is 4.
     config = LatexExtractionConfig(
         boxed_match_priority=-1,
         normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"),
     )
-    # None switches the timeouts off: they need SIGALRM, so the main thread, while verl scores in a thread pool.
+    # None turns the timeouts off: they use SIGALRM and so need the main thread, but verl scores in a thread pool.
     parse = functools.partial(parse, extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=None)
     verify = functools.partial(verify, allow_set_relation_comp=True, timeout_seconds=None)
     return parse, verify, TimeoutException
@@ -352,15 +352,15 @@ def _load_math_verify() -> tuple[Callable, Callable, type[BaseException]]:
 def _limit_calls(function: Callable[[], bool], limit: int, exception: type[BaseException]) -> bool:
     """Return `function()`, but raise `exception` inside it after `limit` function calls and returns.
 
-    A profile hook, because it works in any thread and counts work instead of seconds: a busy machine gives no
-    other reward.
+    It uses a profile hook, which works in any thread and counts work instead of seconds, so the reward does not depend
+    on the load of the machine.
     """
     left = limit
 
     def count(frame, event, arg):
         nonlocal left
         left -= 1
-        # Not in a generator: raised while one is being closed, an exception is dropped, and the hook with it.
+        # Not in a generator: an exception raised while one is being closed is dropped, together with the hook.
         if left < 0 and event in ("call", "c_call") and not frame.f_code.co_flags & inspect.CO_GENERATOR:
             raise exception
 
@@ -372,8 +372,8 @@ def _limit_calls(function: Callable[[], bool], limit: int, exception: type[BaseE
         sys.setprofile(previous)
 
 
-# sympy's caches and mpmath's working precision belong to the process, and the GIL leaves nothing to
-# gain from sharing them.
+# sympy's caches and mpmath's working precision are global to the process, and because of the GIL there is nothing to
+# gain from parallel calls.
 _MATH_LOCK = threading.Lock()
 
 
@@ -381,8 +381,8 @@ def _verify(prediction: str, gold: str) -> bool:
     """Compare two LaTeX strings with math-verify.
 
     math-verify turns every exception of its LaTeX parser (plain `Exception` on bad input) and of sympy into "nothing
-    parsed" or "unequal" and logs it at debug level, so there is none to catch here. What can get out is its
-    `TimeoutException`, a `BaseException`, which only the limit on calls raises.
+    parsed" or "unequal" and logs it at debug level, so there is none to catch here. Only its `TimeoutException`, a
+    `BaseException`, can get out; the limit on calls raises it.
     """
     parse, verify, timeout_exception = _load_math_verify()
 
@@ -419,7 +419,7 @@ def _math_equal(prediction: str, gold: str) -> bool:
     elif unit_g == "%" and not unit_p:
         pairs.append((value_p, f"\\frac{{{value_g}}}{{100}}"))
     elif unit_p or unit_g:
-        pairs.append((prediction, gold))  # `2 m` may also be a number times a variable
+        pairs.append((prediction, gold))  # `2 m` can also be a number times a variable
     for pair in pairs:
         latex_p, latex_g = map(_to_latex, pair)
         if latex_p is None or latex_g is None:
@@ -449,7 +449,7 @@ def accepted_answers(ground_truth: Any, sample: str = "this sample") -> list[str
         ground_truth (`str`, number, or `list`, `tuple` or `numpy.ndarray` of these):
             One answer, or several each of which is right.
         sample (`str`, *optional*, defaults to `"this sample"`):
-            What error messages call the sample, see `sample_name`.
+            Name of the sample in error messages, see `sample_name`.
 
     Returns:
         `list[str]`: At least one answer, numbers as Python writes them.

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anchor reward: does the reasoning go back to the image, again and again? Pure functions, no verl import.
+"""Anchor reward: does the reasoning keep referring to the image? Pure functions, no verl import.
 
     anchor = 1/N * sum_{i=1..N} max weight of the distinct anchors that first appear in part i of the reasoning
 
-The reasoning is cut into N parts of equal prose: characters outside coordinates, quotes and tags, so that a list of
-references, however long, takes up next to nothing. An anchor (`avar_verl.anchors`) counts once, where it first appears;
-coordinates weigh 1 and phrases `phrase_weight`. So the score is bounded by 1, saturates at one new reference a part, is
-spread over the reasoning by construction, and a list of references at one place is worth one.
+The reasoning is divided into N parts with equal amounts of prose. Prose is characters outside coordinates, quotes and
+tags, so a list of references takes up almost nothing, however long it is. An anchor (`avar_verl.anchors`) counts once,
+where it first appears; coordinates have weight 1 and phrases `phrase_weight`. So the score is at most 1, saturates at
+one new reference per part, requires references throughout the reasoning, and counts a list of references in one place
+once.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from avar_verl.rewards.grounding import box_iou
 NUM_PARTS = 4
 PHRASE_WEIGHT = 0.5
 DUPLICATE_IOU = 0.5
-# A box over more than this share of the image points at nothing.
+# A box over more than this fraction of the image does not point at anything.
 MAX_AREA = 0.9
-# Distance up to which two points are the same, as a share of the image's width and height.
+# Distance up to which two points are the same, as a fraction of the image's width and height.
 SAME_POINT = 0.02
-# Places that a new one is compared with, so that a list of thousands takes linear time.
+# Number of places that a new one is compared with, so that a list of thousands takes linear time.
 MAX_KEPT = 64
-# Numbers a little over the edge of the image still are pixels of it.
+# Numbers slightly beyond the edge of the image still count as pixels.
 TOLERANCE = 1.03
 # Usual scales of relative coordinates, and a large image.
 SCALES = (1.0, 100.0, 1000.0, 1024.0, 4096.0)
@@ -45,8 +46,8 @@ _FILLERS = frozenset("the a an this that again at to closely carefully more once
 class AnchorScore:
     """Parts of the anchor score, all unweighted.
 
-    `score` in [0, 1]; `num_anchors` valid references inside the reasoning; `num_distinct` of them that count;
-    `num_coordinates` of these that are boxes or points; `parts_covered` of the N parts with a counting reference.
+    `score` in [0, 1]; `num_anchors` valid references inside the reasoning; `num_distinct`, how many of them count;
+    `num_coordinates`, how many of those are boxes or points; `parts_covered` of the N parts with a counting reference.
     """
 
     score: float
@@ -58,9 +59,9 @@ class AnchorScore:
 
 def reasoning_span(text: str, think_in_prompt: bool = False) -> tuple[int, int]:
     """(start, end) of the reasoning: from the first `<think>`, or the beginning, to the first `</think>`, `<answer>` or
-    `\\boxed` behind it, or the end.
+    `\\boxed` after it, or the end.
 
-    What comes later is the answer, whatever tags it opens.
+    Later text is the answer, whatever tags it opens.
     """
     opened = -1 if think_in_prompt else text.find("<think>")
     start = 0 if opened < 0 else opened + len("<think>")
@@ -69,13 +70,13 @@ def reasoning_span(text: str, think_in_prompt: bool = False) -> tuple[int, int]:
 
 
 def _plain(text: str) -> str:
-    """Words alone, without case, width variants and characters that nobody sees."""
+    """Only the words, without case, width variants and invisible characters."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_WORD.findall("".join(c for c in folded if unicodedata.category(c) != "Cf")))
 
 
 def _without_copies(text: str, found: list[Anchor], prompt: str, start: int) -> list[Anchor]:
-    """Drop the anchors whose sentence, from the `start` of the reasoning on, stands in the prompt word for word."""
+    """Drop the anchors whose sentence, from the `start` of the reasoning on, is in the prompt word for word."""
     prompt_words = f" {_plain(prompt)} "
     sentences = Sentences(text)
     is_copied: dict[int, bool] = {}  # by the end of the sentence, so that one with many anchors is read once
@@ -93,10 +94,10 @@ def _without_copies(text: str, found: list[Anchor], prompt: str, start: int) -> 
 def _unit_coordinates(
     found: Sequence[Anchor], image_size: tuple[int, int] | None, coordinates: str
 ) -> list[tuple[float, ...] | None]:
-    """(x1, y1, x2, y2) or (x, y) of every anchor as shares of the image's width and height, None for a phrase.
+    """(x1, y1, x2, y2) or (x, y) of every anchor as fractions of the image's width and height, None for a phrase.
 
-    Numbers whose scale the text cannot tell are read as pixels if the image is known and holds them all, else as shares
-    of the smallest usual scale that does: for comparing them with one another that is enough.
+    Numbers of unknown scale are read as pixels if the image is known and contains them all, else in the smallest common
+    scale that contains them. This is enough to compare them with one another.
     """
     scales = [a.coords and resolve_scale(a.format, a.coords, coordinates) for a in found]
     unknown = [a.coords for a, scale in zip(found, scales, strict=True) if a.coords and scale in (None, "absolute")]
@@ -174,7 +175,7 @@ def anchor_score(
         num_parts (`int`, *optional*, defaults to 4):
             N, >= 1.
         phrase_weight (`float`, *optional*, defaults to 0.5):
-            Weight of a reference in words beside one by coordinates, in [0, 1]; 0 pays coordinates alone.
+            Weight of a phrase, relative to coordinates, in [0, 1]; 0 pays only for coordinates.
 
     Returns:
         `AnchorScore`.
@@ -202,7 +203,7 @@ def anchor_score(
         found = _without_copies(text, found, prompt, start)
     distinct, best = _Distinct(), [0.0] * num_parts
     num_distinct = num_coordinates = 0
-    # Prose in front of every anchor, and all of it in the end. The words of a phrase are prose, numbers are not.
+    # Amount of prose before every anchor, and in total. The words of a phrase are prose, numbers are not.
     starts = [*(anchor.start for anchor in found), end]
     ends = [start, *(anchor.start if anchor.coords is None else anchor.end for anchor in found)]
     prose = list(accumulate(_prose(text[a:b]) for a, b in zip(ends, starts, strict=True)))

@@ -3,9 +3,9 @@
 
     score = sum_i weight_i * gate_i * value_i,    gate_i = 1 if the gating part's value > 0.5 else 0; 1 without a gate
 
-A part is a name of PARTS or a function of the user's, `pkg://package.module:function` or `path/to/file.py:function`,
-with verl's signature `(data_source, solution_str, ground_truth, extra_info, **kwargs)` that returns a number or a dict
-with `score`.
+A part is a name in PARTS or your own function, `pkg://package.module:function` or `path/to/file.py:function`, with
+verl's signature `(data_source, solution_str, ground_truth, extra_info, **kwargs)` that returns a number or a dict with
+`score`.
 
 | part | value | range |
 | --- | --- | --- |
@@ -33,12 +33,14 @@ from avar_verl.rewards.format import format_score
 from avar_verl.rewards.grounding import grounding_score
 
 GATE_THRESHOLD = 0.5
-# What a sample's extra_info may say; avar_verl.plugin.rollout.reward_manager fills in the first and the last.
+# Keys that a sample's extra_info may have; avar_verl.plugin.rollout.reward_manager fills in the first and the last.
 IMAGE_SIZES, PROMPT, BOXES, BOXES_SIZE = "image_sizes", "prompt_text", "boxes", "boxes_size"
 
 
 def _image_size(extra_info: Mapping | None) -> tuple[int, int] | None:
-    """Size of the image that the model saw; None if unknown, or if there are several, which a box does not tell."""
+    """Size of the image that the model saw; None if unknown, or if there are several images, because a box does not say
+    which one it refers to.
+    """
     sizes = (extra_info or {}).get(IMAGE_SIZES)
     return tuple(sizes[0]) if sizes is not None and len(sizes) == 1 else None
 
@@ -111,9 +113,9 @@ PARTS: dict[str, Callable[..., dict[str, float]]] = {
 
 @functools.lru_cache(maxsize=64)
 def load_function(reference: str) -> Callable:
-    """A user's function, named as `pkg://package.module:function` or `path/to/file.py:function`.
+    """A custom function, named as `pkg://package.module:function` or `path/to/file.py:function`.
 
-    (verl's `load_extern_object` does this too, but rewards are to be had without verl.)
+    (verl's `load_extern_object` does this too, but rewards must work without verl.)
     """
     module_name, _, function = reference.rpartition(":")
     if module_name.startswith("pkg://"):
@@ -172,7 +174,7 @@ def check_parts(parts: Mapping[str, Mapping[str, Any]]) -> None:
         if not _is_finite(weight):
             raise ValueError(f"weight must be a finite number; got {weight!r} in {name!r}. 0 only reports the part.")
         if part.get("gate") is not None and part["gate"] not in seen:
-            raise ValueError(f"a gate is a part named before; got {part['gate']!r} in {name!r} behind {seen}.")
+            raise ValueError(f"a gate must be an earlier part; got {part['gate']!r} in {name!r} after {seen}.")
         seen.append(name)
 
 
@@ -185,7 +187,7 @@ def composed_score(
         parts (`Mapping`):
             For every part, in order: `weight`, finite; `gate` (*optional*), the name of an earlier part whose value
             must be above 0.5 for this one to be paid; `settings` (*optional*), keyword arguments of the part;
-            `function` (*optional*), a function of the user's.
+            `function` (*optional*), a custom function.
 
     Returns:
         `dict[str, float]`: the same keys for every sample. `score` between the sum of the negative and the sum of the

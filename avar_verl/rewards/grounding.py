@@ -48,7 +48,7 @@ def grounding_score(predicted: Sequence[Box], reference: Sequence[Box], max_boxe
     for box in reference:
         if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
             raise ValueError(
-                f"a reference box must be (x1, y1, x2, y2) with positive area; got {tuple(box)}. Mend the data set."
+                f"a reference box must be (x1, y1, x2, y2) with positive area; got {tuple(box)}. Correct the data set."
             )
     if not reference or not predicted:
         return float(not reference and not predicted)

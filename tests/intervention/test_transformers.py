@@ -285,7 +285,7 @@ def test_nothing_stays_behind(one):
 
 def test_cross_attention_is_refused(family_model):
     model = family_model("mllama")
-    with pytest.raises(ValueError, match="got cross-attention layers .*whose softmax has image keys alone"):
+    with pytest.raises(ValueError, match="got cross-attention layers .*whose softmax has only image keys"):
         with intervene(model, torch.zeros(1, 3, dtype=torch.long), BOTH):
             pass
 

@@ -72,7 +72,10 @@ def test_a_users_function_is_a_part(tmp_path, monkeypatch, form):
         ({"acc": {}}, "weight must be a finite number; got None in 'acc'"),
         ({"acc": {"weight": float("nan")}}, "weight must be a finite number; got nan"),
         ({"acc": {"weight": True}}, "weight must be a finite number; got True"),
-        ({"anchor": {"weight": 1, "gate": "acc"}, "acc": {"weight": 1}}, r"named before; got 'acc' in 'anchor' behind"),
+        (
+            {"anchor": {"weight": 1, "gate": "acc"}, "acc": {"weight": 1}},
+            r"an earlier part; got 'acc' in 'anchor' after",
+        ),
     ],
 )
 def test_what_cannot_be_computed_is_refused(parts, message):
