@@ -8,12 +8,11 @@ Shape suffixes:
     B = samples, S = positions
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from avar_verl.model.families import Family, get_family
@@ -54,12 +53,6 @@ class Checkpoint:
         pad_id = self.processor.tokenizer.pad_token_id
         inputs = collate(self.family, self.model.config, samples, 0 if pad_id is None else pad_id, padding_side)
         return {key: value.to(self.model.device) for key, value in inputs.items()}
-
-
-def batches(items: Sequence, size: int, label: str) -> Iterable[tuple[int, Sequence]]:
-    """(start, items[start : start + size]) under a progress bar."""
-    for start in tqdm(range(0, len(items), size), desc=label, leave=False):
-        yield start, items[start : start + size]
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from avar_verl.model.checkpoint import Checkpoint, batches
+from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.objectives.vas import STATISTICS
 from avar_verl.tools.demo.photo_grid import Sample
+from avar_verl.tools.progress import progress
 from avar_verl.tools.stats import Bootstrap
 from avar_verl.tools.vas.rows import Conversation
 from avar_verl.tools.vas.score import QUERIES, Scorer
@@ -32,7 +33,8 @@ def answers(checkpoint: Checkpoint, samples: Sequence[Sample], max_new_tokens: i
     """Greedy responses to the questions, decoded without special tokens."""
     scorer = Scorer(checkpoint, max_new_tokens=max_new_tokens)
     out = []
-    for _, batch in batches(samples, batch_size, "generate"):
+    for start in progress(range(0, len(samples), batch_size), "generate", unit="batch", leave=False):
+        batch = samples[start : start + batch_size]
         ids = [one.response_ids for one in scorer.prepare([conversation(sample) for sample in batch])]
         out += checkpoint.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return out
@@ -45,7 +47,8 @@ def measure_vas(checkpoint: Checkpoint, samples: Sequence[Sample], batch_size: i
         ValueError: no sample has an image, a system turn and a query.
     """
     scorer, records = Scorer(checkpoint), []
-    for _, batch in batches(samples, batch_size, "VAS"):
+    for start in progress(range(0, len(samples), batch_size), "VAS", unit="batch", leave=False):
+        batch = samples[start : start + batch_size]
         records += scorer.score(scorer.prepare([conversation(sample, sample.response) for sample in batch]))
     return {query: summarize_query(query, records, scorer.layers, Bootstrap()) for query in QUERIES}
 

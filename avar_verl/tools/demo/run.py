@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.rewards.accuracy import extract_answer, grade_answer
@@ -29,6 +28,7 @@ from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.demo.measure import answer_attention, answers, headline, heatmap, measure_vas
 from avar_verl.tools.demo.report import write_report
 from avar_verl.tools.demo.tiny_model import build_tiny_model
+from avar_verl.tools.progress import progress
 from avar_verl.tools.runs import SETTINGS, check_settings
 
 NUM_SHOWN = 6
@@ -142,7 +142,7 @@ class Demo:
         """
         metrics_paths = {name: self.run_dir / "logs" / f"{name}.jsonl" for name in commands}
         begin, seconds, processes, logs = time.monotonic(), {}, {}, []
-        bars = {name: tqdm(total=steps, desc=name, unit="step", mininterval=2) for name in commands}
+        bars = {name: progress(total=steps, desc=name, unit="step") for name in commands}
         try:
             for name, command in commands.items():
                 metrics_paths[name].unlink(missing_ok=True)

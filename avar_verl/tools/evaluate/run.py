@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from tqdm import tqdm
 
 from avar_verl.tools.evaluate.benchmarks import Benchmark, benchmark_items, expand, load_benchmark, resolve_revision
 from avar_verl.tools.evaluate.client import Sampling, ask, ask_all, make_client, served_name
 from avar_verl.tools.evaluate.intervene import Intervention, check_server, make_intervention
 from avar_verl.tools.evaluate.server import NAME, cpu_environment, free_port, running_server, server_command
 from avar_verl.tools.items import Item, parquet_items
+from avar_verl.tools.progress import progress
 from avar_verl.tools.records import Record, Records, graded, read
 from avar_verl.tools.runs import fingerprint, write_json
 from avar_verl.tools.stats import group_accuracy, standard_error
@@ -200,7 +200,7 @@ async def _run_task(
     # The items may be a few gigabytes of images: they are read again, one by one, as requests have room.
     todo = (item for item in islice(task.items(), len(index.ids)) if item.id in index.open)
     num_done = len(index.ids) - len(index.open)
-    with tqdm(total=len(index.ids), initial=num_done, desc=task.name, unit="item") as bar:
+    with progress(total=len(index.ids), initial=num_done, desc=task.name, unit="item") as bar:
 
         async def answer(item: Item) -> None:
             reply = await ask(client, model, item, settings.sampling, intervention.extra_body)

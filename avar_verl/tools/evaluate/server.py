@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from avar_verl.tools.progress import progress
 
 NAME = "avar-eval"
 """The model's name in requests to a server of one's own."""
@@ -124,9 +124,7 @@ def running_server(
         server = Server(process, f"http://127.0.0.1:{port}/v1", log)
         try:
             begin = time.monotonic()
-            # Twice a second on a screen; in a log, where every refresh is a line of its own, twice a minute.
-            interval = 0.5 if sys.stderr.isatty() else 30.0
-            with tqdm(desc="vLLM starts", bar_format="{desc}: {elapsed}", mininterval=interval, miniters=1) as bar:
+            with progress(desc="vLLM starts", bar_format="{desc}: {elapsed}") as bar:
                 while not _healthy(port):
                     server.check()
                     if time.monotonic() - begin > timeout_s:

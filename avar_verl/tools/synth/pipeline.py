@@ -12,6 +12,7 @@ The cache is one actor on the driver's node with the folder's database. Endpoint
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -27,9 +28,9 @@ import ray
 from ray.data import ActorPoolStrategy, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from avar_verl.data.rows import count_rows
+from avar_verl.tools.progress import progress
 from avar_verl.tools.synth.chain import Request, Worker, advance, groups, served
 from avar_verl.tools.synth.config import STAGES, EngineConfig, SynthConfig
 from avar_verl.tools.synth.duplicates import Overlap
@@ -418,33 +419,22 @@ class Run:
             highlight=False,
         )
 
-    def _bar(self, name: str, total: int | None = 0) -> _Bar:
-        return _Bar(name, self.total if total == 0 else total, self.store, self.console)
+    @contextlib.contextmanager
+    def _bar(self, name: str, total: int | None = 0) -> Iterator[Callable[[int], None]]:
+        """A progress bar over items, with the counters of the cache beside it."""
+        next_poll = 0.0
+        with progress(total=self.total if total == 0 else total, desc=name, unit="item") as bar:
 
+            def advance(items: int) -> None:
+                nonlocal next_poll
+                bar.update(items)
+                if time.monotonic() > next_poll:
+                    next_poll = time.monotonic() + POLL_S
+                    totals = self._totals()
+                    counters = f"{totals['new_calls']} calls, {totals['failures']} failed, {totals['usd']:.3g} USD"
+                    bar.set_postfix_str(counters, refresh=False)
 
-class _Bar:
-    """A progress bar over items, with the counters of the cache beside it."""
-
-    def __init__(self, name: str, total: int | None, store: Any, console: Console):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[more]}"), console=console)
-        self.task = self.progress.add_task(name, total=total, more="")
-        self.store, self.next_poll = store, 0.0
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.start()
-        return self._advance
-
-    def _advance(self, items: int) -> None:
-        self.progress.advance(self.task, items)
-        if time.monotonic() > self.next_poll:
-            self.next_poll = time.monotonic() + POLL_S
-            totals = ray.get(self.store.totals.remote())
-            more = f"{totals['new_calls']} calls, {totals['failures']} failed, {totals['usd']:.3g} USD"
-            self.progress.update(self.task, more=more)
-
-    def __exit__(self, *exception: Any) -> None:
-        self.progress.stop()
+            yield advance
 
 
 def _cause(error: ray.exceptions.RayError) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from avar_verl.tools.progress import progress
 from avar_verl.tools.runs import RECORDS, RecordFile, absolute, dumps, fingerprint, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap
 from avar_verl.tools.vas import rows as data_rows
@@ -167,7 +167,7 @@ def measure(settings: VasSettings, records: RecordFile, workers) -> None:
     rows = islice(rows, settings.n) if settings.n else rows
     total = data_rows.count(settings.data)
     total = min(total, settings.n) if total and settings.n else total or settings.n or None
-    with tqdm(total=total, desc="VAS", unit="sample", mininterval=1) as bar:
+    with progress(total=total, desc="VAS", unit="sample") as bar:
 
         def pending():
             for row in rows:

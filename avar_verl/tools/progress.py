@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The progress bar of all tools: a bar on a terminal, and in a log a line every few seconds and one at the end."""
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_SECONDS = 10.0
+
+
+class _Lines(tqdm):
+    """A bar as whole lines, at most one in LOG_SECONDS. tqdm writes a refresh over the last one, which no log can."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._next_line = time.monotonic() + LOG_SECONDS
+        super().__init__(*args, mininterval=LOG_SECONDS, miniters=0, **kwargs)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LOG_SECONDS
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+
+    def close(self) -> None:
+        if not self.disable:
+            self._next_line = 0.0
+            self.display()
+            self.sp = None  # tqdm's sign that there is nothing to wipe away.
+        super().close()
+
+
+def progress(
+    items: Iterable | None = None, desc: str = "", *, total: int | None = None, unit: str = "it", **settings: Any
+) -> tqdm:
+    """A tqdm on stderr, over `items` or to `update`. In a loop that waits, `update(0)` writes the line that is due.
+
+    Args:
+        total: number of steps; None for the length of `items`, if it has one.
+        settings: of tqdm, such as `initial` and `leave`.
+    """
+    kind = tqdm if sys.stderr.isatty() else _Lines
+    return kind(items, desc, total, unit=unit, file=sys.stderr, **settings)
