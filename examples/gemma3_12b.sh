@@ -6,10 +6,10 @@ source "$(dirname "$0")/common.sh"
 MODEL=${MODEL:-google/gemma-3-12b-it}
 OUT=${OUT:-checkpoints/gemma3_12b}
 
-# Five of six layers have a window of 1024 tokens, which leaves the image and <bos> behind in a long response: guidance
-# and reward are those of the layers without one, every sixth of 48. The system turn is <bos> (avar_verl/model/families/gemma3.py).
-# Samples cannot be packed: image tokens of one image see each other. FSDP2 with flash attention would need a mask that
-# flash attention does not take, so sdpa.
+# Five of six layers have a sliding window of 1024 tokens, so late tokens of a long response do not see the image and
+# <bos>. Guidance and reward use only the layers without a window, every sixth of 48. The system turn is <bos>
+# (avar_verl/model/families/gemma3.py). Samples cannot be packed, because image tokens of one image see each other.
+# Flash attention does not support the mask that this needs, so attention is sdpa.
 LAYERS="[5,11,17,23,29,35,41,47]"
 
 cold_start "$MODEL" "$OUT/cold_start" \

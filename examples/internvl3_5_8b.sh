@@ -6,8 +6,8 @@ source "$(dirname "$0")/common.sh"
 MODEL=${MODEL:-OpenGVLab/InternVL3_5-8B-HF}
 OUT=${OUT:-checkpoints/internvl3_5_8b}
 
-# A system message in every conversation: the chat template writes none, and without one there is no VAS.
-# An image is up to 12 tiles of 256 tokens and a thumbnail, so prompts are long.
+# Every conversation needs a system message: the chat template adds none, and without one there is no VAS.
+# An image has up to 12 tiles of 256 tokens and a thumbnail, so prompts are long.
 cold_start "$MODEL" "$OUT/cold_start"
 grpo "$(last_checkpoint "$OUT/cold_start")" "$OUT/grpo" \
     data.max_prompt_length=4096 \

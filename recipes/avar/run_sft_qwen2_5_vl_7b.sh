@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # AVAR cold start of Qwen2.5-VL-7B with attention guidance: 2 nodes of 8 GPUs with 80 GB.
-# Run it on every node, with NODE_RANK=0..NNODES-1 and MASTER_ADDR the first one.
+# Run it on every node, with NODE_RANK=0..NNODES-1 and MASTER_ADDR set to the first node.
 #
 #   MODEL=Qwen/Qwen2.5-VL-7B-Instruct TRAIN=cold_start.parquet bash recipes/avar/run_sft_qwen2_5_vl_7b.sh [overrides]
 #
-# Written for this hardware, composed and validated by tests, not yet run on it.
+# Tests compose and validate the config; the script has not been run on this hardware.
 set -euo pipefail
 
 MODEL=${MODEL:-Qwen/Qwen2.5-VL-7B-Instruct}

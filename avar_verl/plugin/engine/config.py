@@ -16,8 +16,8 @@ class AvarFSDPEngineConfig(FSDPEngineConfig):
     Args:
         agto: guidance of the training loss; None trains with verl's loss.
         vars: masses to return from the log-prob pass; None returns none.
-        freeze_vision_tower: the vision tower gets no gradients; False trains it. Paper: False.
-        freeze_projector: the projector between tower and language model gets none; False trains it. Paper: False.
+        freeze_vision_tower: True freezes the vision tower. Paper: False.
+        freeze_projector: True freezes the projector between tower and language model. Paper: False.
     """
 
     agto: Optional[AgtoConfig] = None
@@ -27,5 +27,5 @@ class AvarFSDPEngineConfig(FSDPEngineConfig):
 
     @property
     def freezes(self) -> bool:
-        """Whether any part is frozen."""
+        """Whether anything is frozen."""
         return self.freeze_vision_tower or self.freeze_projector

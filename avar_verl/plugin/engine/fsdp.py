@@ -30,8 +30,8 @@ from avar_verl.plugin.config import QUERY_ROLES
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
 from avar_verl.plugin.engine.inputs import DummyImage, merged_features
 
-# Set on a batch to have its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS for every sample. A flag and
-# not a mode, because with LoRA the same engine also runs the reference pass, whose masses nobody wants.
+# Set on a batch to make its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS per sample. It is a flag of
+# the batch, because with LoRA the same engine also runs the reference pass, whose masses are not needed.
 MEASURE_FLAG = "avar_measure"
 VISUAL_OUTPUT = "avar_visual"
 
@@ -48,7 +48,7 @@ def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:
 
 
 class _Guidance:
-    """State of one optimizer step: how many samples have each term in the global batch, and sums for the log."""
+    """State of one optimizer step: how many samples of the global batch have each term, and sums for the log."""
 
     SUMS = ("enhance", "suppress", "image_mass", "system_mass", "vas", "image_share", "lm_loss")
 
@@ -74,7 +74,7 @@ class _Guidance:
         sums = dict(zip(self.SUMS, total.tolist(), strict=True))
         out = {"avar/lm_loss": sums["lm_loss"], "avar/schedule": self.factor}
         out["avar/guided_samples"] = max(self.num_enhance, self.num_suppress)
-        # Without image keys (cross-attention) nothing that has the image mass in it is defined.
+        # Without image keys (cross-attention), nothing that depends on the image mass is defined.
         if self.num_enhance:
             out["avar/samples_without_system"] = self.num_enhance - self.num_suppress
             out["avar/enhance"] = sums["enhance"] / self.num_enhance
@@ -89,13 +89,13 @@ class _Guidance:
 class AvarFSDPEngine(FSDPEngineWithLMHead):
     """`FSDPEngineWithLMHead` that captures attention masses when its config asks for it.
 
-    Changes w.r.t. verl's engine, all but the last without effect unless its config is an `AvarFSDPEngineConfig`:
+    Changes relative to verl's engine; all but the last one need an `AvarFSDPEngineConfig`:
     - training with `agto`: the loss gets alpha * L_enhance + beta * L_suppress, normalised over the global batch like
       verl's own loss, and `avar/*` metrics; with alpha = beta = 0 nothing is added to it;
-    - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers a sample;
+    - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers per sample;
     - with `freeze_vision_tower` or `freeze_projector`: these parameters have no gradient and no optimizer state;
-    - of a known family: images of different tile counts share a micro-batch, the inputs of every position that a family
-      needs are made from the ids, and a micro-batch without an image runs the vision tower too (`engine.inputs`).
+    - for known families: images with different numbers of tiles can share a micro-batch, per-position inputs are
+      computed from the ids, and a micro-batch without images runs the vision tower too (`engine.inputs`).
     """
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
@@ -122,7 +122,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
 
     @classmethod
     def _check(cls, model_config, engine_config) -> None:
-        """Refuse what cannot work before a parameter is loaded."""
+        """Refuse what cannot work, before parameters are loaded."""
         if get_device_name() == "cpu" and engine_config.strategy == "fsdp":
             raise ValueError(
                 "FSDP1 needs an accelerator (sync_module_states wants its parameters on one); got strategy='fsdp' on "
@@ -180,13 +180,13 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                     full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
                     raise ValueError(
                         "masses need layers in which a response sees the system turn and the image; got layers "
-                        f"{sliding}, whose window of {text_config.sliding_window} tokens moves on. Set "
+                        f"{sliding}, which have a sliding window of {text_config.sliding_window} tokens. Set "
                         f"avar.agto.layers and avar.vars.layers to some of {full}."
                     )
                 if part.layer_weights is not None and len(part.layer_weights) != len(layers):
                     raise ValueError(
-                        f"layer_weights must be as many as layers; got {len(part.layer_weights)} for {len(layers)} "
-                        "layers. Give one weight for every layer, or null."
+                        f"layer_weights must have one weight per layer; got {len(part.layer_weights)} for "
+                        f"{len(layers)} layers. Give one weight per layer, or null."
                     )
         if engine_config.agto is not None:
             resolve_indices("heads", engine_config.agto.heads, text_config.num_attention_heads)
@@ -208,7 +208,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
 
     def _build_model_optimizer(self):
         super()._build_model_optimizer()
-        # verl has a dummy image of its own for the families whose forward it replaces.
+        # For families whose forward it replaces, verl has its own dummy image.
         if self._family is not None and not self._family.verl_forward and self.model_config.processor is not None:
             self._dummy_image = DummyImage(self.module, self.model_config.processor, self._family)
 
@@ -221,7 +221,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         lengths_B = input_ids.offsets().diff()
         positions_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
         real_BS = positions_S < lengths_B[:, None]
-        # SFT masks whole samples, RL the response alone: in both the mask ends where the sample ends.
+        # SFT has masks of whole samples, RL of responses: both end where the sample ends.
         mask_BM = torch.nested.to_padded_tensor(mask, padding=0)
         index_BS = positions_S - (lengths_B - mask.offsets().diff())[:, None]
         inside_BS = (index_BS >= 0) & real_BS
@@ -240,7 +240,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         return torch.stack([(ids_S == token_id).any() for ids_S in data["input_ids"].unbind()])
 
     def _inside_boxes(self, roles_BS: torch.Tensor, data: TensorDict) -> torch.Tensor:
-        """Roles in which image tokens outside the reference boxes of a rollout's sample have no role."""
+        """Roles in which image tokens outside the reference boxes of the rollout's sample have no role."""
         roles_BS = roles_BS.clone()
         samples = zip(data["input_ids"].unbind(), data["extra_info"], data["multi_modal_inputs"], strict=True)
         for row, (ids_S, info, inputs) in enumerate(samples):
@@ -269,7 +269,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         counts = torch.stack([has_enhance_B.sum(), has_suppress_B.sum(), torch.tensor(len(roles_BS))])
         counts = counts.to(get_device_id())
         torch.distributed.all_reduce(counts, group=self.get_data_parallel_group())
-        # The scheduler has made one step for every optimizer step, and is part of the checkpoint.
+        # The scheduler makes one step per optimizer step, and is part of the checkpoint.
         factor = schedule(self.lr_scheduler.last_epoch, self._agto.warmup_steps, self._agto.anneal)
         return _Guidance(factor, *counts.tolist(), dp_size=self.get_data_parallel_size())
 
@@ -290,14 +290,14 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 agto.layer_weights,
                 self._images_beside(data),
             )
-            # Under Ulysses a rank holds some of the heads. Values become the mean over all of them; the gradient stays
-            # the one of the rank's own mean, which FSDP's average over the ranks makes the mean over all heads.
+            # Under Ulysses a rank holds some of the heads. Values become the mean over all heads; the gradient stays
+            # that of the rank's own mean, which FSDP's average over ranks turns into the mean over all heads.
             terms = replace(
                 terms, enhance_B=_mean_over_heads(terms.enhance_B), suppress_B=_mean_over_heads(terms.suppress_B)
             )
             guidance.add(terms, _mean_over_heads(mean_mass_BLHR.detach().double().mean((1, 2))), loss)
-            # Per-sample terms averaged over the global batch; FSDP then averages gradients over the ranks, which the
-            # factor dp_size undoes, as in verl's sft_loss (verl/workers/utils/losses.py).
+            # Per-sample terms are averaged over the global batch. FSDP then averages gradients over ranks; the factor
+            # dp_size cancels that, as in verl's sft_loss (verl/workers/utils/losses.py).
             if agto.alpha > 0 and guidance.num_enhance:
                 weight = guidance.factor * agto.alpha * guidance.dp_size / guidance.num_enhance
                 loss = loss + weight * terms.enhance_B.sum()

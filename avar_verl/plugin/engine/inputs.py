@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model inputs of a micro-batch that verl's engine does not make: features of unequal images, and no image at all."""
+"""Model inputs that verl's engine cannot make: features of images of different sizes, and batches without images."""
 
 import torch
 from PIL import Image
@@ -14,15 +14,15 @@ from avar_verl.model.render import merge_features, render
 def merged_features(
     family: Family, micro_batch: TensorDict, like: dict[str, torch.Tensor] | None = None
 ) -> tuple[dict[str, torch.Tensor], TensorDict]:
-    """Features of a micro-batch, and the micro-batch with them in the place of those of its samples.
+    """Features of a micro-batch, and the micro-batch with these features instead of per-sample ones.
 
-    verl concatenates the samples' features (verl/utils/model.py:759-809), which fails where one image has more tiles
-    than another. `like`: features of some image, for families in which every sample must have some.
+    verl concatenates the samples' features (verl/utils/model.py:759-809), which fails if one image has more tiles than
+    another. `like`: features of any image, for families in which every sample needs features.
     """
     samples = [item.data if isinstance(item, NonTensorData) else item for item in micro_batch["multi_modal_inputs"]]
     features = merge_features(family, samples, like)
     merged = micro_batch.copy()
-    # One entry for every sample, since it is a batch; all but the first are empty.
+    # A batch needs one entry per sample; all but the first are empty.
     rows = [NonTensorData(features if row == 0 else {}) for row in range(len(samples))]
     merged["multi_modal_inputs"] = torch.stack(rows, dim=0)
     return features, merged
@@ -32,7 +32,7 @@ class DummyImage:
     """Runs the vision tower on a black image, times zero, in a forward pass without an image.
 
     Under FSDP every rank must take part in the collectives of every module. A rank whose micro-batch has no image would
-    leave those of the vision tower out, and all would wait for it. `wanted` is set before each forward pass.
+    skip those of the vision tower, and all other ranks would wait forever. `wanted` is set before each forward pass.
     """
 
     def __init__(self, module: torch.nn.Module, processor, family: Family):

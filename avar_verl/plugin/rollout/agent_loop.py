@@ -2,8 +2,8 @@
 """verl's single-turn agent loop for any known family, without image placeholders in the response.
 
 A policy that samples `<|image_pad|>` writes a response with more image tokens than image features, and the actor's
-forward pass ends the run ("Image features and image tokens do not match"). The logits of the family's placeholders get
-vLLM's lowest bias in every sampling of a rollout.
+forward pass ends the run ("Image features and image tokens do not match"). So the logits of the family's placeholders
+get vLLM's lowest bias whenever a rollout is sampled.
 """
 
 import functools
@@ -19,16 +19,16 @@ FORBIDDEN = -100.0  # vLLM's smallest logit bias: a factor of exp(-100)
 
 
 def forbid(sampling_params: dict[str, Any], token_ids: list[int]) -> dict[str, Any]:
-    """A copy of `sampling_params` under which `token_ids` are not sampled; other biases stay."""
+    """A copy of `sampling_params` that prevents sampling of `token_ids`; other biases stay."""
     bias = {**(sampling_params.get("logit_bias") or {}), **dict.fromkeys(token_ids, FORBIDDEN)}
     return {**sampling_params, "logit_bias": bias}
 
 
 def image_fields(mm_inputs: dict, patch_size: int | None) -> dict[str, list]:
-    """What the reward learns about the images as the model saw them, from the processor's output.
+    """Sizes of the images as the model saw them, for the reward; from the processor's output.
 
     `image_grids`: (t, h, w) patches of every image; `image_sizes`: its (width, height) in pixels. Empty without a grid,
-    as in families that do not keep the shape of an image.
+    for families that do not keep the shape of an image.
     """
     grids = mm_inputs.get("image_grid_thw")
     if grids is None or patch_size is None:
@@ -53,7 +53,7 @@ def with_images(messages: list[dict], images: list) -> list[dict]:
 
 
 class _Client:
-    """verl's server client, which sends a prompt with images as vLLM wants it: one placeholder for an image."""
+    """verl's server client, which sends prompts with one placeholder per image, as vLLM expects."""
 
     def __init__(self, client, loop: "AvarSingleTurnAgentLoop"):
         self._client, self._loop = client, loop
@@ -70,8 +70,8 @@ class _Client:
 class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
     """`SingleTurnAgentLoop`; changes:
 
-    - the prompt is rendered by `avar_verl.model.render`: no second BOS, and vLLM gets one placeholder for an image
-      (verl does that for Qwen's image processor alone, verl/workers/rollout/utils.py:93-113);
+    - the prompt is rendered by `avar_verl.model.render`: no second BOS, and vLLM gets one placeholder per image (verl
+      does this only for Qwen's image processor, verl/workers/rollout/utils.py:93-113);
     - the features of the prompt go with the rollout (`plugin.compat.verl.rollout_features`);
     - a logit bias on the family's image and video placeholders;
     - `image_fields` among the rollout's extra fields, which reach the reward function as `extra_info`.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's reward manager for reward functions that read images, special tokens or the prompt, and that may fail.
+"""verl's reward manager for reward functions that need images, special tokens or the prompt, and that may fail.
 
     reward.reward_manager.name=avar        (avar_grpo.yaml)
 
-Changes w.r.t. `NaiveRewardManager` (verl/experimental/reward_loop/reward_manager/naive.py), which decodes without
-special tokens, waits for ever, and ends the run at the first exception of the reward function.
+It replaces `NaiveRewardManager` (verl/experimental/reward_loop/reward_manager/naive.py), which decodes without special
+tokens, waits forever, and ends the run at the first exception of the reward function.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ FAILED = "reward_failed"
 
 
 def prompt_text(messages) -> str:
-    """The words of a conversation's user turns, for rewards that must not pay for copying them."""
+    """The text of a conversation's user turns, for rewards that must not pay for copying it."""
     out = []
     for message in messages:
         if message["role"] != "user":
@@ -42,9 +42,9 @@ def prompt_text(messages) -> str:
 
 
 async def call_with_timeout(function: Callable, timeout_s: float | None, **arguments: Any) -> Any:
-    """`function(**arguments)` in a thread of its own, or awaited; TimeoutError after `timeout_s` seconds.
+    """`function(**arguments)` in its own thread, or awaited; TimeoutError after `timeout_s` seconds.
 
-    A thread cannot be stopped: one that hangs goes on as a daemon, which ends with its process.
+    A thread cannot be stopped: one that hangs continues as a daemon, until its process ends.
     """
     if inspect.iscoroutinefunction(function):
         return await asyncio.wait_for(function(**arguments), timeout_s)
@@ -56,13 +56,13 @@ async def call_with_timeout(function: Callable, timeout_s: float | None, **argum
             setter(value)
 
     def hand_over(setter, value) -> None:
-        with contextlib.suppress(RuntimeError):  # The loop was closed after the timeout: nobody waits.
+        with contextlib.suppress(RuntimeError):  # The loop was closed after the timeout: nothing waits for the result.
             loop.call_soon_threadsafe(resolve, setter, value)
 
     def work() -> None:
         try:
             result = function(**arguments)
-        except Exception as error:  # Broad on purpose: it is handed to the caller as it is.
+        except Exception as error:  # Broad on purpose: it is passed on to the caller.
             hand_over(future.set_exception, error)
         else:
             hand_over(future.set_result, result)
@@ -76,9 +76,9 @@ class AvarRewardManager(RewardManagerBase):
 
     - `avar.reward.skip_special_tokens=false` lets `<|box_start|>` and its relatives reach the reward function;
     - `extra_info` also gets `image_sizes` and `image_grids` (from `AvarSingleTurnAgentLoop`) and `prompt_text`;
-    - a reward function that raises, returns no finite score or takes longer than `avar.reward.timeout_s` costs its
-      sample the reward, all parts 0, and is reported with the sample's index; `reward_failed` is 1 in its parts. After
-      `avar.reward.max_failures` failures without a success between them the run ends: then it is no bad sample.
+    - if the reward function raises, returns no finite score or takes longer than `avar.reward.timeout_s`, the sample
+      gets no reward (all parts are 0, `reward_failed` is 1), and the failure is reported with the sample's index. After
+      `avar.reward.max_failures` failures in a row the run ends, because the cause is then not a bad sample.
     """
 
     def __init__(self, config: DictConfig, tokenizer, compute_score, reward_router_address=None, **kwargs):
@@ -93,7 +93,7 @@ class AvarRewardManager(RewardManagerBase):
         self._failures = 0
 
     async def run_single(self, data: DataProto) -> dict:
-        item = data[-1:][0]  # Of several sequences the last one has the answer.
+        item = data[-1:][0]  # If there are several sequences, the last one has the answer.
         length = item.batch["responses"].shape[-1]
         valid = int(item.batch["attention_mask"][-length:].sum())
         sample = item.non_tensor_batch
@@ -120,7 +120,7 @@ class AvarRewardManager(RewardManagerBase):
                 **self.router,
             )
             parts = self._parts(result)
-        except Exception as error:  # Broad on purpose: whatever a user's function raises is reported, and counted.
+        except Exception as error:  # Broad on purpose: any exception of the reward function is reported and counted.
             parts = self._failed(error, sample["data_source"], extra_info.get("index"))
         return {"reward_score": parts["score"], "reward_extra_info": parts}
 
@@ -129,7 +129,7 @@ class AvarRewardManager(RewardManagerBase):
         if "score" not in parts or not math.isfinite(parts["score"]):
             raise ValueError(
                 f"compute_score must return a finite number, or a dict with one as 'score'; got {result!r}. "
-                "Mend the reward function."
+                "Correct the reward function."
             )
         self._failures, self._keys = 0, tuple(parts)
         return {**parts, FAILED: 0.0}
@@ -142,7 +142,7 @@ class AvarRewardManager(RewardManagerBase):
         if self._failures >= self.settings.max_failures:
             raise RuntimeError(
                 f"the reward function must work for some sample; got {self._failures} failures in a row, the last for "
-                f"{sample}: {type(error).__name__}: {error}. Mend it, or raise avar.reward.max_failures."
+                f"{sample}: {type(error).__name__}: {error}. Correct it, or raise avar.reward.max_failures."
             ) from error
-        # Every sample has the keys of every other, as verl's validation wants.
+        # All samples must have the same keys, because verl's validation needs them.
         return {**dict.fromkeys((*self._keys, "score", self.gate_key), 0.0), FAILED: 1.0}

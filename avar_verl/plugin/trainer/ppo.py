@@ -23,10 +23,10 @@ from avar_verl.plugin.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
 
 
 def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
-    """Refuse trainer configs under which VARS cannot be right.
+    """Refuse trainer configs that would make VARS wrong.
 
     Raises:
-        ValueError: naming the field and what to set it to.
+        ValueError: names the field and the value to set.
     """
     if not vars_config.measures:
         return
@@ -51,22 +51,23 @@ def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
 
 
 class AvarPPOTrainer(PPOTrainerSync):
-    """`PPOTrainerSync` plus `lambda_v * r_visual` on the last response token of right answers, before the advantage.
+    """`PPOTrainerSync` plus `lambda_v * r_visual` on the last response token of correct answers, before the advantage.
 
-    Changes w.r.t. verl's trainer: the old-log-prob pass is asked for attention masses; `rm_scores` of rollouts whose
-    answer is right rise by the weighted visual reward; `avar/*` metrics. With lambda_v = 0 `rm_scores` are not touched.
+    Changes relative to verl's trainer: the old-log-prob pass also returns attention masses; the weighted visual reward
+    is added to `rm_scores` of rollouts with a correct answer; `avar/*` metrics. With lambda_v = 0, `rm_scores` are not
+    changed.
     """
 
     def __init__(self, config: DictConfig):
         self.vars: VarsConfig = omega_conf_to_dataclass(config.avar.vars)
         self._rise_alarm = RiseAlarm(self.vars.alarm_window)
-        self._is_measuring = False  # of validation, see _get_required_batch_multiple
+        self._is_measuring = False  # In validation, see _get_required_batch_multiple.
         check_grpo_config(config, self.vars)
         super().__init__(config)
 
     # verl compares the configured mode with the literal "sync" in six places (trainer_base.py:153, 731, 902, 912, 1004,
-    # 1499) and gives every other name an asynchronous replay buffer and checkpoints. This trainer is synchronous under
-    # another name; the base class assigns the configured name, which the setter drops.
+    # 1499) and gives every other name an asynchronous replay buffer and checkpoints. This trainer is synchronous but
+    # has another name; the base class assigns the configured name, and the setter drops it.
     @property
     def trainer_mode(self) -> str:
         return "sync"
@@ -84,8 +85,8 @@ class AvarPPOTrainer(PPOTrainerSync):
     def _validate(self) -> dict[str, float]:
         """verl's validation, which also logs masses and r_visual of its rollouts, by data source.
 
-        verl has no place between the rollouts of a validation batch and its metrics, so the replay buffer that hands
-        them over is wrapped for as long as it lasts (trainer_base.py:1076).
+        verl has no hook between the rollouts of a validation batch and its metrics, so the replay buffer that passes
+        them on is wrapped during validation (trainer_base.py:1076).
         """
         if not self.vars.measures:
             return super()._validate()
@@ -97,7 +98,7 @@ class AvarPPOTrainer(PPOTrainerSync):
             self.replay_buffer = buffer
 
     def _measure_validation(self, batch: KVBatchMeta) -> None:
-        """Add what the log-prob pass measures to the reward's parts of validation rollouts."""
+        """Add the measurements of the log-prob pass to the reward parts of validation rollouts."""
         # As verl does around a colocated reward model: the actor needs the memory of the rollout engine.
         self.checkpoint_manager.sleep_replicas()
         measured = KVBatchMeta(keys=list(batch.keys), tags=batch.tags, partition_id=batch.partition_id)
@@ -128,7 +129,7 @@ class AvarPPOTrainer(PPOTrainerSync):
             tq.kv_clear(keys=padding, partition_id=batch.partition_id)
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
-        """verl pads batches to whole mini-batches of the actor; what is only measured needs whole micro-batches."""
+        """verl pads batches to whole mini-batches of the actor; a measurement needs only whole micro-batches."""
         if not self._is_measuring:
             return super()._get_required_batch_multiple(dp_size)
         rollout = self.config.actor_rollout_ref.rollout
@@ -163,7 +164,7 @@ class AvarPPOTrainer(PPOTrainerSync):
         scores = list(data["rm_scores"].unbind())
         for score, reward in zip(scores, weighted_B, strict=True):
             if reward != 0:
-                score[-1] += reward.to(score.dtype)  # The outcome reward sits there too (AgentLoopOutput.as_dict).
+                score[-1] += reward.to(score.dtype)  # Where the outcome reward is too (AgentLoopOutput.as_dict).
         rm_scores = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
         tq.kv_batch_put(
             keys=batch.keys,
@@ -172,7 +173,7 @@ class AvarPPOTrainer(PPOTrainerSync):
         )
 
     def _alarms(self, metrics: dict) -> dict[str, float]:
-        """`avar/alarm/*`, 1 while an alarm rings; none without a measured rollout."""
+        """`avar/alarm/*`, 1 while an alarm is on; empty without a measured rollout."""
         if "avar/ratio" not in metrics:
             return {}
         statistic = metrics[f"avar/{self.vars.statistic}"]
@@ -182,7 +183,7 @@ class AvarPPOTrainer(PPOTrainerSync):
 
 
 class _MeasuringBuffer:
-    """A replay buffer that shows every batch it hands over to `measure` first."""
+    """A replay buffer that passes every batch to `measure` before returning it."""
 
     def __init__(self, buffer, measure):
         self._buffer, self._measure = buffer, measure
@@ -201,8 +202,7 @@ def validation_parts(
 ) -> list[dict[str, float | None]]:
     """`vas`, `ratio`, `image_share`, `r_visual_raw`, `r_visual_gated` and `r_visual_weighted` of validation rollouts.
 
-    None, which verl leaves out of its means, where a rollout has no system turn or no response; r_visual of such a one
-    is 0.
+    None, which verl leaves out of its means, if a rollout has no system turn or no response; its r_visual is 0.
     """
     raw_B = visual_BF[:, VISUAL_FIELDS.index(vars_config.statistic)]
     correct_B = correct_answers(infos, [True] * len(infos), vars_config) & torch.isfinite(raw_B)
@@ -230,7 +230,7 @@ def correct_answers(infos: list[dict], real: list[bool], vars_config: VarsConfig
     for info in infos:
         if key not in info:
             raise ValueError(
-                f"r_visual is paid for right answers alone, which the reward function's {key!r} tells; it returned "
+                f"r_visual is paid only for correct answers, which the reward function's {key!r} marks; it returned "
                 f"{sorted(info)}. Return {key!r} from compute_score, or set avar.vars.gate_key."
             )
     values = [float(info[key]) > vars_config.gate_threshold and keep for info, keep in zip(infos, real, strict=True)]
@@ -255,7 +255,7 @@ def visual_metrics(
     """Metrics of a batch of rollouts, over the real ones.
 
     `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
-    where they are defined, whose number is `avar/measured_rollouts`; `avar/r_visual/raw` of the same;
+    where they are defined (their number is `avar/measured_rollouts`); `avar/r_visual/raw` of the same;
     `avar/r_visual/gated` after gate and shaping and `avar/r_visual/weighted` after lambda_v, over all.
     """
     real_B = torch.tensor(real)

@@ -58,7 +58,9 @@ def test_layers_with_a_window_are_refused_where_masses_are_wanted(monkeypatch):
     sliding, full = "sliding_attention", "full_attention"
     text = dict(layer_types=[sliding, full, sliding, full], sliding_window=64)
     common = dict(model_type="gemma3", strategy="fsdp2", use_remove_padding=False, text=text)
-    with pytest.raises(ValueError, match=r"got layers \[0, 2\], whose window of 64 .* to some of \[1, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"got layers \[0, 2\], which have a sliding window of 64 .* to some of \[1, 3\]"
+    ):
         check(monkeypatch, **common, agto=AgtoConfig())
     check(monkeypatch, **common, agto=AgtoConfig(layers=[1, 3]))
     check(monkeypatch, **common)

@@ -269,7 +269,7 @@ def test_measuring_leaves_log_probs_alone(one):
     [
         ("unpacked_ulysses", "sequence parallelism needs packed micro-batches"),
         ("fsdp1", "FSDP1 needs an accelerator"),
-        ("bad_weights", "layer_weights must be as many as layers; got 2 for 4 layers"),
+        ("bad_weights", "layer_weights must have one weight per layer; got 2 for 4 layers"),
         ("bad_layer", "layers must be distinct indices among the 4"),
         ("triton", "the Triton kernel needs a CUDA device"),
     ],

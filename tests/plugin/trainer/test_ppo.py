@@ -35,7 +35,7 @@ def test_gate():
 
 
 def test_a_reward_function_without_the_gate_is_an_error():
-    with pytest.raises(ValueError, match=r"'acc' tells; it returned \['score'\].*gate_key"):
+    with pytest.raises(ValueError, match=r"'acc' marks; it returned \['score'\].*gate_key"):
         correct_answers([{"acc": 1.0}, {"score": 1.0}], [True, True], VarsConfig())
 
 
