@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time to parse and score the anchors of a response, beside math-verify grading the same responses.
+"""Time to parse and score the anchors of a response, compared with math-verify grading the same responses.
 
     python benchmarks/anchors.py [--repeats 200]
 
-Responses of about 2,000 tokens (8 KB) with a right answer; one core. Medians; the three columns of a row take turns.
+Responses of about 2,000 tokens (8 KB) with a correct answer; one core. Medians; the three measurements of a row
+alternate.
 """
 
 import argparse
@@ -32,8 +33,8 @@ RESPONSES = {
     "no reference": response(10**9, ""),
     "8 boxes": response(9, '{{"bbox_2d": [{a}, 60, 640, 700], "label": "cup"}} '),
     "8 boxes and 8 phrases": response(9, 'In the image there is a cup: {{"bbox_2d": [{a}, 60, 640, 700]}} '),
-    "a phrase a sentence": response(1, "In the image there is a cup. "),
-    "a box a sentence": response(1, '{{"bbox_2d": [{a}, 60, 640, 700], "label": "cup"}} '),
+    "a phrase per sentence": response(1, "In the image there is a cup. "),
+    "a box per sentence": response(1, '{{"bbox_2d": [{a}, 60, 640, 700], "label": "cup"}} '),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and peak memory of attention alone and of attention with role masses, side by side in one run.
+"""Time and peak memory of plain attention and of attention with role masses, side by side in one run.
 
     python benchmarks/attention_mass.py [--lengths 1024 4096 16384] [--device cpu] [--dtype float32] [--repeats 5]
 
@@ -8,12 +8,13 @@ Variants:
 
 - attention: torch's scaled_dot_product_attention, forward and backward;
 - agto/*: the same plus the loss log(image mass) + log(system mass) of 64 queries, and its gradient;
-- vars/*: the forward pass alone plus the masses of the last quarter of the positions;
-- */matrix: by the full attention matrix, what a straightforward implementation does (up to --matrix-limit positions).
+- vars/*: only the forward pass, plus the masses of the last quarter of the positions;
+- */matrix: computed from the full attention matrix, as in a straightforward implementation (up to --matrix-limit
+  positions).
 
-Every variant runs in a process of its own, so that its peak memory is its own; the repeats of all variants take turns,
-so that a slow minute of the machine hits all of them. Ratios are medians over the turns of the time beside the baseline
-of the same turn. Peak memory on the CPU is the growth of the resident set over the inputs; on a GPU, allocated memory.
+Every variant runs in its own process, so that its peak memory can be measured. The repeats of all variants alternate,
+so that changes in the machine's load affect all of them. Ratios are medians over repeats, relative to the baseline of
+the same repeat. Peak memory on the CPU is the growth of the resident set over the inputs; on a GPU, allocated memory.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def resident(field: str) -> float:
 
 
 def serve(variant: str, length: int, device: str, dtype: str, threads: int) -> None:
-    """Worker: one measurement for every line on stdin, as a line of JSON."""
+    """Worker: for every line on stdin, one measurement as a line of JSON."""
     import torch
 
     from avar_verl.attention.lse_mass import KeysByRole, LseTap
@@ -74,17 +75,16 @@ def serve(variant: str, length: int, device: str, dtype: str, threads: int) -> N
             onehot = torch.nn.functional.one_hot(roles, len(TokenRole)).float()
             return (weights @ onehot[:, None])[:, :, positions]
         selected, visibility = query[:, :, positions], Visibility(positions[None])
-        if lse is not None:  # Keys are sorted by role once for all layers; here there is one layer.
+        if lse is not None:  # A model sorts keys by role once for all layers; here there is only one layer.
             keys = KeysByRole(roles, wanted)
             return selected_mass(selected, key, roles, visibility, lse_BHQ=lse[:, :, positions], keys=keys)
         return selected_mass(selected, key, roles, visibility, implementation=implementation)
 
     def step():
-        # The masses come first where they can, as in `capture_mass`: their gradient is then added when the one of
-        # attention is there.
+        # Masses before attention if possible, as in `capture_mass`: their gradient is then added to that of attention.
         mass = masses() if implementation and implementation != "lse" else None
         with LseTap() if implementation == "lse" else nullcontext() as tap:
-            # Keys and values are repeated, as transformers does.
+            # Repeat keys and values, as transformers does.
             keys, values = key.repeat_interleave(H // K, 1), value.repeat_interleave(H // K, 1)
             out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
         if tap is not None:
@@ -141,7 +141,7 @@ class Worker:
 
 
 def compare(baseline: str, others: list[str], arguments, length: int) -> None:
-    """Print one row a variant; the workers take turns and each lives through all repeats."""
+    """Print one row per variant; the workers take turns, and each lives through all repeats."""
     workers = {variant: Worker(variant, arguments, length) for variant in (baseline, *others)}
     results: dict[str, list[dict]] = {variant: [] for variant in workers}
     try:
@@ -180,7 +180,7 @@ def main() -> None:
     print(
         f"{arguments.device}, {arguments.dtype}, {arguments.threads} threads, {platform.processor() or 'unknown CPU'}"
     )
-    print("| positions | variant | seconds | time beside baseline | peak MiB | memory beside baseline |")
+    print("| positions | variant | seconds | time / baseline | peak MiB | memory / baseline |")
     print("| --- | --- | --- | --- | --- | --- |")
     for length in arguments.lengths:
         names = implementations + (["matrix"] if length <= arguments.matrix_limit else [])

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of vLLM generation under an intervention, beside an engine that was not started for it, in one run.
+"""Time of vLLM generation under an intervention, compared in one run with an engine that was not started for it.
 
     python benchmarks/intervention.py [--repeats 15] [--new-tokens 64]
 
 Random Qwen2.5-VL models of two sizes in eager vLLM on the CPU, eight prompts at once, each with 128 image tokens, a
-long system turn and a question; no prefix caching, so every turn prefills. Two engines in one process take turns:
+long system turn and a question; no prefix caching, so every repeat prefills. Two engines in one process take turns:
 
 - `stock`: not started for the intervention
-- `told`: started for it, and nothing is asked
+- `told`: started for it, but no request asks for it
 - `asked`: the same engine, and every request asks for alpha_img=0.15,alpha_sys=0.4
 
-Ratios are medians over the turns of the CPU time of the process (the engine runs in it, on one thread), which what else
-runs on the machine touches least.
+Ratios are medians over repeats of the CPU time of the process (the engine runs in it, on one thread), which other load
+on the machine affects least.
 """
 
 import argparse
@@ -47,7 +47,7 @@ MODELS = {
 
 
 def make_prompts(path: Path) -> list:
-    """Prompts for vLLM: other photographs and other words in each."""
+    """Prompts for vLLM, each with different photographs and words."""
     from transformers import AutoProcessor
     from vllm import TokensPrompt
 
@@ -73,7 +73,7 @@ def make_prompts(path: Path) -> list:
 
 
 def measure(path: Path, repeats: int, new_tokens: int) -> dict[str, list[float]]:
-    """CPU seconds of every turn, by variant."""
+    """CPU seconds of every repeat, by variant."""
     from vllm import LLM, SamplingParams
 
     from avar_verl.intervention.vllm_hook import engine_arguments, request_arguments
@@ -98,14 +98,14 @@ def measure(path: Path, repeats: int, new_tokens: int) -> dict[str, list[float]]
     variants = {"stock": (stock, None), "told": (told, None), "asked": (told, SPEC)}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 2):
-        # In another order in every turn.
+        # In a different order in every repeat.
         for name in random.Random(turn).sample(list(variants), len(variants)):
             llm, spec = variants[name]
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=new_tokens,
                 ignore_eos=True,
-                detokenize=False,  # Other tokens are other text, which takes other time.
+                detokenize=False,  # Variants generate different tokens, whose decoding takes different time.
                 extra_args=request_arguments(spec),
             )
             begin = time.process_time()
@@ -117,12 +117,12 @@ def measure(path: Path, repeats: int, new_tokens: int) -> dict[str, list[float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="turns; four times as many of the small model")
+    parser.add_argument("--repeats", type=int, default=15, help="repeats; four times as many for the small model")
     parser.add_argument("--new-tokens", type=int, default=64)
     arguments = parser.parse_args()
     from avar_verl.tools.demo.tiny_model import build_tiny_model
 
-    rows = ["| model | engine | seconds | beside stock | 80 % of the turns |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| model | engine | seconds | / stock | 80 % of the repeats |", "| --- | --- | --- | --- | --- |"]
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, overrides) in enumerate(MODELS.items()):
             path = build_tiny_model(Path(folder) / str(number), **overrides)

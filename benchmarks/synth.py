@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls a second of `avar synth run`, beside a bare asyncio client, against a server that answers in 200 ms.
+"""Calls per second of `avar synth run`, compared with a bare asyncio client, on a server that answers in 200 ms.
 
     python benchmarks/synth.py [--items 4000] [--in-flight 64] [--repeats 2]
 
-One endpoint for all three stages, so the ideal is in_flight / 0.2 s: 320 calls a second with 64. The client sends the
-requests of the same inputs, encoded beforehand, and does nothing else; the pipeline renders, hashes, looks up, sends,
-and writes each answer to the disk. The server is a process of its own. Seconds are from the first answer to the last;
-"whole run" has the start of Ray, the reading of the inputs and the pass that judges in it as well.
+One endpoint serves all three stages, so the maximum is in_flight / 0.2 s: 320 calls per second with 64. The client
+sends the requests of the same inputs, encoded in advance, and does nothing else. The pipeline renders, hashes, looks
+up, sends, and writes each answer to disk. The server has its own process. Seconds are from the first answer to the
+last; "whole run" includes the start of Ray, reading the inputs, and the gates.
 """
 
 import argparse
@@ -67,7 +67,7 @@ async def serve(latency: float) -> None:
 
 
 def write_inputs(path: Path, n: int) -> None:
-    """n questions about pictures of their own."""
+    """n questions, each about its own picture."""
     rows = []
     for sample in photo_grid.iter_samples(n, 0, "train"):
         png = io.BytesIO()
@@ -80,7 +80,7 @@ def write_inputs(path: Path, n: int) -> None:
 
 
 async def bare(url: str, bodies: list[bytes], in_flight: int) -> float:
-    """Calls a second of a client that only sends."""
+    """Calls per second of a client that only sends."""
     slots, times = asyncio.Semaphore(in_flight), []
     headers = {"Content-Type": "application/json"}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -104,7 +104,7 @@ def encoded(config, n: int) -> list[bytes]:
 
 
 def pipeline(overrides: list[str], out: Path) -> tuple[float, float]:
-    """(calls a second between the first and the last answer, seconds of the whole run)."""
+    """(calls per second between the first and the last answer, seconds of the whole run)."""
     begin = time.monotonic()
     command = [sys.executable, "-m", "avar_verl", "synth", "run", "--config", str(CONFIG), *overrides]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -4,9 +4,8 @@
     torchrun --standalone --nproc_per_node=1 benchmarks/verl_step.py [--repeats 10]
 
 The tiny Qwen2.5-VL of the demo in verl's own TrainingWorker on the CPU, one padded sample of more than 2048 positions,
-whose roles are counted in the first line. The two workers take turns, and preparing the sample is outside the clock.
-The ratio is the median over the turns. Guidance is on for all layers and the user's queries, the reward for all
-response queries.
+whose roles are counted in the first line. The two workers take turns; preparing the sample is not timed. The ratio is
+the median over the repeats. Guidance is on for all layers and the user's queries, the reward for all response queries.
 """
 
 import argparse
@@ -96,9 +95,9 @@ def batch(sample: dict, pad_token_id: int, **flags):
 
 
 def compare(name: str, make_off, make_on, off, on, repeats: int) -> None:
-    """Print the medians over the turns of `off(make_off())` and `on(make_on())`; the first turn warms up.
+    """Print the medians over the repeats of `off(make_off())` and `on(make_on())`; the first repeat is a warm-up.
 
-    What the two `make` prepare is not timed.
+    The two `make` functions are not timed.
     """
     seconds = {"off": [], "on": []}
     for turn in range(repeats + 1):
@@ -143,7 +142,7 @@ def main() -> None:
         roles = role_map(sample["input_ids"][None], response_mask=sample["loss_mask"][None])
         counts = ", ".join(f"{int((roles == role).sum())} {role.name.lower()}" for role in TokenRole)
         print(f"{roles.shape[1]} positions ({counts}), {arguments.threads} threads")
-        print("| pass | seconds off | seconds on | on beside off |\n| --- | --- | --- | --- |")
+        print("| pass | seconds off | seconds on | on / off |\n| --- | --- | --- | --- |")
 
         def inference(measure: bool):
             return partial(batch, sample, pad, compute_loss=False, **{MEASURE_FLAG: measure})

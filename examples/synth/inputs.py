@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photo grids as inputs of `avar synth`: question, answer, image and the boxes of the cells, no response.
+"""Photo grids as inputs of `avar synth`: question, answer, image and boxes of the cells, without responses.
 
 python -m examples.synth.inputs --n 500 --out outputs/synth/inputs.parquet
 """
@@ -15,7 +15,7 @@ from avar_verl.tools.demo import photo_grid
 
 
 def write_inputs(path: str | Path, n: int, seed: int = 0, split: str = "train") -> None:
-    """Write `n` photo grids, the ones that `examples.synth.server` knows under the same seed and split."""
+    """Write `n` photo grids, the same ones that `examples.synth.server` knows for this seed and split."""
     rows = []
     for sample in photo_grid.iter_samples(n, seed, split):
         png = io.BytesIO()

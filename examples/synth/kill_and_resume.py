@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kill a run of `avar synth` at a random moment, run again, and read in the servers' logs what was paid for twice.
+"""Kill a run of `avar synth` at a random moment, run it again, and find calls that were paid for twice in the servers'
+logs.
 
     python -m examples.synth.kill_and_resume --work /tmp/vard --n 500
 
 Two example servers, 10 % wrong answers, 5 % errors. Every process of the run is killed (SIGKILL) after a random number
 of answers. Prints one JSON object; exit code 1 if a call was repeated whose answer was in the cache, a wrong answer
-was accepted, or an input is missing. An answer that has left the server when the kill comes and is not in the cache
-yet is lost: `left_ms` says how long before the kill it had left, at most.
+was accepted, or an input is missing. An answer that has left the server but is not in the cache at the kill is lost:
+`left_ms` is the longest time before the kill at which such an answer had left.
 """
 
 import argparse
@@ -34,7 +35,7 @@ CONFIG = ROOT / "recipes" / "avar" / "synth" / "photo_grid.yaml"
 
 
 def free_port() -> int:
-    """A port that nobody has."""
+    """An unused port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -42,7 +43,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def server(work: Path, name: str, *options: str):
-    """An example server in a process of its own: (port, process)."""
+    """Start an example server in its own process: (port, process)."""
     port = free_port()
     command = [sys.executable, "-m", "examples.synth.server", "--port", str(port), "--log", str(work / f"{name}.jsonl")]
     with (work / f"{name}.txt").open("a") as text:
@@ -60,7 +61,7 @@ def server(work: Path, name: str, *options: str):
 
 
 def answered(port: int) -> int | None:
-    """Answers that a server has given, None if it does not listen."""
+    """Number of answers that a server has given, None if it does not listen."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as reply:
             return json.load(reply)["answered"]
@@ -80,7 +81,9 @@ def synth(work: Path, ports: dict[str, int], *overrides: str) -> list[str]:
 
 
 def kill_tree(process: subprocess.Popen) -> tuple[float, float]:
-    """SIGKILL a process and all that it has started, Ray's workers too; when that began, and when all were dead."""
+    """SIGKILL a process and everything it started, including Ray's workers; returns when that began and when all were
+    dead.
+    """
     parent = psutil.Process(process.pid)
     family = [parent, *parent.children(recursive=True)]
     now = time.time()
@@ -98,7 +101,7 @@ def read_logs(work: Path) -> list[dict]:
 
 
 def cached(work: Path) -> int:
-    """Answers in the cache of a run that is dead, and in its journals."""
+    """Answers in the cache and the journals of a killed run."""
     database = sqlite3.connect(work / "out" / "cache.sqlite")
     try:
         keys = {key for (key,) in database.execute("SELECT key FROM calls")}
@@ -136,7 +139,7 @@ def repeated(log: list[dict], began: float, dead: float) -> dict[str, float]:
 
 
 def wrong_items(log: list[dict]) -> int:
-    """Requests whose answer was made wrong."""
+    """Requests that got a wrong answer on purpose."""
     return len({entry["key"] for entry in log if entry["wrong"] and entry["status"] == 200})
 
 
@@ -188,7 +191,7 @@ def main() -> int:
         "second_run_seconds": round(seconds, 1),
     }
     print(json.dumps(out, indent=1))
-    # Every answer that had reached the cache is one that was not asked for again, and the other way round.
+    # The answers that had reached the cache are exactly those that were not asked for again.
     ok = (
         out["inputs"] == args.n and again["kept"] == in_cache and out["wrong_answers_given"] == out["rejected_as_wrong"]
     )

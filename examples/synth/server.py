@@ -4,14 +4,14 @@
     python -m examples.synth.server --port 8011 --n 500 --log calls.jsonl
 
 Stage 1 (a request with an image) is answered from the grid's ground truth, stage 2 from the description in the prompt,
-stage 3 from the reasoning in the prompt: like a model, it knows nothing else. What it does depends on the content of
-the request alone, so a second run answers the same:
+stage 3 from the reasoning in the prompt; like a model, it knows nothing else. Its answer depends only on the content of
+the request, so a second run gets the same answers:
 
-- `--wrong`: share of reasoning whose answer is wrong; every other one of them is made wrong by stage 3.
-- `--flawed`: share of rewritten reasoning that has another fault: it still speaks of the description, checks nothing,
-  has no reference to the image, or lost its tags.
-- `--errors`: share of attempts that fail: 429 with Retry-After, 500, or no answer at all, in equal parts. Another
-  attempt at the same request is another throw of the dice.
+- `--wrong`: fraction of wrong answers; half of them become wrong in stage 3.
+- `--flawed`: fraction of rewritten reasoning with another fault: it still mentions the description, checks nothing, has
+  no reference to the image, or lost its tags.
+- `--errors`: fraction of attempts that fail: 429 with Retry-After, 500, or no answer at all, in equal parts. Every
+  attempt at a request is drawn anew.
 
 Every attempt is one line of the log: time of arrival and of the end, key (hash of the request), stage, attempt, status
 (0: no answer), whether the answer is wrong or flawed, bytes. `--die-after` ends the process after so many answers.
@@ -42,7 +42,7 @@ _SHOWN = re.compile(r"(top left|top right|bottom left|bottom right) (\[[\d, ]+\]
 
 
 def chance(*parts: str) -> float:
-    """A number in [0, 1) made of the parts."""
+    """A number in [0, 1), derived from the parts."""
     return int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest()[:6], "big") / 2**48
 
 
@@ -156,7 +156,7 @@ class Server:
         wrong, flawed = chance("wrong", key) < self.args.wrong / 2, chance("flawed", key) < self.args.flawed
         if "<description>" in content:
             return "reason", reason(content, wrong, key), wrong, ""
-        # Of what stage 2 has left right, so that the share of all is the one that was asked for.
+        # Applied to answers that stage 2 left right, so that the overall fraction is the requested one.
         wrong = chance("wrong", key) < self.args.wrong / 2 / (1 - self.args.wrong / 2)
         flaw = FLAWS[int(chance("flaw", key) * len(FLAWS))] if flawed and not wrong else ""
         return "integrate", integrate(content, wrong, flaw, key), wrong, flaw
@@ -208,9 +208,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--n", type=int, default=500, help="photo grids that it knows (default: %(default)s)")
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--split", choices=photo_grid.SPLITS, default="train")
-    out.add_argument("--wrong", type=float, default=0.10, help="share of wrong answers (default: %(default)s)")
-    out.add_argument("--flawed", type=float, default=0.05, help="share of other faults (default: %(default)s)")
-    out.add_argument("--errors", type=float, default=0.05, help="share of failing attempts (default: %(default)s)")
+    out.add_argument("--wrong", type=float, default=0.10, help="fraction of wrong answers (default: %(default)s)")
+    out.add_argument("--flawed", type=float, default=0.05, help="fraction of other faults (default: %(default)s)")
+    out.add_argument("--errors", type=float, default=0.05, help="fraction of failing attempts (default: %(default)s)")
     out.add_argument("--latency", type=float, default=0.05, help="seconds (default: %(default)s)")
     out.add_argument("--retry-after", type=float, default=1.0, help="seconds that a 429 asks for")
     out.add_argument("--die-after", type=int, default=0, help="end after so many answers (default: never)")
@@ -223,7 +223,7 @@ async def serve(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open(args.log, "a", encoding="utf-8")) if args.log else None
         server = Server(args, log)
-        # With it a client that goes away cancels its handler, so that the log has the attempt.
+        # With this, a client that disconnects cancels its handler, so that the attempt is in the log.
         runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", args.port).start()
