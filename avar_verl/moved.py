@@ -60,6 +60,7 @@ MOVED = {
     "avar_verl.trainer.grpo": "avar_verl.plugin.trainer.ppo",
     "avar_verl.vas": "avar_verl.tools.vas",
     "avar_verl.vas.records": "avar_verl.tools.runs",
+    "avar_verl.vas.rows": "avar_verl.tools.rows",
     "avar_verl.vllm_plugin": "avar_verl.plugin.vllm_plugin",
 }
 
@@ -80,7 +81,7 @@ def new_name(old: str) -> str | None:
     """The new name of an old module, or None for a module that is where it was.
 
     >>> new_name("avar_verl.vas.rows")
-    'avar_verl.tools.vas.rows'
+    'avar_verl.tools.rows'
     """
     head, tail = old, ""
     while head not in MOVED:

@@ -51,7 +51,8 @@ def make_prompts(path: Path) -> list:
     from transformers import AutoProcessor
     from vllm import TokensPrompt
 
-    from avar_verl.model.render import images_of, render
+    from avar_verl.data.messages import images_of
+    from avar_verl.model.render import render
     from avar_verl.tools.demo import photo_grid
 
     rng = random.Random(0)

@@ -13,9 +13,7 @@ CORE = ("model", "attention", "objectives", "intervention", "anchors", "rewards"
 LAYERS = ("plugin", "tools")
 
 # Imports that break a rule, as (room, room): what has to come first. It only gets shorter.
-KNOWN: dict[tuple[str, str], str] = {
-    ("tools.generate", "tools.vas"): "rows become conversations in vas.rows",
-}
+KNOWN: dict[tuple[str, str], str] = {}
 
 
 def name_of(path: Path) -> str:

@@ -26,6 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from avar_verl.data.images import layout_problem, load_image, pixel_notes, to_rgb
+from avar_verl.data.messages import MEDIA, blocks_of, other_keys, shown, turns_of
 from avar_verl.data.rows import Paths, count_rows, data_files, read_rows
 
 Kind = Literal["sft", "rl"]
@@ -39,8 +40,6 @@ FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-# Types of blocks beside text, and the columns of what stands where they do.
-MEDIA = {"image": "images", "video": "videos"}
 MAX_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO, which both data sets ask for whatever the family.
 DEFAULT_FACTOR = 28  # Patch size times merge size of Qwen2.5-VL, for want of a model.
 # Delimiters and placeholders of the known families, for want of a tokenizer.
@@ -177,112 +176,74 @@ class RowResult:
         return [(check, message) for check, message in self.findings if CHECKS[check].level == "error"]
 
 
-def blocks_of(content: str | Sequence[dict]) -> list[dict[str, Any]]:
-    """Message content as blocks; `<image>` and `<video>` in text become blocks of their type, null keys are dropped.
-
-    >>> blocks_of("<image>What?")
-    [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
-    """
-    if not isinstance(content, str):
-        return [{key: value for key, value in block.items() if value is not None} for block in content]
-    parts = re.split(f"(<(?:{'|'.join(MEDIA)})>)", content)  # Every second part is a marker.
-    blocks = [{"type": part[1:-1]} if odd % 2 else {"type": "text", "text": part} for odd, part in enumerate(parts)]
-    return [block for block in blocks if block.get("text") != ""]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _content_problem(content: Any) -> str | None:
-    if isinstance(content, str):
+def check_messages(messages: Any, kind: Kind, result: RowResult) -> list[dict[str, Any]] | None:
+    """Form, roles, content and empty turns. Returns the turns with blocks as content, None if they cannot be read."""
+    check, turns = "messages", []
+    try:
+        for turn in turns_of(messages, COLUMN[kind]):
+            check = "content"
+            turns.append({**turn, "content": blocks_of(turn["content"], markers=True)})
+    except ValueError as error:
+        result.add(check, f"turn {len(turns)}: {error}" if check == "content" else str(error))
         return None
-    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
-        return f"content must be text or a list of blocks; got {_shown(content)}."
-    for block in content:
-        if block.get("type") not in ("text", *MEDIA):
-            return f"a block must have the type text, image or video; got {_shown(block)}."
-        if block["type"] == "text" and not isinstance(block.get("text"), str):
-            return f"a text block must hold text; got {_shown(block)}."
-    return None
-
-
-def check_messages(messages: Any, kind: Kind, result: RowResult) -> bool:
-    """Form, roles, content and empty turns. Returns whether the other checks can read the conversation."""
-    if not isinstance(messages, list) or not messages:
-        result.add("messages", f"`{COLUMN[kind]}` must be a list of turns; got {_shown(messages)}.")
-        return False
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            result.add("messages", f"a turn must have role and content; got {_shown(message)} as turn {number}.")
-            return False
-        problem = _content_problem(message["content"])
-        if problem:
-            result.add("content", f"turn {number}: {problem}")
-            return False
-    roles = [message["role"] for message in messages]
+    roles = [turn["role"] for turn in turns]
     for before, role in itertools.pairwise([None, *roles]):
         if role not in FOLLOWS[before]:
             where = "first" if before is None else f"after {before}"
-            result.add("roles", f"{' or '.join(FOLLOWS[before])} must come {where}; got {_shown(roles)}.")
+            result.add("roles", f"{' or '.join(FOLLOWS[before])} must come {where}; got {shown(roles)}.")
             break
     else:
         if roles[-1] != LAST_ROLE[kind]:
-            result.add("roles", f"the last turn of {kind} must be the {LAST_ROLE[kind]}'s; got {_shown(roles)}.")
-    for number, message in enumerate(messages):
-        blocks = blocks_of(message["content"])
-        silent = not any(block["type"] != "text" or block["text"].strip() for block in blocks)
-        if kind == "sft" and message.get("tool_calls"):
-            result.add("tool_calls", f"a turn must not have tool_calls; got {_shown(message['tool_calls'])}.")
+            result.add("roles", f"the last turn of {kind} must be the {LAST_ROLE[kind]}'s; got {shown(roles)}.")
+    for number, turn in enumerate(turns):
+        silent = not any(block["type"] != "text" or block["text"].strip() for block in turn["content"])
+        if kind == "sft" and (others := other_keys(turn)):
+            result.add("tool_calls", f"a turn must have a role and content and nothing else; got {others}.")
         # An empty system turn keeps a template from writing its own; a tool, or a turn that calls one, may say nothing.
-        if silent and message["role"] in ("user", "assistant") and not message.get("tool_calls"):
-            what = "response" if message["role"] == "assistant" else f"{message['role']} turn"
-            result.add("empty_turn", f"a {what} must say something; got {message['content']!r} as turn {number}.")
-    return True
+        if silent and turn["role"] in ("user", "assistant") and not turn.get("tool_calls"):
+            what = "response" if turn["role"] == "assistant" else f"{turn['role']} turn"
+            text = messages[number]["content"]
+            result.add("empty_turn", f"a {what} must say something; got {text!r} as turn {number}.")
+    return turns
 
 
-def check_media(values: dict, messages: list[dict], kind: Kind, result: RowResult) -> list[Any]:
+def check_media(values: dict, turns: list[dict], kind: Kind, result: RowResult) -> list[Any]:
     """Markers and blocks against the columns `images` and `videos`. Returns the stored images of the row."""
     stored = {}
     for name, column in MEDIA.items():
         if not isinstance(values.get(column) or [], list):
-            result.add("image_layout", f"`{column}` must be a list; got {_shown(values[column])}.")
+            result.add("image_layout", f"`{column}` must be a list; got {shown(values[column])}.")
         stored[name] = values[column] if isinstance(values.get(column), list) else []
-    if stored["video"]:
-        result.add("video" if kind == "sft" else "video_not_opened", f"got {len(stored['video'])} videos.")
     if kind == "sft" and "images" in values and values["images"] is None:
         result.add("image_layout_verl", "`images` is null.")
-    markers = Counter()
-    own = []
-    for message in messages:
-        holds_own = kind == "rl" and not isinstance(message["content"], str)  # verl leaves such content as it is.
-        for block in blocks_of(message["content"]):
-            if block["type"] == "text":
+    markers, own = Counter(), {"image": [], "video": []}
+    for written, turn in zip(values[COLUMN[kind]], turns, strict=True):
+        holds_own = kind == "rl" and not isinstance(written["content"], str)  # verl leaves such content as it is.
+        for block in turn["content"]:
+            medium = block["type"]
+            if medium == "text":
                 continue
-            if message["role"] == "assistant":
-                result.add("marker_in_response", f"a response must be text; got <{block['type']}> in it.")
+            if turn["role"] == "assistant":
+                result.add("marker_in_response", f"a response must be text; got <{medium}> in it.")
             if not holds_own:
-                markers[block["type"]] += 1
-            elif not isinstance(block.get(block["type"]), str | list):
-                result.add(
-                    "image_layout", f"in RL a block must hold its {block['type']} as a path; got {_shown(block)}."
-                )
-            elif block["type"] == "image":
-                own.append(block["image"])
+                markers[medium] += 1
+            elif isinstance(block.get(medium), str | list):
+                own[medium].append(block[medium])
+            else:
+                result.add("image_layout", f"in RL a block must hold its {medium} as a path; got {shown(block)}.")
         if holds_own:
-            keys = {
-                key for block in message["content"] if block["type"] == "text" for key in block.keys() & MEDIA.keys()
-            }
-            if keys:
+            texts = [block for block in written["content"] if block["type"] == "text"]
+            if keys := {key for block in texts for key in block.keys() & MEDIA.keys()}:
                 result.add("null_block", f"a text block with a key of images counts as an image; got {sorted(keys)}.")
+    if num_videos := len(stored["video"] + own["video"]):
+        result.add("video" if kind == "sft" else "video_not_opened", f"got {num_videos} videos.")
     for name, column in MEDIA.items():
         if markers[name] != len(stored[name]):
             result.add(
                 "markers",
                 f"<{name}> must stand once for every one of `{column}`; got {markers[name]} for {len(stored[name])}.",
             )
-    return stored["image"] + own
+    return stored["image"] + own["image"]
 
 
 def _numbers(value: Any, count: int) -> bool:
@@ -291,7 +252,7 @@ def _numbers(value: Any, count: int) -> bool:
 
 def _box_problem(box: Any, size: Sequence[float]) -> str | None:
     if not _numbers(box, 4):
-        return f"a box must be four numbers (x1, y1, x2, y2); got {_shown(box)}."
+        return f"a box must be four numbers (x1, y1, x2, y2); got {shown(box)}."
     x1, y1, x2, y2 = box
     # Also false where one is not a number.
     if not (0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]):
@@ -302,7 +263,7 @@ def _box_problem(box: Any, size: Sequence[float]) -> str | None:
 def check_boxes(boxes: Any, sizes: Sequence[Sequence[float]], result: RowResult) -> None:
     """`boxes` has one list of boxes for every image, which has its (width, height) in `sizes`."""
     if not isinstance(boxes, list) or not all(isinstance(of_image, list) for of_image in boxes):
-        result.add("boxes", f"boxes must be one list for every image; got {_shown(boxes)}.")
+        result.add("boxes", f"boxes must be one list for every image; got {shown(boxes)}.")
     elif len(boxes) != len(sizes):
         result.add("boxes", f"boxes must be one list for every image; got {len(boxes)} for {len(sizes)} images.")
     else:
@@ -320,10 +281,10 @@ def check_rl(values: dict, num_images: int, result: RowResult) -> None:
     truth = model.get("ground_truth") if isinstance(model, dict) else None
     missing = math.isnan(truth) if isinstance(truth, float) else truth is None or truth in ([], {})
     if missing or (isinstance(truth, str) and not truth.strip()):
-        result.add("ground_truth", f"`reward_model` must have a ground_truth; got {_shown(model)}.")
+        result.add("ground_truth", f"`reward_model` must have a ground_truth; got {shown(model)}.")
     info = values.get("extra_info")
     if info is not None and not isinstance(info, dict):
-        result.add("extra_info", f"`extra_info` must be a struct; got {_shown(info)}.")
+        result.add("extra_info", f"`extra_info` must be a struct; got {shown(info)}.")
     elif info and info.get("boxes") is not None and (num_images or info["boxes"]):
         size = info.get("boxes_size")
         if _numbers(size, 2) and num_images == 1:
@@ -356,7 +317,7 @@ class Rendering(Protocol):
     def __call__(
         self,
         values: dict[str, Any],
-        messages: list[dict],
+        turns: list[dict],
         stored: list[Any],
         images: list[Image.Image],
         kind: Kind,
@@ -389,14 +350,14 @@ class RowChecker:
     def __call__(self, values: dict[str, Any], kind: Kind) -> RowResult:
         result = RowResult()
         messages = values.get(COLUMN[kind])
-        sound = check_messages(messages, kind, result)
-        stored = check_media(values, messages, kind, result) if sound else []
+        turns = check_messages(messages, kind, result)
+        stored = [] if turns is None else check_media(values, turns, kind, result)
         result.num_images = len(stored)
         if kind == "rl":
             check_rl(values, len(stored), result)
-        if not sound:
+        if turns is None:
             return result
-        self._check_text(messages, result)
+        self._check_text(turns, result)
         images = self._open(stored, kind, result)
         if len(images) < len(stored):
             return result
@@ -405,22 +366,21 @@ class RowChecker:
         result.digest = _digest(messages, images)
         if self.rendering is None and messages[0]["role"] != "system":
             result.add("no_system", "there is no system turn.")
-        if self.rendering is not None and not result.errors and not values.get("videos"):
-            self.rendering(values, messages, stored, images, kind, result)
+        has_video = any(check == "video_not_opened" for check, _ in result.findings)
+        if self.rendering is not None and not result.errors and not has_video:
+            self.rendering(values, turns, stored, images, kind, result)
         return result
 
-    def _check_text(self, messages: list[dict], result: RowResult) -> None:
+    def _check_text(self, turns: list[dict], result: RowResult) -> None:
         known = self.rendering.special_tokens if self.rendering else ()
-        for message in messages:
-            for block in blocks_of(message["content"]):
-                text = block.get("text", "")
+        for turn in turns:
+            for block in turn["content"]:
+                text, where = block.get("text", ""), f"in a {turn['role']} turn"
                 for token in known:
                     if token in text:
-                        result.add(
-                            "special_token", f"text must not spell {token!r}; got it in a {message['role']} turn."
-                        )
+                        result.add("special_token", f"text must not spell {token!r}; got it {where}.")
                 for token in [] if self.rendering else sorted(set(SPECIAL.findall(text))):
-                    result.add("special_token_like", f"text spells {token!r} in a {message['role']} turn.")
+                    result.add("special_token_like", f"text spells {token!r} {where}.")
 
     def _open(self, stored: list[Any], kind: Kind, result: RowResult) -> list[Image.Image]:
         """The images that can be opened, in RGB."""

@@ -1,26 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of data files, one at a time: parquet, json lines and json, or folders of them. No verl, no torch."""
 
+import contextlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 # In the order in which a folder is searched: it counts as a folder of the first kind that it holds.
 SUFFIXES = (".parquet", ".jsonl", ".json")
 # Rows that are decoded at a time; images of a few megabytes each must fit.
 BATCH_ROWS = 8
 
+Item = TypeVar("Item")
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 class Row(NamedTuple):
-    """One row. `number` counts from 0 in its file; `values` are plain Python: dict, list, str, bytes, numbers, None."""
+    """One row. `number` counts from 0 in `file` (or a data set of the hub), `index` over all that is read; `values` are
+    plain Python: dict, list, str, bytes, numbers, None."""
 
-    file: Path
+    file: Path | str
     number: int
     values: dict[str, Any]
+    index: int
+
+    @property
+    def where(self) -> str:
+        """The row in messages."""
+        return f"row {self.number} of {self.file}"
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put the place in front of what is refused in the block.
+
+    >>> with naming("row 3 of a.parquet"):
+    ...     raise ValueError("images must be here; got none.")
+    Traceback (most recent call last):
+    ValueError: row 3 of a.parquet: images must be here; got none.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def data_files(paths: Paths) -> list[Path]:
@@ -97,10 +122,11 @@ def read_rows(paths: Paths) -> Iterator[Row]:
         ValueError: whatever `data_files` refuses, a file without rows or one that is not what its name says; the
             message names the file, and the line of a json file.
     """
+    index = itertools.count()
     for file in data_files(paths):
         number = -1
         for number, values in enumerate(_parquet(file) if file.suffix == ".parquet" else _json(file)):
-            yield Row(file, number, values)
+            yield Row(file, number, values, next(index))
         if number < 0:
             raise ValueError(f"a data file must have rows; got none in {file}. Leave it out or write it again.")
 
@@ -122,3 +148,14 @@ def count_rows(files: Sequence[Path]) -> int | None:
         except (pyarrow.ArrowException, OSError):  # Whoever reads the file says what is wrong with it.
             return None
     return total
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter.
+
+    >>> list(batched("abc", 2))
+    [['a', 'b'], ['c']]
+    """
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch

@@ -9,10 +9,10 @@ Shape suffixes: B = samples, S = positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from avar_verl.data.messages import images_of, read_messages
 from avar_verl.model.families import Family
 
 # Per-position outputs of a processor. They are recomputed from ids (`Family.token_inputs`), because rollouts append ids
@@ -29,17 +29,6 @@ class Rendered:
     ids_S: torch.Tensor
     prompt_ids: list[int]
     features: dict[str, torch.Tensor]
-
-
-def as_blocks(content: str | Sequence[dict]) -> list[dict]:
-    """Message content as a list of blocks."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-
-
-def images_of(messages: Sequence[dict]) -> list[Any]:
-    """The images of a conversation's image blocks, in order."""
-    blocks = (block for message in messages for block in as_blocks(message["content"]))
-    return [block["image"] for block in blocks if block["type"] == "image"]
 
 
 def _chat_text(processor, messages: Sequence[dict], **kwargs) -> str:
@@ -77,7 +66,7 @@ def render(
     Raises:
         ValueError: text that contains the placeholder, or anything that the processor refuses.
     """
-    messages = [{**message, "content": as_blocks(message["content"])} for message in messages]
+    messages = read_messages(messages, markers=False)
     placeholder = getattr(processor, "image_token", None)
     for message in messages:
         for block in message["content"]:

@@ -110,7 +110,7 @@ def _image_bytes(value: Any, where: str) -> bytes:
 
 
 def _row_item(task: str, row: Row) -> Item:
-    where = f"row {row.number} of {row.file}"
+    where = row.where
     values = row.values
     missing = [key for key in ("prompt", "reward_model") if not values.get(key)]
     if missing or "ground_truth" not in values["reward_model"]:

@@ -20,7 +20,7 @@ from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import collate, render
 from avar_verl.roles import RoleMap, TokenRole
-from avar_verl.tools.vas.rows import Conversation
+from avar_verl.tools.rows import conversation
 from avar_verl.tools.vas.score import Scorer
 from tests.intervention.reference import attention_of, reference
 from tests.model.families import tiny
@@ -260,10 +260,9 @@ def test_vas_of_an_intervention(one, family_processor):
     model, role_map, _ = one("qwen2_5_vl")
     image = tiny.sample_images(1)[0]
     checkpoint = Checkpoint(model, family_processor("qwen2_5_vl"), role_map)
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "What does the top left show?"}]
-    answer = "<think>cat</think><answer>cat</answer>"
+    row = {"question": "What does the top left show?", "response": "<think>cat</think><answer>cat</answer>"}
     scorer = Scorer(checkpoint)
-    samples = scorer.prepare([Conversation([{"role": "user", "content": content}], answer, None, False, {})])
+    samples = scorer.prepare([conversation({**row, "image": image})])
     [plain] = scorer.score(samples)
     with intervene(model, role_map, BOTH):
         [changed] = scorer.score(samples)

@@ -11,11 +11,12 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
-from avar_verl.data.check import Kind, RowResult, Settings, blocks_of
+from avar_verl.data.check import Kind, RowResult, Settings
+from avar_verl.data.messages import place_images, template_kwargs
 from avar_verl.model.families import get_family
 from avar_verl.model.render import render
 from avar_verl.model.roles import TokenRole
-from avar_verl.plugin.datasets.images import resized
+from avar_verl.plugin.datasets.images import patch_size_of, resized
 
 # What processors, chat templates and qwen_vl_utils raise for rows that they do not take.
 REFUSALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, TemplateError)
@@ -50,7 +51,7 @@ class Rendering:
         self.role_map = self.family.role_map(tokenizer, config)
         image_processor = self.processor.image_processor
         patch_size, merge_size = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
-        self.patch_size = patch_size or 14  # As in both data sets.
+        self.patch_size = patch_size_of(self.processor)
         self.factor = patch_size * merge_size if patch_size and merge_size else None
         turns = self.role_map.find_turns
         ids = {token for header, _ in turns.headers for token in header} | {*turns.end_ids, tokenizer.eos_token_id}
@@ -63,29 +64,23 @@ class Rendering:
     def __call__(
         self,
         values: dict[str, Any],
-        messages: list[dict],
+        turns: list[dict],
         stored: list[Any],
         images: list[Image.Image],
         kind: Kind,
         result: RowResult,
     ) -> None:
-        """A row whose other checks found no error: `images` are the opened `stored`, in the order of their markers."""
-        template_kwargs: dict[str, Any] = {}
-        if kind == "sft" and values.get("tools"):
-            template_kwargs["tools"] = values["tools"]
-        if kind == "sft" and values.get("enable_thinking") is not None:
-            template_kwargs["enable_thinking"] = bool(values["enable_thinking"])
+        """A row whose other checks found no error: `images` are the opened `stored`, in the order of their blocks."""
+        columns = (values.get("tools"), values.get("enable_thinking")) if kind == "sft" else (None, None)
         try:
             images = [resized(value, image, self.patch_size) for value, image in zip(stored, images, strict=True)]
-            opened = iter(images)
-            turns = []
-            for message in messages:
-                blocks = blocks_of(message["content"])
-                blocks = [{**b, "image": next(opened)} if b["type"] == "image" else b for b in blocks]
-                # AvarSFTDataset takes nothing else of a turn; verl's data set and agent loop keep every key.
-                turns.append({**(message if kind == "rl" else {"role": message["role"]}), "content": blocks})
+            if kind == "sft":  # AvarSFTDataset takes nothing else of a turn; verl's agent loop keeps every key.
+                turns = [{key: turn[key] for key in ("role", "content")} for turn in turns]
             rendered = render(
-                self.processor, turns, add_generation_prompt=kind == "rl", template_kwargs=template_kwargs
+                self.processor,
+                place_images(turns, images),
+                add_generation_prompt=kind == "rl",
+                template_kwargs=template_kwargs(*columns),
             )
         except REFUSALS as error:
             result.add("render", f"{type(error).__name__}: {error}")

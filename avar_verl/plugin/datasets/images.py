@@ -7,7 +7,12 @@ from typing import Any
 from PIL import Image
 from verl.utils.dataset.vision_utils import process_image
 
-from avar_verl.data.images import KEYS
+from avar_verl.data.images import KEYS, open_image
+
+
+def patch_size_of(processor) -> int:
+    """Patch size of a processor for `process_image`; 14, as in verl's data sets, where it has none."""
+    return getattr(processor.image_processor, "patch_size", None) or 14
 
 
 def resized(value: Any, image: Image.Image, patch_size: int) -> Image.Image:
@@ -15,7 +20,16 @@ def resized(value: Any, image: Image.Image, patch_size: int) -> Image.Image:
 
     Args:
         value: as stored; where it is a mapping, limits such as `min_pixels` may stand beside the image (docs/data.md).
-        patch_size: of the image processor.
+        patch_size: see `patch_size_of`.
     """
     limits = {key: item for key, item in value.items() if key not in KEYS} if isinstance(value, Mapping) else {}
     return process_image({**limits, "image": image}, image_patch_size=patch_size)
+
+
+def open_resized(value: Any, patch_size: int, *, allow_urls: bool = False) -> Image.Image:
+    """The image of a row's value as the trainers see it.
+
+    Raises:
+        ValueError: what `open_image` refuses.
+    """
+    return resized(value, open_image(value, allow_urls=allow_urls), patch_size)

@@ -32,7 +32,7 @@ class RegionSFTDataset(AvarSFTDataset):
 
     def _sample(self, row: dict) -> dict:
         sample = super()._sample(row)
-        images = list(row.get(self.image_key) or [])
+        images = self.images(row)
         places = get_family(self.processor.config.model_type).image_places(
             self.processor, sample["multi_modal_inputs"], [self._open(image).size for image in images]
         )

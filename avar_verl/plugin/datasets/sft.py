@@ -11,8 +11,6 @@ and the response is what the token roles say; for Qwen2.5-VL the samples are the
 Shape suffixes: S = positions.
 """
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pandas
@@ -20,51 +18,14 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.utils.data import Dataset
 from verl.utils.fs import copy_local_path_from_hdfs
-from verl.utils.py_functional import convert_nested_value_to_list_recursive
 from verl.utils.tokenizer import get_processor_token_id
 
-from avar_verl.data.images import open_image
+from avar_verl.data.messages import place_images, plain, read_messages, shown, template_kwargs
 from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import RoleMap, TokenRole
-from avar_verl.plugin.datasets.images import resized
+from avar_verl.plugin.datasets.images import open_resized, patch_size_of
 
-MARKERS = ("<image>", "<video>")
 TRUNCATIONS = ("error", "right")
-
-
-def build_messages(messages: list[dict], images: list, open_one: Callable[[Any], Any]) -> list[dict]:
-    """A conversation as blocks, with its images opened where `<image>` stands.
-
-    Raises:
-        ValueError: another number of `<image>` markers than images, a video, or tool calls.
-    """
-    out, used = [], 0
-    for message in messages:
-        content = message["content"]
-        if unread := sorted(key for key, value in message.items() if value and key not in ("role", "content")):
-            raise ValueError(
-                f"a message must have a role and content and nothing else; got {unread}. Write tool calls as content, "
-                "or use verl's data set."
-            )
-        if isinstance(content, str):
-            parts = [part for part in re.split(f"({'|'.join(MARKERS)})", content) if part]
-            blocks = [{"type": part[1:-1]} if part in MARKERS else {"type": "text", "text": part} for part in parts]
-        else:
-            blocks = [{key: value for key, value in block.items() if value is not None} for block in content]
-        for block in blocks:
-            if block["type"] == "video":
-                raise ValueError("samples must hold text and images; got a video. Leave such rows out.")
-            if block["type"] == "image":
-                used += 1
-                if used <= len(images):
-                    block["image"] = open_one(images[used - 1])
-        out.append({"role": message["role"], "content": blocks})
-    if used != len(images):
-        raise ValueError(
-            f"a conversation must name each of its images once with <image>; got {used} markers for {len(images)} "
-            "images. Mend the row or leave it out."
-        )
-    return out
 
 
 def position_ids(processor, ids_S: torch.Tensor, features: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -122,8 +83,7 @@ class AvarSFTDataset(Dataset):
         self.max_length = config.get("max_length", 1024)
         self.truncation = config.get("truncation", "error")
         self.allow_urls = config.get("allow_urls", False)
-        patch_size = getattr(processor.image_processor, "patch_size", 14)
-        self.image_patch_size = config.get("image_patch_size", None) or patch_size
+        self.image_patch_size = config.get("image_patch_size", None) or patch_size_of(processor)
         if self.truncation not in TRUNCATIONS:
             raise ValueError(
                 f"data.truncation must be one of {TRUNCATIONS}, which keep a prompt whole; got {self.truncation!r}. "
@@ -155,23 +115,27 @@ class AvarSFTDataset(Dataset):
         """A row in plain Python; absent values are None."""
         row = {}
         for key, value in self.dataframe.iloc[item].items():
-            value = convert_nested_value_to_list_recursive(value)
+            value = plain(value)
             row[key] = None if not isinstance(value, list | dict | str | bytes) and pandas.isna(value) else value
         return row
 
+    def images(self, row: dict) -> list:
+        """The images of a row as stored."""
+        images = row.get(self.image_key) or []
+        if not isinstance(images, list):
+            raise ValueError(f"`{self.image_key}` must be a list; got {shown(images)}. Write a list of images.")
+        return images
+
     def _open(self, image) -> Any:
-        return resized(image, open_image(image, allow_urls=self.allow_urls), self.image_patch_size)
+        return open_resized(image, self.image_patch_size, allow_urls=self.allow_urls)
 
     def render(self, row: dict) -> Rendered:
         """The conversation of a row as ids and features."""
-        messages = build_messages(row[self.messages_key], list(row.get(self.image_key) or []), self._open)
-        template_kwargs = dict(self.template_kwargs)
-        if row.get(self.tools_key):
-            template_kwargs["tools"] = row[self.tools_key]
-        enable_thinking = row.get(self.enable_thinking_key, self.enable_thinking)
-        if enable_thinking is not None:
-            template_kwargs["enable_thinking"] = bool(enable_thinking)
-        return render(self.processor, messages, template_kwargs=template_kwargs)
+        messages = read_messages(row[self.messages_key], self.messages_key)
+        messages = place_images(messages, self.images(row), self._open)
+        thinking = row.get(self.enable_thinking_key, self.enable_thinking)
+        kwargs = {**self.template_kwargs, **template_kwargs(row.get(self.tools_key), thinking)}
+        return render(self.processor, messages, template_kwargs=kwargs)
 
     def _sample(self, row: dict) -> dict:
         rendered = self.render(row)

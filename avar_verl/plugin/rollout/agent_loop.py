@@ -11,7 +11,8 @@ from typing import Any
 
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from avar_verl.model.render import Rendered, as_blocks, render
+from avar_verl.data.messages import place_images, read_messages
+from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import RoleMap
 from avar_verl.plugin.compat.verl.rollout_features import FEATURES
 
@@ -35,21 +36,6 @@ def image_fields(mm_inputs: dict, patch_size: int | None) -> dict[str, list]:
         return {}
     grids = [[int(n) for n in grid] for grid in grids]
     return {"image_grids": grids, "image_sizes": [[w * patch_size, h * patch_size] for _, h, w in grids]}
-
-
-def with_images(messages: list[dict], images: list) -> list[dict]:
-    """`messages` with the opened `images` in their image blocks."""
-    opened = iter(images)
-    out = []
-    for message in messages:
-        blocks = as_blocks(message["content"])
-        is_image = [block["type"] == "image" or "image" in block or "image_url" in block for block in blocks]
-        blocks = [
-            {"type": "image", "image": next(opened)} if image else block
-            for image, block in zip(is_image, blocks, strict=True)
-        ]
-        out.append({**message, "content": blocks})
-    return out
 
 
 class _Client:
@@ -89,7 +75,7 @@ class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
         work = functools.partial(
             render,
             self.processor,
-            with_images(messages, images or []),
+            place_images(read_messages(messages, markers=False), images or []),
             add_generation_prompt=True,
             template_kwargs=template_kwargs,
             processor_kwargs=dict(self.mm_processor_kwargs or {}),

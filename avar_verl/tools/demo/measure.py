@@ -13,8 +13,8 @@ from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.objectives.vas import STATISTICS
 from avar_verl.tools.demo.photo_grid import Sample
 from avar_verl.tools.progress import progress
+from avar_verl.tools.rows import conversation
 from avar_verl.tools.stats import Bootstrap
-from avar_verl.tools.vas.rows import Conversation
 from avar_verl.tools.vas.score import QUERIES, Scorer
 from avar_verl.tools.vas.statistics import summarize_query
 from avar_verl.tools.vas.words import attention_to_image_tokens
@@ -23,19 +23,13 @@ from avar_verl.tools.vas.words import attention_to_image_tokens
 HEATMAPS = {"share": "image_share", "ratio": "vas", "image": "image_mass", "system": "system_mass"}
 
 
-def conversation(sample: Sample, response: str | None = None) -> Conversation:
-    """A question of the demo, image first, with a response or without one."""
-    content = [{"type": "image", "image": sample.image}, {"type": "text", "text": sample.question}]
-    return Conversation([{"role": "user", "content": content}], response, None, turns=False, template_kwargs={})
-
-
 def answers(checkpoint: Checkpoint, samples: Sequence[Sample], max_new_tokens: int, batch_size: int = 48) -> list[str]:
     """Greedy responses to the questions, decoded without special tokens."""
     scorer = Scorer(checkpoint, max_new_tokens=max_new_tokens)
     out = []
     for start in progress(range(0, len(samples), batch_size), "generate", unit="batch", leave=False):
         batch = samples[start : start + batch_size]
-        ids = [one.response_ids for one in scorer.prepare([conversation(sample) for sample in batch])]
+        ids = [one.response_ids for one in scorer.prepare([conversation(sample.row) for sample in batch])]
         out += checkpoint.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return out
 
@@ -49,7 +43,7 @@ def measure_vas(checkpoint: Checkpoint, samples: Sequence[Sample], batch_size: i
     scorer, records = Scorer(checkpoint), []
     for start in progress(range(0, len(samples), batch_size), "VAS", unit="batch", leave=False):
         batch = samples[start : start + batch_size]
-        records += scorer.score(scorer.prepare([conversation(sample, sample.response) for sample in batch]))
+        records += scorer.score(scorer.prepare([conversation(sample.row) for sample in batch]))
     return {query: summarize_query(query, records, scorer.layers, Bootstrap()) for query in QUERIES}
 
 
@@ -71,7 +65,7 @@ def answer_attention(checkpoint: Checkpoint, sample: Sample, response: str) -> t
     Raises:
         ValueError: a response without an answer.
     """
-    prepared = Scorer(checkpoint).prepare([conversation(sample, response)])[0]
+    prepared = Scorer(checkpoint).prepare([conversation({**sample.row, "response": response})])[0]
     ids_S = prepared.rendered.ids_S
     opening, closing = checkpoint.processor.tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])
     chosen_S = torch.zeros_like(ids_S, dtype=torch.bool)

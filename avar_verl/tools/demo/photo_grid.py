@@ -116,6 +116,11 @@ class Sample:
     split: str
     index: int
 
+    @property
+    def row(self) -> dict:
+        """What `avar_verl.tools.rows.conversation` reads."""
+        return {"question": self.question, "image": self.image, "response": self.response}
+
 
 def answers_of(kind: str) -> tuple[str, ...]:
     """Every possible answer to a question of ``kind``.

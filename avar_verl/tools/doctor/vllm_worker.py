@@ -9,7 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from avar_verl.model.render import images_of, render
+from avar_verl.data.messages import images_of
+from avar_verl.model.render import render
 from avar_verl.tools.doctor.samples import conversations
 
 NEW_TOKENS = 8

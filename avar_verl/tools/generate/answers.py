@@ -5,9 +5,8 @@ Both get the same ids (`avar_verl.model.render`), stop at the same tokens and, a
 but for ties that rounding decides.
 """
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from avar_verl.data.messages import images_of
 from avar_verl.intervention.spec import InterventionSpec
 from avar_verl.intervention.transformers_hook import generate
 from avar_verl.model.families import get_family
-from avar_verl.model.render import Rendered, collate, images_of, render
+from avar_verl.model.render import Rendered, collate, render
 from avar_verl.model.roles import RoleMap, TokenRole
+from avar_verl.plugin.datasets.images import patch_size_of
 
 BACKENDS = ("transformers", "vllm")
 
@@ -59,8 +60,7 @@ class PromptReader:
 
     @property
     def patch_size(self) -> int:
-        """Of the image processor; 14, as in verl's data sets, where it has none."""
-        return getattr(self.processor.image_processor, "patch_size", None) or 14
+        return patch_size_of(self.processor)
 
     def __call__(self, messages: Sequence[dict], template_kwargs: dict[str, Any] | None = None) -> Prompt:
         """The prompt of a conversation with images in its blocks, up to where the assistant speaks."""
@@ -211,13 +211,6 @@ def open_backend(
     if max_model_len is not None:
         raise ValueError(f"max_model_len is vLLM's; got {max_model_len} for transformers. Leave it out.")
     return TransformersBackend(path, reader, device, dtype, max_new_tokens, batch_size)
-
-
-def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 def check_effect(spec: InterventionSpec, image_keys: int, system_keys: int) -> None:

@@ -88,7 +88,7 @@ def _device(args: argparse.Namespace) -> str:
 
 def _rows(args: argparse.Namespace) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(number, where, values) of what to answer."""
-    from avar_verl.tools.vas import rows
+    from avar_verl.tools import rows
 
     if (args.data is None) == (args.prompt is None):
         raise ValueError(f"avar generate needs --data or --prompt; got {'both' if args.data else 'neither'}. Give one.")
@@ -98,28 +98,28 @@ def _rows(args: argparse.Namespace) -> Iterator[tuple[int, str, dict[str, Any]]]
     if args.image:
         raise ValueError(f"--image belongs to --prompt; got {args.image} with --data. Leave it out.")
     for row in rows.read(args.data, args.split):
-        if args.n and row.number >= args.n:
+        if args.n and row.index >= args.n:
             return
-        yield row
+        yield row.index, row.where, row.values
 
 
 def _generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from avar_verl.data.rows import batched, naming
     from avar_verl.intervention.spec import InterventionSpec
-    from avar_verl.tools.generate.answers import PromptReader, check_effect, in_batches
-    from avar_verl.tools.vas import rows
+    from avar_verl.tools import rows
+    from avar_verl.tools.generate.answers import PromptReader, check_effect
 
     spec = InterventionSpec.of(args.intervene)
     reader = PromptReader(args.model)
 
     def prompts() -> Iterator[tuple[int, "Prompt"]]:
         for number, where, values in _rows(args):
-            try:
+            with naming(where):
                 found = rows.conversation(values, reader.patch_size, args.system)
-                yield number, reader(found.prompt, found.template_kwargs)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+                prompt = reader(found.prompt, found.template_kwargs)
+            yield number, prompt
 
     pending = prompts()
     first = next(pending)  # What is wrong with the arguments is said before a model is loaded.
@@ -129,7 +129,7 @@ def _generate(args: argparse.Namespace) -> None:
     keys, count, start = [0, 0], 0, time.monotonic()
     out = Path(args.out).open("w") if args.out else None
     try:
-        for batch in in_batches(_chain(first, pending), args.batch_size):
+        for batch in batched(_chain(first, pending), args.batch_size):
             answers = backend.answers([prompt for _, prompt in batch], spec)
             for (number, prompt), answer in zip(batch, answers, strict=True):
                 keys = [keys[0] + prompt.image_keys, keys[1] + prompt.system_keys]
@@ -172,11 +172,11 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 def _asker(backend: "Backend", prompts: dict[str, "Prompt"], batch_size: int) -> Any:
     """`ask(items, spec)` of `run_sweep`."""
-    from avar_verl.tools.generate.answers import in_batches
+    from avar_verl.data.rows import batched
     from avar_verl.tools.records import graded
 
     def ask(items: Sequence["Item"], spec: "InterventionSpec") -> Iterator["Record"]:
-        for batch in in_batches(items, batch_size):
+        for batch in batched(items, batch_size):
             start = time.monotonic()
             answers = backend.answers([prompts[item.id] for item in batch], spec)
             seconds = time.monotonic() - start
@@ -203,8 +203,8 @@ def _sweep(args: argparse.Namespace) -> None:
     from avar_verl.tools.generate.answers import PromptReader, check_effect, default_dtype
     from avar_verl.tools.generate.sweep import cell_results, grid, results_table, run_sweep, write_results
     from avar_verl.tools.items import parquet_items
+    from avar_verl.tools.rows import conversation
     from avar_verl.tools.runs import absolute, fingerprint
-    from avar_verl.tools.vas.rows import conversation
 
     lists = [f"{name}={value}" for name, value in (("layers", args.layers), ("heads", args.heads)) if value]
     chosen = InterventionSpec.parse(",".join(["alpha_img=0", *lists]))

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from avar_verl.data.rows import batched
+from avar_verl.tools import rows as data_rows
 from avar_verl.tools.progress import progress
 from avar_verl.tools.runs import RECORDS, RecordFile, absolute, dumps, fingerprint, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap
-from avar_verl.tools.vas import rows as data_rows
 from avar_verl.tools.vas.score import QUERIES, measurable_layers
 from avar_verl.tools.vas.statistics import by_sample, summarize_query
-from avar_verl.tools.vas.work import DTYPES, LocalWorkers, RayWorkers, Work, batched
+from avar_verl.tools.vas.work import DTYPES, LocalWorkers, RayWorkers, Work
 
 FORMAT = 1
 VERSIONS = ("avar-verl", "torch", "transformers", "verl")
@@ -171,7 +172,7 @@ def measure(settings: VasSettings, records: RecordFile, workers) -> None:
 
         def pending():
             for row in rows:
-                if row.number in records.records:
+                if row.index in records.records:
                     bar.update()
                 else:
                     yield row
@@ -188,7 +189,7 @@ def look(settings: VasSettings, records: Sequence[dict[str, Any]], workers) -> l
     if not wanted:
         return []
     rows = data_rows.read(settings.data, settings.split, settings.columns)
-    jobs = [(row, wanted[row.number], settings.words) for row in islice(rows, max(wanted) + 1) if row.number in wanted]
+    jobs = [(row, wanted[row.index], settings.words) for row in islice(rows, max(wanted) + 1) if row.index in wanted]
     return workers.look(jobs)
 
 

@@ -16,9 +16,9 @@ from avar_verl.attention import capture_mass
 from avar_verl.attention.capture import resolve_indices, select_queries
 from avar_verl.model.checkpoint import Checkpoint, generate_ids
 from avar_verl.model.families import Family
-from avar_verl.model.render import Rendered, as_blocks, render
+from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import TokenRole
-from avar_verl.tools.vas.rows import Conversation
+from avar_verl.tools.rows import Conversation
 
 QUERIES = {"user": TokenRole.USER, "response": TokenRole.RESPONSE}
 # First positions of the bins of a response, two an octave, the last one open: attention to the image fades with length.
@@ -56,9 +56,12 @@ def measurable_layers(family: Family, config, layers: Sequence[int] | None) -> t
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A rendered conversation. `tokens_I` are the image tokens of every image; `response_ids` those generated or given
-    as ids, None where the response is text."""
+class LabelledSample:
+    """A rendered conversation and the roles of its tokens.
+
+    `tokens_I` are the image tokens of every image; `response_ids` those generated or given as ids, None where the
+    response is text.
+    """
 
     rendered: Rendered
     roles_S: torch.Tensor
@@ -133,7 +136,7 @@ class Scorer:
             template_kwargs=conversation.template_kwargs,
         )
 
-    def prepare(self, conversations: Sequence[Conversation]) -> list[Sample]:
+    def prepare(self, conversations: Sequence[Conversation]) -> list[LabelledSample]:
         """Conversations as samples, with responses generated in one batch if that is asked for.
 
         Raises:
@@ -145,20 +148,18 @@ class Scorer:
         responses = generate_ids(self.checkpoint, prompts, self.max_new_tokens)
         return [self._with_ids(*parts) for parts in zip(conversations, prompts, responses, strict=True)]
 
-    def _given(self, conversation: Conversation) -> Sample:
+    def _given(self, conversation: Conversation) -> LabelledSample:
         if conversation.response_ids is not None:
             prompt = self._render(conversation, conversation.prompt, answered=False)
             return self._with_ids(conversation, prompt, conversation.response_ids)
-        messages, answered = conversation.prompt, conversation.response is not None
-        if answered:
-            messages = [*messages, {"role": "assistant", "content": as_blocks(conversation.response)}]
-        rendered = self._render(conversation, messages, answered)
+        answered = conversation.response is not None
+        rendered = self._render(conversation, conversation.answered(), answered)
         roles_S = self._roles(rendered.ids_S)
         if not conversation.turns:
             roles_S = _without_earlier_turns(roles_S, answered)
         return self._sample(conversation, rendered, roles_S, None)
 
-    def _with_ids(self, conversation: Conversation, prompt: Rendered, response_ids: list[int]) -> Sample:
+    def _with_ids(self, conversation: Conversation, prompt: Rendered, response_ids: list[int]) -> LabelledSample:
         """The response is what was generated, whatever these ids are."""
         placeholders = sorted(set(response_ids) & set(self.checkpoint.role_map.image_token_ids))
         if placeholders:
@@ -175,14 +176,14 @@ class Scorer:
         mask_1S = None if response_S is None else response_S[None]
         return self.checkpoint.role_map(ids_S[None], torch.ones_like(ids_S)[None], mask_1S)[0]
 
-    def _sample(self, conversation, rendered, roles_S, response_ids) -> Sample:
+    def _sample(self, conversation, rendered, roles_S, response_ids) -> LabelledSample:
         total = int((roles_S == TokenRole.IMAGE).sum())
         tokens_I = tokens_by_image(self.checkpoint, conversation, rendered, total)
-        return Sample(rendered, roles_S, tuple(tokens_I), response_ids)
+        return LabelledSample(rendered, roles_S, tuple(tokens_I), response_ids)
 
     # ---- masses ------------------------------------------------------------------------------------------------
 
-    def score(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    def score(self, samples: Sequence[LabelledSample]) -> list[dict[str, Any]]:
         """For every sample what its record holds (`_parts`), from one forward pass over those that can be measured."""
         wanted = [int(QUERIES[name]) for name in self.queries]
         measured = [
@@ -199,7 +200,7 @@ class Scorer:
         return torch.nn.utils.rnn.pad_sequence(list(rows), **sides)
 
     @torch.no_grad()
-    def _sums(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    def _sums(self, samples: Sequence[LabelledSample]) -> list[torch.Tensor]:
         """For every sample (L, H, G, K) float64 sums over queries; K: SUMS, then mass and ratio of every image."""
         checkpoint = self.checkpoint
         device = checkpoint.model.device
@@ -239,7 +240,7 @@ class Scorer:
         sums_BLHGK = torch.stack(captured.per_layer(), dim=1).cpu()
         return list(sums_BLHGK)
 
-    def _parts(self, sample: Sample, sums_LHGK: torch.Tensor | None) -> dict[str, Any]:
+    def _parts(self, sample: LabelledSample, sums_LHGK: torch.Tensor | None) -> dict[str, Any]:
         """`images` (tokens of each), `skipped` (reason by query) and, by query, the sums (`_query_part`)."""
         roles_S = sample.roles_S
         out: dict[str, Any] = {"images": list(sample.tokens_I), "skipped": {}}
@@ -268,7 +269,7 @@ def _without_earlier_turns(roles_S: torch.Tensor, answered: bool) -> torch.Tenso
     return roles_S.masked_fill(earlier_S, TokenRole.OTHER)
 
 
-def _key_groups(sample: Sample) -> torch.Tensor:
+def _key_groups(sample: LabelledSample) -> torch.Tensor:
     """(S,) role of every key, and for image tokens NUM_ROLES plus the number of the image."""
     groups_S = sample.roles_S.clone()
     numbers = [NUM_ROLES + image for image, tokens in enumerate(sample.tokens_I) for _ in range(tokens)]

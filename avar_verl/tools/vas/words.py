@@ -22,8 +22,8 @@ from avar_verl.attention import capture_mass
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.model.render import Rendered
 from avar_verl.model.roles import TokenRole
-from avar_verl.tools.vas.rows import Conversation
-from avar_verl.tools.vas.score import Sample
+from avar_verl.tools.rows import Conversation
+from avar_verl.tools.vas.score import LabelledSample
 
 NUM_WORDS = 4
 MIN_LETTERS = 3
@@ -146,7 +146,7 @@ def attention_to_image_tokens(
 def where_words_look(
     checkpoint: Checkpoint,
     conversation: Conversation,
-    sample: Sample,
+    sample: LabelledSample,
     layers: Sequence[int],
     wanted: Sequence[str] | None = None,
 ) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from avar_verl.data.rows import Row, naming
 from avar_verl.model.checkpoint import Checkpoint
-from avar_verl.tools.vas.rows import Conversation, Row, conversation
+from avar_verl.plugin.datasets.images import patch_size_of
+from avar_verl.tools.rows import Conversation, conversation
 from avar_verl.tools.vas.score import Scorer
 from avar_verl.tools.vas.words import where_words_look
 
@@ -38,7 +40,7 @@ class Worker:
         self.work = work
         self.checkpoint = Checkpoint.load(work.model, work.device, getattr(torch, work.dtype))
         self.scorer = Scorer(self.checkpoint, work.queries, work.layers, work.max_new_tokens)
-        self.patch_size = getattr(self.checkpoint.processor.image_processor, "patch_size", None) or 14
+        self.patch_size = patch_size_of(self.checkpoint.processor)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class Worker:
         Raises:
             ValueError: naming the row, whatever `conversation` refuses, and a row without what is to be measured.
         """
-        try:
+        with naming(row.where):
             out = conversation(row.values, self.patch_size, self.work.system)
             answered = out.response is not None or out.response_ids is not None
             if "response" in self.work.queries and self.work.max_new_tokens is None and not answered:
@@ -58,20 +60,16 @@ class Worker:
                     "response queries need a response; got a row without one. Pass --generate to have the model "
                     "answer, or --query user."
                 )
-        except ValueError as error:
-            raise ValueError(f"{row.where}: {error}") from error
         return out
 
     def measure(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Records of rows, in their order."""
         conversations = [self.conversation(row) for row in rows]
-        try:
+        with naming(f"among {rows[0].where} to {rows[-1].where}"):
             samples = self.scorer.prepare(conversations)
-        except ValueError as error:
-            raise ValueError(f"among {rows[0].where} to {rows[-1].where}: {error}") from error
         records = []
         for row, one, sample, parts in zip(rows, conversations, samples, self.scorer.score(samples), strict=True):
-            record = {"row": row.number, "sample": one.digest, **parts}
+            record = {"row": row.index, "sample": one.digest, **parts}
             if self.work.max_new_tokens is not None:
                 tokenizer = self.checkpoint.processor.tokenizer
                 record["generated"] = tokenizer.decode(sample.response_ids, skip_special_tokens=True)
@@ -86,19 +84,12 @@ class Worker:
         if response_ids is not None:
             one = Conversation(one.prompt, None, response_ids, one.turns, one.template_kwargs)
         return {
-            "row": row.number,
+            "row": row.index,
             **where_words_look(self.checkpoint, one, scorer.prepare([one])[0], self.layers, words),
         }
 
     def _rescorer(self) -> Scorer:
         return Scorer(self.checkpoint, self.work.queries, self.work.layers)
-
-
-def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of `size` rows, the last one shorter."""
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
 
 
 class LocalWorkers:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from avar_verl.data.messages import read_messages
 from avar_verl.model.checkpoint import Checkpoint
-from avar_verl.model.render import as_blocks
 from avar_verl.roles import RoleMap
-from avar_verl.tools.vas.rows import Conversation
+from avar_verl.tools.rows import Conversation
 from tests.model.families.tiny import sample_messages
 
 
@@ -44,9 +44,9 @@ def conversation(
 ) -> Conversation:
     """One that `rows.conversation` could have made: photographs, a system turn, reference answers."""
     messages = sample_messages(n_images, **{"system": True, **kwargs}, turns=turns_count, seed=seed)
-    messages = [{**message, "content": as_blocks(message["content"])} for message in messages]
+    messages = read_messages(messages, markers=False)
     answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
-    return Conversation(messages, answer, None, turns=turns, template_kwargs={})
+    return Conversation(messages, answer, turns=turns)
 
 
 def attention_matrix(checkpoint: Checkpoint, sample, layers) -> torch.Tensor:

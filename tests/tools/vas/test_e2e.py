@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from avar_verl.tools.demo import photo_grid
-from avar_verl.tools.vas.rows import conversation, read
+from avar_verl.tools.rows import conversation, read
 from avar_verl.tools.vas.run import VasSettings, run_vas
 from avar_verl.tools.vas.score import Scorer
 from tests.tools.vas.conftest import assert_same

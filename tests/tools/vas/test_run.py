@@ -8,6 +8,7 @@ import sys
 import pytest
 from transformers import AutoConfig
 
+from avar_verl.data.rows import batched
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.objectives.vas import STATISTICS
 from avar_verl.tools import cli
@@ -16,7 +17,7 @@ from avar_verl.tools.demo.measure import measure_vas
 from avar_verl.tools.vas import run as vas_run
 from avar_verl.tools.vas import work
 from avar_verl.tools.vas.run import VasSettings, run_vas
-from avar_verl.tools.vas.work import RayWorkers, batched
+from avar_verl.tools.vas.work import RayWorkers
 from tests.model.families.tiny import sample_messages
 from tests.tools.vas.conftest import assert_same
 
@@ -122,7 +123,7 @@ def test_batches_and_more_rows_later_change_nothing(measured, tiny_model_path, s
     original = work.Worker.measure
 
     def measure(self, rows):
-        measured_again.extend(row.number for row in rows)
+        measured_again.extend(row.index for row in rows)
         return original(self, rows)
 
     work.Worker.measure = measure

@@ -11,7 +11,7 @@ from avar_verl.model.checkpoint import Checkpoint, generate_ids
 from avar_verl.model.families import FAMILIES
 from avar_verl.model.render import render
 from avar_verl.roles import TokenRole
-from avar_verl.tools.vas.rows import Conversation
+from avar_verl.tools.rows import Conversation
 from avar_verl.tools.vas.score import BIN_STARTS, SUMS, Scorer, measurable_layers
 from tests.tools.vas.conftest import assert_same, attention_matrix, conversation
 

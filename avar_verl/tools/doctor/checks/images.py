@@ -9,7 +9,8 @@ import inspect
 import torch
 from PIL import Image
 
-from avar_verl.model.render import Rendered, images_of
+from avar_verl.data.messages import images_of
+from avar_verl.model.render import Rendered
 from avar_verl.model.roles import TokenRole
 from avar_verl.tools.doctor.check import FOREIGN_ERRORS, Finding, check
 from avar_verl.tools.doctor.samples import conversations, picture, user

@@ -1,35 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows to measure on: data files in verl's layouts or a data set of the hub, one conversation a row.
+"""Rows as conversations: data files in verl's layouts, or a data set of the hub.
 
 Images are opened as the trainers open them (docs/data.md).
 """
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
-from avar_verl.data.images import open_image
-from avar_verl.data.rows import SUFFIXES, count_rows, data_files, read_rows
-from avar_verl.model.render import images_of
-from avar_verl.plugin.datasets.images import resized
-from avar_verl.plugin.datasets.sft import build_messages
+from avar_verl.data.messages import as_list, images_of, marked, place_images, read_messages, template_kwargs
+from avar_verl.data.rows import SUFFIXES, Row, count_rows, data_files, read_rows
+from avar_verl.plugin.datasets.images import open_resized
 
 # Where a conversation stands, in the order in which a row is searched, and what may stand beside it.
 CONVERSATIONS = ("messages", "prompt", "question")
 COLUMNS = (*CONVERSATIONS, "images", "image", "response", "response_ids", "tools", "enable_thinking")
-
-
-class Row(NamedTuple):
-    """One row. `number` counts from 0 over all of the data; `where` names the row in messages."""
-
-    number: int
-    where: str
-    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,16 +34,20 @@ class Conversation:
     """
 
     prompt: list[dict]
-    response: str | list[dict] | None
-    response_ids: list[int] | None
-    turns: bool
-    template_kwargs: dict[str, Any]
+    response: str | list[dict] | None = None
+    response_ids: list[int] | None = None
+    turns: bool = False
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def answered(self, response: str | None = None) -> list[dict]:
+        """The messages with `response`, default the conversation's own, as the answer; without one if there is none."""
+        response = self.response if response is None else response
+        return self.prompt if response is None else [*self.prompt, {"role": "assistant", "content": response}]
 
     @property
     def images(self) -> list[Image.Image]:
         """In the order in which they stand."""
-        answer = [] if self.response is None else [{"role": "assistant", "content": self.response}]
-        return images_of([*self.prompt, *answer])
+        return images_of(self.answered())
 
     @property
     def digest(self) -> str:
@@ -117,47 +111,16 @@ def read(data: str, split: str | None = None, columns: Mapping[str, str] | None 
     if is_file(data):
         if split is not None:
             raise ValueError(f"splits are those of data sets of the hub; got split={split!r} for {data}. Leave it out.")
-        found = ((f"row {row.number} of {row.file}", row.values) for row in read_rows(data))
+        rows = read_rows(data)
     else:
-        found = ((f"row {number} of {data}", values) for number, values in enumerate(_hub_rows(data, split)))
-    for number, (where, values) in enumerate(found):
-        yield Row(number, where, renamed(values, columns or {}))
+        rows = (Row(data, number, values, number) for number, values in enumerate(_hub_rows(data, split)))
+    for row in rows:
+        yield row._replace(values=renamed(row.values, columns or {}))
 
 
 def count(data: str) -> int | None:
     """How many rows the data have, for a progress bar; None where that is not known beforehand."""
     return count_rows(data_files(data)) if is_file(data) else None
-
-
-def _open(value: Any, patch_size: int) -> Image.Image:
-    """As `AvarSFTDataset` opens it: with `min_pixels` and the like beside it, in the sides that the trainers see."""
-    return resized(value, open_image(value), patch_size)
-
-
-def _images(values: Mapping[str, Any]) -> list[Any]:
-    images = values.get("images")
-    if images is None:
-        images = values.get("image")
-    if images is None:
-        return []
-    return list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
-
-
-def _messages(values: Mapping[str, Any], images: list) -> tuple[str, list[dict]]:
-    """(column, messages); text that names no image has them all in front."""
-    name = next((name for name in CONVERSATIONS if values.get(name) is not None), None)
-    if name is None:
-        raise ValueError(
-            f"a row must have one of the columns {list(CONVERSATIONS)}; got {sorted(values)}. Name it, for example "
-            "--columns question=query."
-        )
-    messages = values[name]
-    if isinstance(messages, str) and name != "messages":
-        markers = "" if "<image>" in messages else "<image>" * len(images)
-        messages = [{"role": "user", "content": markers + messages}]
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"{name} must be a list of messages; got {messages!r}. Write role and content of each.")
-    return name, list(messages)
 
 
 def conversation(values: Mapping[str, Any], patch_size: int = 14, system: str | None = None) -> Conversation:
@@ -174,9 +137,16 @@ def conversation(values: Mapping[str, Any], patch_size: int = 14, system: str | 
     Raises:
         ValueError: no conversation, one that does not fit its images, two responses, or an image that cannot be opened.
     """
-    images = _images(values)
-    column, messages = _messages(values, images)
-    built = build_messages(messages, images, lambda image: _open(image, patch_size))
+    column = next((name for name in CONVERSATIONS if values.get(name) is not None), None)
+    if column is None:
+        raise ValueError(
+            f"a row must have one of the columns {list(CONVERSATIONS)}; got {sorted(values)}. Name it, for example "
+            "--columns question=query."
+        )
+    messages, images = values[column], as_list(values.get("image" if values.get("images") is None else "images"))
+    if isinstance(messages, str) and column != "messages":
+        messages = [{"role": "user", "content": marked(messages, len(images))}]
+    built = place_images(read_messages(messages, column), images, lambda image: open_resized(image, patch_size))
     if system is not None and built[0]["role"] != "system":
         built.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     response, response_ids = values.get("response"), values.get("response_ids")
@@ -190,10 +160,6 @@ def conversation(values: Mapping[str, Any], patch_size: int = 14, system: str | 
         )
     if ends_with_answer:
         response = built.pop()["content"]
-    template_kwargs = {}
-    if values.get("tools"):
-        template_kwargs["tools"] = values["tools"]
-    if values.get("enable_thinking") is not None:
-        template_kwargs["enable_thinking"] = bool(values["enable_thinking"])
     ids = None if response_ids is None else [int(token) for token in response_ids]
-    return Conversation(built, response, ids, turns=column == "messages", template_kwargs=template_kwargs)
+    kwargs = template_kwargs(values.get("tools"), values.get("enable_thinking"))
+    return Conversation(built, response, ids, column == "messages", kwargs)

@@ -7,8 +7,9 @@ import json
 import pytest
 from PIL import Image
 
+from avar_verl.data.rows import Row
 from avar_verl.tools.demo import photo_grid
-from avar_verl.tools.vas.rows import Row, conversation, count, is_file, read, renamed
+from avar_verl.tools.rows import conversation, count, is_file, read, renamed
 
 
 def picture(color: str = "red", size: tuple[int, int] = (112, 56)) -> dict:
@@ -90,8 +91,8 @@ def test_equal_prompts_have_equal_digests():
     "row, message",
     [
         ({"text": "What?"}, r"one of the columns .* got \['text'\]"),
-        ({"messages": "What?"}, "messages must be a list of messages"),
-        ({"prompt": []}, "prompt must be a list of messages"),
+        ({"messages": "What?"}, "`messages` must be a list of turns"),
+        ({"prompt": []}, "`prompt` must be a list of turns"),
         ({"messages": [QUESTION, ANSWER], "images": []}, "1 markers for 0 images"),
         ({"messages": [QUESTION, ANSWER], "images": [picture()], "response": "x"}, r"got \['message', 'response'\]"),
         ({"question": "What?", "response": "x", "response_ids": [1]}, r"got \['response', 'response_ids'\]"),
@@ -110,7 +111,7 @@ def test_files_are_read_in_order(tmp_path):
     photo_grid.make_sft_parquet(tmp_path / "a.parquet", 3, 0)
     photo_grid.make_sft_parquet(tmp_path / "b.parquet", 2, 1)
     rows = list(read(str(tmp_path)))
-    assert [row.number for row in rows] == [0, 1, 2, 3, 4] and count(str(tmp_path)) == 5
+    assert [row.index for row in rows] == [0, 1, 2, 3, 4] and count(str(tmp_path)) == 5
     assert rows[3].where == f"row 0 of {tmp_path / 'b.parquet'}"
     assert conversation(rows[3].values).images[0].size == (112, 112)
 

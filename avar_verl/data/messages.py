@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one reader of conversations: turns of text or of blocks, and where their images stand.
+
+In a data file, text names an image by `<image>`; a chat template wants blocks, `{"type": "text", "text": ...}` and
+`{"type": "image", "image": ...}`. In a list of blocks the blocks say where images stand, and `<image>` in their text is
+text. No verl, no torch.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+IMAGE = "<image>"
+# Types of blocks beside text, and the columns of what stands where they do.
+MEDIA = {"image": "images", "video": "videos"}
+_MARKER = re.compile(f"<({'|'.join(MEDIA)})>")
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, cut short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def plain(value: Any) -> Any:
+    """A value with lists and numbers of Python in place of numpy's, which pandas makes of parquet.
+
+    >>> import numpy
+    >>> plain({"content": numpy.array(["a"], dtype=object)})
+    {'content': ['a']}
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def as_list(value: Any) -> list[Any]:
+    """The images of a column, which may hold a list, one image, or None for none."""
+    value = plain(value)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def marked(text: str, num_images: int) -> str:
+    """The text with its images named: one that names none has them all in front.
+
+    >>> marked("What?", 2), marked("What is <image>?", 1)
+    ('<image><image>What?', 'What is <image>?')
+    """
+    return text if IMAGE in text else IMAGE * num_images + text
+
+
+def _block(block: Mapping[str, Any]) -> dict[str, Any]:
+    block = {key: value for key, value in block.items() if value is not None}
+    if block.get("type") == "image_url":  # OpenAI's name, which qwen_vl_utils reads too.
+        block["type"] = "image"
+    if block.get("type") not in ("text", *MEDIA):
+        raise ValueError(f"a block must have the type text, image or video; got {shown(block)}. Leave the block out.")
+    if block["type"] == "text":
+        if not isinstance(block.get("text"), str):
+            raise ValueError(f"a text block must hold text; got {shown(block)}. Write it, or leave the block out.")
+        if others := sorted(block.keys() & {*MEDIA, "image_url"}):
+            raise ValueError(f"a text block must hold no image; got {others}. Give the image a block of its own.")
+    return block
+
+
+def blocks_of(content: Any, markers: bool = False) -> list[dict[str, Any]]:
+    """The content of a message as new blocks; keys whose value is None, which parquet adds, are left out.
+
+    Args:
+        markers: `<image>` and `<video>` in text stand for an image and a video, as in data files. Otherwise they are
+            text, as in what a model writes.
+
+    Raises:
+        ValueError: content that is neither text nor a list of blocks, or a block of another type.
+
+    >>> blocks_of("<image>What?", markers=True)
+    [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
+    >>> blocks_of("<image>What?")
+    [{'type': 'text', 'text': '<image>What?'}]
+    """
+    content = plain(content)
+    if isinstance(content, str):
+        if not markers:
+            return [{"type": "text", "text": content}]
+        parts = enumerate(_MARKER.split(content))  # Every second part is the name of a marker.
+        return [{"type": part} if at % 2 else {"type": "text", "text": part} for at, part in parts if part]
+    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
+        raise ValueError(f"content must be text or a list of blocks; got {shown(content)}. Write text.")
+    return [_block(block) for block in content]
+
+
+def text_of(content: Any) -> str:
+    """The content of a message as text, `<image>` where an image stands; the inverse of `blocks_of` with markers.
+
+    Raises:
+        ValueError: what `blocks_of` refuses, or a text block with a marker in it, which would become an image.
+
+    >>> text_of([{"type": "image"}, {"type": "text", "text": "What?"}])
+    '<image>What?'
+    """
+    if isinstance(content, str):
+        return content
+    blocks = blocks_of(content)
+    spelled = [block["text"] for block in blocks if _MARKER.search(block.get("text", ""))]
+    if spelled:
+        raise ValueError(f"the text of a block must not spell a marker; got {shown(spelled[0])}. Spell it differently.")
+    return "".join(block.get("text", f"<{block['type']}>") for block in blocks)
+
+
+def turns_of(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
+    """The turns of a conversation as they are written, each with a role and content. `name` is that of the column.
+
+    Raises:
+        ValueError: no list, no turn, or a turn without role or content.
+    """
+    messages = plain(messages)
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"`{name}` must be a list of turns; got {shown(messages)}. Write role and content of each.")
+    for number, turn in enumerate(messages):
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise ValueError(f"a turn must have role and content; got {shown(turn)} as turn {number}. Write both.")
+    return messages
+
+
+def other_keys(turn: Mapping[str, Any]) -> list[str]:
+    """What a turn holds beside its role and content, such as tool calls."""
+    return sorted(key for key, value in turn.items() if value and key not in ("role", "content"))
+
+
+def read_messages(messages: Any, name: str = "messages", *, markers: bool = True) -> list[dict[str, Any]]:
+    """A conversation with blocks as content (`blocks_of`).
+
+    With `markers`, as in data files, a turn has its role and content and nothing else; otherwise other keys are kept.
+
+    Raises:
+        ValueError: what `turns_of` and `blocks_of` refuse, and with `markers` tool calls; the message names the turn.
+    """
+    out = []
+    for number, turn in enumerate(turns_of(messages, name)):
+        if markers and (others := other_keys(turn)):
+            raise ValueError(
+                f"a turn must have a role and content and nothing else; got {others} in turn {number}. Write tool "
+                "calls as content, or use verl's data set."
+            )
+        try:
+            blocks = blocks_of(turn["content"], markers)
+        except ValueError as error:
+            raise ValueError(f"turn {number}: {error}") from error
+        out.append({"role": turn["role"], "content": blocks} if markers else {**turn, "content": blocks})
+    return out
+
+
+def place_images(
+    messages: Sequence[Mapping[str, Any]], images: Sequence[Any], open_one: Callable[[Any], Any] | None = None
+) -> list[dict[str, Any]]:
+    """A conversation of blocks with `images`, in order, in its image blocks; each opened by `open_one`.
+
+    Raises:
+        ValueError: another number of images than image blocks, or a video; whatever `open_one` refuses.
+    """
+    kinds = [block["type"] for message in messages for block in message["content"]]
+    if "video" in kinds:
+        raise ValueError("a conversation must hold text and images; got a video. Leave the row out.")
+    if kinds.count("image") != len(images):
+        raise ValueError(
+            f"a conversation must name each of its images once with {IMAGE}; got {kinds.count('image')} markers for "
+            f"{len(images)} images. Correct the row or leave it out."
+        )
+    opened = iter(images if open_one is None else map(open_one, images))
+    return [
+        {
+            **message,
+            "content": [
+                {"type": "image", "image": next(opened)} if block["type"] == "image" else block
+                for block in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def template_kwargs(tools: Any, enable_thinking: Any) -> dict[str, Any]:
+    """Arguments of the chat template from the columns of a row, {} where these are empty."""
+    thinking = {} if enable_thinking is None else {"enable_thinking": bool(enable_thinking)}
+    return {**({"tools": tools} if tools else {}), **thinking}
+
+
+def images_of(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The images of a conversation's image blocks, in order."""
+    blocks = (block for message in messages for block in blocks_of(message["content"]))
+    return [block["image"] for block in blocks if block["type"] == "image"]
