@@ -15,33 +15,33 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from avar_verl.objectives.vas import band
-from avar_verl.tools.plots import (
-    RC,
-    data_uri,
-    decode_image,
-    duration_text,
+from avar_verl.objectives.vas import STATISTICS, band
+from avar_verl.tools.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    VERMILION,
+    Line,
+    curves_figure,
+    drawing,
     heat_figure,
-    legend_above,
-    number_text,
-    overlay,
-    printable,
+    save_png,
     svg,
 )
+from avar_verl.tools.report import data_uri, decode_image, duration_text, number_text, overlay, page, printable
 from avar_verl.tools.stats import standard_error
 
 STAGES = ("base", "sft", "agto", "avar")
 STARTS_FROM = {"base": None, "sft": "base", "agto": "base", "avar": "agto"}
 QUERIES = ("response", "user")
-VAS_FIELDS = ("vas", "vas_median", "ratio_of_means", "log_ratio", "image_share", "image_mass", "system_mass")
 BOUNDED_FIELDS = ("image_share", "image_mass", "system_mass")  # In [0, 1].
 STAGE_KEYS = (
     *("name", "title", "seconds", "accuracy", "n_eval", "chance", "by_kind"),
@@ -49,9 +49,7 @@ STAGE_KEYS = (
 )
 SAMPLE_KEYS = ("image", "question", "response", "answer", "predicted", "correct", "attention", "answer_tokens")
 
-# Okabe and Ito's palette, which the common kinds of colour blindness can tell apart.
-STAGE_COLORS = {"base": "#7a7a7a", "sft": "#0072B2", "agto": "#E69F00", "avar": "#009E73"}
-BLACK, BLUE, SKY, VERMILION, PURPLE = "#222222", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7"
+STAGE_COLORS = {"base": GREY, "sft": BLUE, "agto": ORANGE, "avar": GREEN}
 LONG_RESPONSE = 160  # Characters; a longer text without a closed reasoning block is folded away.
 
 
@@ -102,7 +100,7 @@ def _check_accuracy(where: str, accuracy, n, redo: str) -> None:
 
 def _check_vas(where: str, summary, heatmap, redo: str) -> None:
     _check(isinstance(summary, dict), f"vas must be measured for {where}", summary, redo)
-    for key in VAS_FIELDS:
+    for key in STATISTICS:
         _check(_is_number(summary.get(key)), f"vas.{key} of {where} must be a number", summary.get(key), redo)
     _check(isinstance(heatmap, dict), f"heatmap must be measured for {where}", heatmap, redo)
     shapes = {key: _shape(heatmap.get(key)) for key in ("share", "ratio")}
@@ -248,8 +246,7 @@ def accuracy_figure(stages: Sequence[dict]) -> Markup:
     """Accuracy by kind of question and over all, a bar per stage."""
     kinds = list(stages[0]["by_kind"])
     width = 0.8 / len(stages)
-    with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(10.5, 3.1))
+    with drawing(10.5, 3.1) as figure:
         axes = figure.subplots(gridspec_kw={"left": 0.05, "right": 0.995, "bottom": 0.14, "top": 0.9})
         alts = []
         for index, stage in enumerate(stages):
@@ -411,31 +408,11 @@ def panels_with_notes(
 def _curve_figure(
     panel: Panel, found: Sequence[tuple[Curve, list[tuple[int, float]]]], titles: Mapping[str, str], name: str
 ) -> Markup:
-    alts = []
-    with matplotlib.rc_context(RC):
-        # A fixed layout: matplotlib's automatic ones cost half a second a figure.
-        figure = Figure(figsize=(3.6, 2.4))
-        top = 0.91 if len(found) < 4 else 0.83  # Room for one or two lines of legend.
-        axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.98, "bottom": 0.18, "top": top})
-        for curve, points in found:
-            label = curve.label.format(**titles)
-            steps, values = np.array(points, dtype=float).T
-            marker = "." if len(points) <= 40 else None
-            axes.plot(
-                steps, np.where(np.isfinite(values), values, np.nan), curve.style, marker=marker, markersize=4,
-                color=curve.color, linewidth=1.2, label=label,
-            )  # fmt: skip
-            alts.append(f"{label} from {number_text(values[0])} to {number_text(values[-1])}")
-        if panel.log_scale:
-            axes.set_yscale("log")
-            low, high = axes.get_ylim()
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e5 else f"{value:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xlabel("step")
-        legend_above(axes, len(found))
-        return svg(figure, name, f"{panel.title} over the steps: {'; '.join(alts)}.")
+    lines = [
+        Line(curve.label.format(**titles), curve.color, *np.array(points, dtype=float).T, style=curve.style)
+        for curve, points in found
+    ]
+    return curves_figure(name, lines, "", "step", panel.log_scale, what=panel.title)
 
 
 def heatmap_figure(stages: Sequence[dict], query: str) -> Markup:
@@ -457,8 +434,7 @@ def picture(stages: Sequence[dict]) -> Figure:
         [100 * stage["accuracy"] for stage in stages],
         [stage["vas"]["response"]["image_share"] for stage in stages],
     ]
-    with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(9, 5.2))
+    with drawing(9, 5.2) as figure:
         question = printable(shown[0]["question"])
         figure.suptitle(f"Attention to the image while answering \u201c{question}\u201d", y=0.97)
         cells = figure.subplots(
@@ -503,7 +479,7 @@ def stage_rows(stages: Sequence[dict]) -> list[dict]:
         parts = []
         for query in QUERIES:
             summary = stage["vas"][query]
-            cells = {key: number_text(float(summary[key]), 3 if key in BOUNDED_FIELDS else 2) for key in VAS_FIELDS}
+            cells = {key: number_text(float(summary[key]), 3 if key in BOUNDED_FIELDS else 2) for key in STATISTICS}
             parts.append({"query": query, "band": band(summary["vas"]), **cells})
         rows.append(
             {
@@ -616,20 +592,14 @@ def _read_logs(run_dir: Path) -> tuple[Logs, list[str]]:
     return logs, notes
 
 
-def page(run_dir: Path, stages: Sequence[dict], seconds: float, versions: Mapping[str, str]) -> str:
+def report_page(run_dir: Path, stages: Sequence[dict], seconds: float, versions: Mapping[str, str]) -> str:
     """report.html."""
     logs, notes = _read_logs(run_dir)
     titles = {stage["name"]: stage["title"] for stage in stages}
     cold_start, cold_start_notes = panels_with_notes(COLD_START_PANELS, logs, titles, "cold")
     grpo, grpo_notes = panels_with_notes(GRPO_PANELS, logs, titles, "grpo")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return page(
+        "demo/report.html.j2",
         summary=summary_text(stages, seconds),
         stage_rows=stage_rows(stages),
         skipped=skipped_note(stages),
@@ -660,7 +630,7 @@ def write_report(run_dir: Path, seconds: float, versions: dict[str, str]) -> dic
     _check(ok, "seconds must be finite and not negative", seconds, "Pass the seconds that the run took.")
     stages = read_stages(run_dir)
     report = report_dict(stages, seconds, versions)
-    picture(stages).savefig(run_dir / "report.png", dpi=110)
-    (run_dir / "report.html").write_text(page(run_dir, stages, seconds, versions), encoding="utf-8")
+    save_png(picture(stages), run_dir / "report.png")
+    (run_dir / "report.html").write_text(report_page(run_dir, stages, seconds, versions), encoding="utf-8")
     (run_dir / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return report

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment
 
 from avar_verl.rewards.accuracy import accepted_answers
 from avar_verl.tools.grade import LETTERS, check_letter
 from avar_verl.tools.items import IMAGE, Item
+from avar_verl.tools.report import environment
 
 TASK_DIR = Path(__file__).parent / "tasks"
 INSTRUCTION = (
@@ -195,9 +196,9 @@ def _fail(reason: str) -> None:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.globals |= {"lettered": lambda options: list(zip(LETTERS, options, strict=False)), "fail": _fail}
-    return environment
+    prompts = environment(html=False)
+    prompts.globals |= {"lettered": lambda options: list(zip(LETTERS, options, strict=False)), "fail": _fail}
+    return prompts
 
 
 def question_text(benchmark: Benchmark, doc: Mapping[str, Any]) -> str:

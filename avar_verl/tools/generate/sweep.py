@@ -148,8 +148,7 @@ def write_results(results: Sequence[CellResult], settings: dict[str, Any], out: 
 
 def plot(results: Sequence[CellResult], path: Path) -> None:
     """Accuracy by alpha_img and alpha_sys, coloured by the difference to doing nothing; `*` where it is significant."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from avar_verl.tools.figures import MAP, drawing, save_png  # Takes a second to import.
 
     first = results[0].comparison
     imgs = sorted({0.0, *(result.spec.alpha_img for result in results)})
@@ -162,19 +161,19 @@ def plot(results: Sequence[CellResult], path: Path) -> None:
         row, column = syss.index(result.spec.alpha_sys), imgs.index(result.spec.alpha_img)
         points[row][column] = 100 * result.comparison.difference
         labels[row][column] = f"{100 * result.comparison.accuracy_b:.1f}" + ("*" if result.is_significant else "")
-    figure = Figure(figsize=(1.6 + 0.9 * len(imgs), 1.6 + 0.6 * len(syss)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     limit = max(1.0, *(abs(value) for line in points for value in line))
-    image = axes.imshow(points, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
-    for at, line in enumerate(labels):
-        for where, label in enumerate(line):
-            dark = abs(points[at][where]) > 0.6 * limit
-            axes.text(where, at, label, ha="center", va="center", color="white" if dark else "black")
-    axes.set_xticks(range(len(imgs)), [f"{alpha:g}" for alpha in imgs])
-    axes.set_yticks(range(len(syss)), [f"{alpha:g}" for alpha in syss])
-    axes.set_xlabel("alpha_img")
-    axes.set_ylabel("alpha_sys")
-    axes.set_title(f"accuracy in %, {first.n} questions", fontsize=10)
-    figure.colorbar(image, label="points against (0, 0)")
-    figure.savefig(path, dpi=150)
+    with drawing(1.6 + 0.9 * len(imgs), 1.6 + 0.6 * len(syss), **MAP) as figure:
+        figure.set_layout_engine("constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(points, cmap="RdBu", vmin=-limit, vmax=limit, origin="lower", aspect="auto")
+        for at, line in enumerate(labels):
+            for where, label in enumerate(line):
+                dark = abs(points[at][where]) > 0.6 * limit
+                axes.text(where, at, label, ha="center", va="center", color="white" if dark else "black")
+        axes.set_xticks(range(len(imgs)), [f"{alpha:g}" for alpha in imgs])
+        axes.set_yticks(range(len(syss)), [f"{alpha:g}" for alpha in syss])
+        axes.set_xlabel("alpha_img")
+        axes.set_ylabel("alpha_sys")
+        axes.set_title(f"accuracy in %, {first.n} questions")
+        figure.colorbar(image, label="points against (0, 0)")
+        save_png(figure, path)

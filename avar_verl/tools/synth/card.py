@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
 from avar_verl.anchors import parse_anchors, to_pixels
+from avar_verl.tools.report import page
 from avar_verl.tools.synth.config import GATES, SynthConfig, as_dict
 from avar_verl.tools.synth.gates import LEAK_ANSWER, LEAK_DESCRIPTION, reflections
 from avar_verl.tools.synth.prompts import versions
@@ -168,17 +168,14 @@ def bars(values: list[float]) -> list[tuple[str, int, float]]:
 def write_browser(folder: Path, summary: dict, path: Path, n: int, gate: str | None = None) -> int:
     """Write the HTML browser; the number of samples in it."""
     samples = [_shown(record, summary["config"]["output"]["coordinates"]) for record in pick(folder, n, gate)]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True
-    )
-    environment.trim_blocks = environment.lstrip_blocks = True
-    page = environment.get_template("browser.html.j2").render(
+    text = page(
+        "synth/browser.html.j2",
         summary=summary,
         samples=samples,
         gates=[name for name in GATES if any(sample["gate"] == name for sample in samples)],
         charts=[(TITLES[name], bars(values)) for name, values in summary["numbers"].items() if name in TITLES],
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return len(samples)
 
 

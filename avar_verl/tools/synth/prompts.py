@@ -15,8 +15,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined, Template, TemplateError
+from jinja2 import Template, TemplateError
 
+from avar_verl.tools.report import environment
 from avar_verl.tools.synth.config import StageConfig, SynthConfig
 from avar_verl.tools.synth.items import Item
 
@@ -44,9 +45,8 @@ def load_prompt(name: str) -> Prompt:
         shipped = sorted(file.stem for file in FOLDER.glob("*.jinja"))
         raise ValueError(f"a prompt must be one of {shipped} or a .jinja file; got {name!r}. Name one.")
     text = path.read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     try:
-        template = environment.from_string(text)
+        template = environment(html=False).from_string(text)
     except TemplateError as error:
         raise ValueError(f"{path} must be a jinja template; got: {error}. Mend it.") from error
     if "user" not in template.blocks:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from avar_verl.objectives.vas import STATISTICS, vas_statistics
-from avar_verl.tools.plots import numbers
+from avar_verl.tools.report import numbers
 from avar_verl.tools.runs import dumps, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap, correlate, with_interval
 from avar_verl.tools.vas.score import SUMS

@@ -8,10 +8,10 @@ from typing import Any
 from markupsafe import Markup
 
 from avar_verl.objectives.vas import STATISTICS
-from avar_verl.tools.plots import numbers
+from avar_verl.tools.figures import COLORS, Line, curves_figure, points_figure, scatter_figure
+from avar_verl.tools.report import numbers, page
 from avar_verl.tools.vas.compare import Measurement
-from avar_verl.tools.vas.figures import COLORS, LABELS, Line, bin_ticks, curves_figure, points_figure, scatter_figure
-from avar_verl.tools.vas.report import DIGITS, band_text, cell, environment, estimate_text
+from avar_verl.tools.vas.report import DIGITS, LABELS, band_text, bin_ticks, cell, estimate_text
 from avar_verl.tools.vas.statistics import MEAN_STATISTICS
 
 POINTS = (("image_share", False), ("ratio_of_means", True), ("vas", True))
@@ -119,17 +119,14 @@ def query_section(result: Mapping[str, Any], measurements: Sequence[Measurement]
 
 def write_compare_report(path: Path, result: Mapping[str, Any], measurements: Sequence[Measurement]) -> None:
     """Write the report of what `compare.json` holds."""
-    page = (
-        environment()
-        .get_template("compare.html.j2")
-        .render(
-            names=result["names"],
-            sources=list(zip(result["names"], result["models"], result["data"], strict=True)),
-            sections=[query_section(result, measurements, query) for query in result["queries"]],
-            labels={key: LABELS[key] for key in STATISTICS},
-            difference_labels={key: LABELS[key] for key in MEAN_STATISTICS},
-            scores=result["scores"],
-            num_draws=result["bootstrap"]["draws"],
-        )
+    text = page(
+        "vas/compare.html.j2",
+        names=result["names"],
+        sources=list(zip(result["names"], result["models"], result["data"], strict=True)),
+        sections=[query_section(result, measurements, query) for query in result["queries"]],
+        labels={key: LABELS[key] for key in STATISTICS},
+        difference_labels={key: LABELS[key] for key in MEAN_STATISTICS},
+        scores=result["scores"],
+        num_draws=result["bootstrap"]["draws"],
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")

@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from avar_verl.objectives.vas import BANDS, STATISTICS, band
-from avar_verl.tools.plots import (
-    data_uri,
-    decode_image,
-    duration_text,
-    heat_figure,
-    number_text,
-    numbers,
-    overlay,
-    printable,
-)
-from avar_verl.tools.vas.figures import LABELS, QUERY_COLORS, Line, bin_ticks, curves_figure
+from avar_verl.tools.figures import BLUE, VERMILION, Line, curves_figure, heat_figure
+from avar_verl.tools.report import data_uri, decode_image, duration_text, number_text, numbers, overlay, page, printable
 from avar_verl.tools.vas.words import raster
 
+QUERY_COLORS = {"user": BLUE, "response": VERMILION}
+LABELS = {
+    "vas": "VAS",
+    "vas_median": "VAS, median head",
+    "ratio_of_means": "ratio of means",
+    "log_ratio": "log ratio",
+    "image_share": "image share",
+    "image_mass": "image mass",
+    "system_mass": "system mass",
+}
 SETTINGS = (
     *("model", "data", "split", "columns", "queries", "layers", "max_new_tokens", "system", "dtype", "device"),
     *("num_rows", "bootstrap"),
@@ -112,6 +112,12 @@ def image_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             row = {"query": name, "image": index, "num_samples": part["num_samples"], "tokens": part["tokens"]}
             rows.append({**row, "cells": cells})
     return rows if any(row["image"] > 1 for row in rows) else []
+
+
+def bin_ticks(positions: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Labels of the bins by their number: the first position of each, of every other one where there are many."""
+    step = 1 if len(positions) <= 8 else 2
+    return {index: f"{one['first']:,}" for index, one in enumerate(positions) if index % step == 0}
 
 
 def layer_figures(summary: Mapping[str, Any]) -> list[Markup]:
@@ -213,41 +219,23 @@ def setting_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("seconds", duration_text(summary["seconds"]))]
 
 
-def environment() -> Environment:
-    """jinja2 with the templates of this folder."""
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def page(summary: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> str:
-    """report.html."""
-    positions = summary["queries"].get("response", {}).get("positions", [])
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            title=f"VAS of {summary['name']}",
-            summary=summary_text(summary),
-            queries=query_rows(summary),
-            labels={key: LABELS[key] for key in STATISTICS},
-            notes=notes(summary),
-            heat_svg=heat_maps(summary),
-            layer_svgs=layer_figures(summary),
-            position_svgs=position_figures(positions),
-            position_rows=position_rows(positions),
-            image_rows=image_rows(summary),
-            samples=sample_rows(shown),
-            settings=setting_rows(summary),
-            versions=summary["versions"],
-        )
-    )
-
-
 def write_report(path: Path, summary: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> None:
     """Write the report of what `vas.json` and `words.json` hold."""
-    path.write_text(page(summary, shown), encoding="utf-8")
+    positions = summary["queries"].get("response", {}).get("positions", [])
+    text = page(
+        "vas/report.html.j2",
+        title=f"VAS of {summary['name']}",
+        summary=summary_text(summary),
+        queries=query_rows(summary),
+        labels={key: LABELS[key] for key in STATISTICS},
+        notes=notes(summary),
+        heat_svg=heat_maps(summary),
+        layer_svgs=layer_figures(summary),
+        position_svgs=position_figures(positions),
+        position_rows=position_rows(positions),
+        image_rows=image_rows(summary),
+        samples=sample_rows(shown),
+        settings=setting_rows(summary),
+        versions=summary["versions"],
+    )
+    path.write_text(text, encoding="utf-8")

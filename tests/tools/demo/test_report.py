@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from avar_verl.tools import figures
 from avar_verl.tools.demo import photo_grid, report
 
 TITLES = {"base": "Base", "sft": "SFT", "agto": "AGTO SFT", "avar": "GRPO+VARS"}
@@ -200,7 +201,8 @@ def run_dir(pristine: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
     """Skip the drawing, which takes nearly all of the time."""
-    monkeypatch.setattr(report, "svg", lambda figure, name, alt: report.Markup())
+    for module in (report, figures):
+        monkeypatch.setattr(module, "svg", lambda figure, name, alt: report.Markup())
 
 
 def page_text(run_dir: Path) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avar_verl.tools.plots import decode_image, number_text, overlay
+from avar_verl.tools.report import decode_image, number_text, overlay
 
 
 @pytest.mark.parametrize(
