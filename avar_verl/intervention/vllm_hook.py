@@ -34,7 +34,7 @@ this rank, D = head size
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,15 +158,24 @@ def plan_request(request: Any, spec: InterventionSpec, role_map: RoleMap, model_
     request.cache_salt = f"{request.cache_salt or ''}|{REQUEST_KEY}:{spec}"
 
 
-def patch_input_processor(module: Any) -> None:
-    """Plan requests where vLLM makes them. Idempotent."""
-    cls = module.InputProcessor
-    original = cls.process_inputs
+def _patch(cls: type, name: str, around: Callable) -> None:
+    """Replace a method by `around(original, self, *args, **kwargs)`. Idempotent."""
+    original = getattr(cls, name)
     if hasattr(original, "_avar_intervention"):
         return
 
     @functools.wraps(original)
-    def process_inputs(self, *args, **kwargs):
+    def patched(self, *args, **kwargs):
+        return around(original, self, *args, **kwargs)
+
+    patched._avar_intervention = True
+    setattr(cls, name, patched)
+
+
+def patch_input_processor(module: Any) -> None:
+    """Plan requests where vLLM makes them. Idempotent."""
+
+    def process_inputs(original, self, *args, **kwargs):
         request = original(self, *args, **kwargs)
         params = request.sampling_params
         if params is None:  # Pooling.
@@ -181,8 +190,7 @@ def patch_input_processor(module: Any) -> None:
             plan_request(request, spec, self._avar_role_map, self.model_config)
         return request
 
-    process_inputs._avar_intervention = True
-    cls.process_inputs = process_inputs
+    _patch(module.InputProcessor, "process_inputs", process_inputs)
 
 
 # ---- the processes that compute -----------------------------------------------------------------------------------
@@ -398,17 +406,11 @@ def attach(runner: Any) -> KeyScaler:
 
 def patch_model_runner(module: Any) -> None:
     """Attach a `KeyScaler` to a runner if the engine was started for the intervention. Idempotent."""
-    cls = module.GPUModelRunner
-    original = cls.initialize_kv_cache
-    if hasattr(original, "_avar_intervention"):
-        return
 
-    @functools.wraps(original)
-    def initialize_kv_cache(self, kv_cache_config, is_profiling=False):
+    def initialize_kv_cache(original, self, kv_cache_config, is_profiling=False):
         original(self, kv_cache_config, is_profiling)
         wanted = engine_default(self.vllm_config.additional_config) is not None
         if wanted and not is_profiling and not hasattr(self, "avar_key_scaler"):
             self.avar_key_scaler = attach(self)
 
-    initialize_kv_cache._avar_intervention = True
-    cls.initialize_kv_cache = initialize_kv_cache
+    _patch(module.GPUModelRunner, "initialize_kv_cache", initialize_kv_cache)

@@ -208,10 +208,11 @@ def test_a_reduction_sees_masses_and_filling(tiny_model, encode, role_map):
     torch.testing.assert_close(torch.stack(reduced.per_layer(), 1), plain.mass.sum((2, 3)), **CLOSE)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_row_equals_padded_rows(load_tiny, encode, role_map, attention):
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash"])
+def test_packed_row_equals_padded_rows(request, load_tiny, encode, role_map, attention):
+    """In flash attention no mask reaches the layers: the segments are read off the position ids, as it does."""
     inputs = encode(2)
-    model = load_tiny(attention)
+    model = request.getfixturevalue("flash_model") if attention == "flash" else load_tiny(attention)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
     packed = packed_row(model, inputs)
     with torch.no_grad():
@@ -219,20 +220,6 @@ def test_packed_row_equals_padded_rows(load_tiny, encode, role_map, attention):
             model(**inputs, use_cache=False)
         with capture_mass(model, role_map(packed["input_ids"])) as row:
             model(**packed, use_cache=False)
-    expected = padded.mass.movedim(3, 1)[inputs["attention_mask"].bool()].movedim(0, 2)
-    torch.testing.assert_close(row.mass[0], expected, **CLOSE)
-
-
-def test_packed_row_under_flash_attention(flash_model, encode, role_map):
-    """No mask reaches the layers: the segments are read off the position ids, as flash attention does."""
-    inputs = encode(2)
-    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
-    packed = packed_row(flash_model, inputs)
-    with torch.no_grad():
-        with capture_mass(flash_model, roles) as padded:
-            flash_model(**inputs, use_cache=False)
-        with capture_mass(flash_model, role_map(packed["input_ids"])) as row:
-            flash_model(**packed, use_cache=False)
     expected = padded.mass.movedim(3, 1)[inputs["attention_mask"].bool()].movedim(0, 2)
     torch.testing.assert_close(row.mass[0], expected, **CLOSE)
 

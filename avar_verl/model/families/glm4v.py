@@ -5,8 +5,9 @@ A response ends where the next turn opens; the model stops by writing `<|user|>`
 response, the chat template writes neither.
 """
 
-from avar_verl.model.families.grid import grid_thw_places
-from avar_verl.model.family import Family
+import dataclasses
+
+from avar_verl.model.families import qwen2_vl
 from avar_verl.model.turns import TurnFormat
 
 TURNS = TurnFormat(
@@ -19,15 +20,10 @@ TURNS = TurnFormat(
     ends=("<|endoftext|>",),
 )
 
-FAMILY = Family(
+FAMILY = dataclasses.replace(
+    qwen2_vl.FAMILY,
     model_types=("glm4v",),
     turns=TURNS,
     system="`[gMASK]<sop>` and the system turn after it, if there is one",
-    placeholders=("image_token_id", "video_token_id"),
-    vision_tower="model.visual",
-    projectors=("model.visual.merger",),
-    coordinates="relative_1000",
-    verl_forward=True,
-    places=grid_thw_places,
     unpackable="verl replaces its attention with one that the capture does not see",
 )
