@@ -8,7 +8,6 @@ import inspect
 import math
 import pickle
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,16 +122,6 @@ def test_wrong_types(module):
         module.compute_score("geo3k", None, "4")
     with pytest.raises(TypeError, match="got dict for data_source 'geo3k', index 3"):
         module.compute_score("geo3k", "", {"answer": "4"}, {"index": 3})
-
-
-@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
-def test_worker_threads(module):
-    responses = [response for response, *_ in RESPONSES.values()] * 3
-    expected = [module.compute_score("geo3k", response, "4", INFO) for response in responses]
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        assert (
-            list(pool.map(lambda response: module.compute_score("geo3k", response, "4", INFO), responses)) == expected
-        )
 
 
 @pytest.fixture(scope="module")
