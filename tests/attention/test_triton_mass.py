@@ -139,6 +139,15 @@ def test_values_and_gradients_equal_the_full_matrix(kernels, layout):
     compare(kernels, query, key, groups, make_visibility(layout, positions, 45))
 
 
+@pytest.mark.parametrize("splits", [1, 2], indirect=True)
+@pytest.mark.parametrize("layout", ["causal", "left", "right", "window", "packed", "rows"])
+def test_roles_in_runs(kernels, layout):
+    """Blocks of one group, of which some are seen by every query and others are not."""
+    query, key, groups, positions = random_inputs(Q=20, S=200)
+    groups[:] = torch.tensor([1] * 33 + [2] * 90 + [3] * 40 + [4] * 37, device=DEVICE)
+    compare(kernels, query, key, groups, make_visibility(layout, positions.sort(1).values, 200))
+
+
 @pytest.mark.parametrize("H, K, D", [(2, 2, 24), (4, 2, 16), (7, 1, 32)])
 def test_grouped_heads(kernels, H, K, D):
     query, key, groups, positions = random_inputs(H=H, K=K, D=D)
