@@ -10,6 +10,8 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
+# Two processes: tests wait and compute in turn, so two of them fill two cores.
+PYTEST := $(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # A uv of the system, or one in a folder of its own.
 UV := $(shell command -v uv || echo .uv/bin/uv)
 
@@ -33,13 +35,13 @@ demo: $(STAMP)
 	$(PYTHON) -m avar_verl demo --out outputs/demo
 
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 quick: $(STAMP)
-	$(PYTHON) -m pytest -m 'not e2e and not slow'
+	$(PYTEST) -m 'not e2e and not slow'
 
 slow: $(STAMP)
-	$(PYTHON) -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(STAMP)
 	.venv/bin/ruff check .

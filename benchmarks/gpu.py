@@ -573,7 +573,7 @@ def intervention(setting: Setting) -> list[dict]:
     """The intervention in vLLM: the tests that compare log-probabilities with transformers."""
     require("vllm", "pytest")
     chosen = "test_a_batch_of_prompts_and_settings and qwen2_5_vl" if setting.small else ""
-    return [_pytest("tests/intervention/test_vllm.py", chosen)]
+    return [_pytest("tests/test_vllm.py", chosen)]
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------

@@ -13,15 +13,20 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from avar_verl.roles import RoleMap
 from avar_verl.tools.demo import photo_grid
-from avar_verl.tools.demo.tiny_model import build_tiny_model
 from tests.model.families.tiny import build_tiny
 
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Where pytest-xdist shares files out, long ones go first: none is left to one process at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
 @pytest.fixture(scope="session")
-def tiny_model_path(tmp_path_factory):
-    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+def tiny_model_path(family_path):
+    return family_path("qwen2_5_vl")
 
 
 @pytest.fixture(scope="session")

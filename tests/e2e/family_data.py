@@ -1,13 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data for training any family: photo grids, two images in one sample, and text alone, in turn."""
+"""Data and settings for training any family: photo grids, two images in one sample, and text only, in turn."""
 
 from pathlib import Path
 
 import pandas
 
+from avar_verl.model.families import get_family
 from avar_verl.tools.demo import photo_grid
+from tests.e2e import launch
 
 SYSTEM = {"role": "system", "content": "Look at the image."}
+# Families with no system turn in their chat templates.
+WITHOUT_SYSTEM = ("gemma3",)
+
+
+def guidance(model_type: str) -> list[str]:
+    """Where no softmax has image and system keys there is L_suppress only; Gemma 3 has layers with a window."""
+    settings = ["avar.agto.alpha=0"] if get_family(model_type).cross_attention else []
+    return [*settings, "avar.agto.layers=[1]", "avar.vars.layers=[1]"] if model_type == "gemma3" else settings
+
+
+def sft_overrides(work: Path, model: Path, data: Path, model_type: str, packed: bool) -> list[str]:
+    """Two steps of four samples."""
+    return [
+        *launch.sft_overrides(work, model, data),
+        f"model.use_remove_padding={packed}",
+        "data.max_length=1024",
+        "data.train_batch_size=4",
+        f"data.micro_batch_size_per_gpu={2 if packed else 1}",
+        *guidance(model_type),
+        "trainer.total_epochs=1",
+        "trainer.save_freq=2",
+        "checkpoint.save_contents=[hf_model]",
+    ]
 
 
 def _text_only(row: dict) -> dict:
@@ -21,8 +46,8 @@ def _two_images(row: dict, other: dict) -> dict:
     return {**row, "messages": [{**question, "content": content}, answer], "images": [*row["images"], *other["images"]]}
 
 
-def make_sft(path: Path, n: int, with_system: bool) -> Path:
-    """n rows: every second one is text alone, every fourth has two images."""
+def make_sft(path: Path, n: int, model_type: str) -> Path:
+    """n rows: every second one is text only, every fourth has two images."""
     photo_grid.make_sft_parquet(path, n, 0, "train")
     rows = pandas.read_parquet(path).to_dict("records")
     for index, row in enumerate(rows):
@@ -31,13 +56,13 @@ def make_sft(path: Path, n: int, with_system: bool) -> Path:
             row.update(_two_images(row, rows[index - 2]))
         elif index % 2:
             row.update(_text_only(row))
-        if with_system:
+        if model_type not in WITHOUT_SYSTEM:
             row["messages"] = [SYSTEM, *row["messages"]]
     pandas.DataFrame(rows).to_parquet(path)
     return path
 
 
-def make_rl(path: Path, n: int, with_system: bool) -> Path:
+def make_rl(path: Path, n: int, model_type: str) -> Path:
     """n prompts with an image, the first with a second one."""
     photo_grid.make_rl_parquet(path, n, 0, "train")
     rows = pandas.read_parquet(path).to_dict("records")
@@ -46,7 +71,7 @@ def make_rl(path: Path, n: int, with_system: bool) -> Path:
         if index == 0:
             row["prompt"][0]["content"] = "<image>" + row["prompt"][0]["content"]
             row["images"] = [*row["images"], *rows[1]["images"]]
-        if with_system:
+        if model_type not in WITHOUT_SYSTEM:
             row["prompt"] = [SYSTEM, *row["prompt"]]
     pandas.DataFrame(rows).to_parquet(path)
     return path

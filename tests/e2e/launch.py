@@ -11,23 +11,45 @@ from pathlib import Path
 
 import psutil
 
+# A model that has not learned anything answers nothing right, and a reward that is zero everywhere moves nothing: the
+# reward below calls half of the responses right by their length, so that the gate opens and advantages differ.
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    right = float(len(solution_str) % 2)
+    return {"score": right, "acc": right, "length": float(len(solution_str))}
+"""
 CONFIG = ["--config-dir", str(Path(__file__).parents[2] / "recipes" / "avar" / "config")]
 
 
-def sft(work: Path, model: Path, data: Path, overrides: list[str], processes: int = 1) -> list[str]:
-    """Command of verl's SFT trainer."""
+# Four steps of eight samples, a checkpoint after every second one.
+GUIDED = [
+    "data.max_length=512",
+    "data.train_batch_size=8",
+    "data.micro_batch_size_per_gpu=4",
+    "trainer.total_training_steps=4",
+    "trainer.total_epochs=2",
+    "trainer.save_freq=2",
+]
+
+
+def sft_overrides(work: Path, model: Path, data: Path) -> list[str]:
+    """Of the config `avar_sft`, for the CPU."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
-        *("-m", "verl.trainer.sft_trainer", *CONFIG, "--config-name", "avar_sft", "machine=cpu_sft"),
+        "machine=cpu_sft",
         f"model.path={model}",
         f"data.train_files={data}",
-        "data.max_length=512",
         "optim.lr=1e-3",
+        "avar.agto.query_role=response",
         "trainer.test_freq=-1",
         f"trainer.default_local_dir={work / 'checkpoints'}",
-        f"hydra.run.dir={work / 'hydra'}",
-        *overrides,
     ]
+
+
+def sft(work: Path, overrides: list[str]) -> list[str]:
+    """Command of verl's SFT trainer."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    trainer = ["-m", "verl.trainer.sft_trainer", *CONFIG, "--config-name", "avar_sft"]
+    return [*launcher, *trainer, *overrides, f"hydra.run.dir={work / 'hydra'}"]
 
 
 def grpo(work: Path, model: Path, data: Path, overrides: list[str]) -> list[str]:

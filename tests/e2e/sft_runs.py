@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains one family after the other through verl's SFT trainer, in the same processes.
+"""Trains one run after the other through verl's SFT trainer, in the same processes.
 
-Run by torchrun from test_families.py. Usage: sft_families.py WORK_DIR, with WORK_DIR/spec.json a list of
-{"name": run, "overrides": [...]}. verl patches the classes of one family at a time, so they do not meet.
+Run by torchrun from conftest.py. Usage: sft_runs.py WORK_DIR, with WORK_DIR/runs.json {name: overrides}. verl patches
+the classes of one family at a time, so families do not meet.
 """
 
 import json
@@ -25,13 +25,13 @@ def main() -> None:
     errors = {}
     initialize_global_process_group()
     with initialize_config_dir(str(Path(CONFIG[1]).resolve()), version_base=None):
-        for run in json.loads((work / "spec.json").read_text()):
-            os.environ["VERL_FILE_LOGGER_PATH"] = str(work / f"{run['name']}.jsonl")
+        for name, overrides in json.loads((work / "runs.json").read_text()).items():
+            os.environ["VERL_FILE_LOGGER_PATH"] = str(work / f"{name}.jsonl")
             try:
-                SFTTrainer(config=compose("avar_sft", run["overrides"])).fit()
-            except Exception as error:  # One family's failure is that family's; every rank raises the same.
+                SFTTrainer(config=compose("avar_sft", overrides)).fit()
+            except Exception as error:  # One run's failure is that run's; every rank raises the same.
                 traceback.print_exc()
-                errors[run["name"]] = f"{type(error).__name__}: {error}"
+                errors[name] = f"{type(error).__name__}: {error}"
     destroy_global_process_group()
     if os.environ["RANK"] == "0":
         (work / "errors.json").write_text(json.dumps(errors))

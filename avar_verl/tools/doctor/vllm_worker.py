@@ -22,10 +22,27 @@ def prompts() -> list[list[dict]]:
     return [messages[:-1] for messages in conversations().values() if images_of(messages)]
 
 
+def make_request(processor, messages: list[dict]) -> dict:
+    """vLLM's prompt: un-expanded ids, and the images."""
+    request = {"prompt_token_ids": render(processor, messages, add_generation_prompt=True).prompt_ids}
+    images = images_of(messages)
+    return {**request, "multi_modal_data": {"image": images}} if images else request
+
+
+def answer(output, completion) -> dict:
+    """One of vLLM's answers to a request, sampled with `logprobs=0`, as JSON."""
+    steps = zip(completion.logprobs, completion.token_ids, strict=True)
+    return {
+        "prompt_ids": list(output.prompt_token_ids),
+        "token_ids": list(completion.token_ids),
+        "logprobs": [step[token].logprob for step, token in steps],
+    }
+
+
 def main(path: str, length: int, out: Path) -> None:
     """Answer every prompt greedily; write its expanded ids, the new ids and their log-probabilities."""
     from transformers import AutoProcessor
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM, SamplingParams
 
     processor = AutoProcessor.from_pretrained(path)
     llm = LLM(
@@ -38,26 +55,10 @@ def main(path: str, length: int, out: Path) -> None:
         skip_mm_profiling=True,
         seed=0,
     )
-    requests = [
-        TokensPrompt(
-            prompt_token_ids=render(processor, messages, add_generation_prompt=True).prompt_ids,
-            multi_modal_data={"image": images_of(messages)},
-        )
-        for messages in prompts()
-    ]
+    requests = [make_request(processor, messages) for messages in prompts()]
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True)
-    answers = []
-    for output in llm.generate(requests, sampling, use_tqdm=False):
-        completion = output.outputs[0]
-        steps = zip(completion.logprobs, completion.token_ids, strict=True)
-        answers.append(
-            {
-                "prompt_ids": list(output.prompt_token_ids),
-                "token_ids": list(completion.token_ids),
-                "logprobs": [step[token].logprob for step, token in steps],
-            }
-        )
-    out.write_text(json.dumps(answers))
+    outputs = llm.generate(requests, sampling, use_tqdm=False)
+    out.write_text(json.dumps([answer(output, output.outputs[0]) for output in outputs]))
 
 
 if __name__ == "__main__":

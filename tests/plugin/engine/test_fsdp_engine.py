@@ -49,7 +49,8 @@ def run(work: Path, model: Path, data: Path, scenarios: dict[str, dict], process
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
-    """Every scenario that needs one process."""
+    """Every scenario that needs one process; packed ones last, for which verl replaces the process's attention."""
+    packed = {"use_remove_padding": True}
     scenarios = {
         "stock": {"stock": True},
         "zero": {"agto": {"alpha": 0.0, "beta": 0.0}},
@@ -77,44 +78,31 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "bad_weights": {"agto": {**GUIDED, "layer_weights": [1.0, 2.0]}},
         "bad_layer": {"agto": {**GUIDED, "layers": [4]}},
         "triton": {"agto": {**GUIDED, "implementation": "triton"}},
+        "packed": {"agto": GUIDED, **packed},
+        "packed_micro": {"agto": GUIDED, "micro": 2, "checkpointing": True, **packed},
+        "packed_dynamic": {"agto": GUIDED, "dynamic": 600, **packed},
+        "packed_stock": {"stock": True, **packed},
+        "packed_zero": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}, **packed},
+        "packed_visual": {"vars": {}, **packed},
+        "packed_left": {"vars": {"region": True}, "boxes": [[0, 0, 56, 112]], **packed},
+        "packed_lse": {"vars": {"implementation": "lse"}, **packed},
     }
     return run(tmp_path_factory.mktemp("one"), tiny_model_path, data_file, scenarios)
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory, tiny_model_path, data_file) -> dict:
-    """Packed micro-batches in one process: verl replaces the attention of the whole process for them."""
-    scenarios = {
-        "packed": {"agto": GUIDED, "use_remove_padding": True},
-        "packed_micro": {"agto": GUIDED, "use_remove_padding": True, "micro": 2, "checkpointing": True},
-        "packed_dynamic": {"agto": GUIDED, "use_remove_padding": True, "dynamic": 600},
-        "packed_stock": {"stock": True, "use_remove_padding": True},
-        "packed_zero": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}, "use_remove_padding": True},
-        "packed_visual": {"vars": {}, "use_remove_padding": True},
-        "packed_left": {"vars": {"region": True}, "boxes": [[0, 0, 56, 112]], "use_remove_padding": True},
-        "packed_lse": {"vars": {"implementation": "lse"}, "use_remove_padding": True},
-    }
-    return run(tmp_path_factory.mktemp("packed"), tiny_model_path, data_file, scenarios)
-
-
-@pytest.fixture(scope="module")
 def two(tmp_path_factory, tiny_model_path, data_file) -> dict:
-    """Two processes on gloo, four samples each."""
-    scenarios = {"guided": {"agto": GUIDED}, "guided_micro": {"agto": GUIDED, "micro": 2}}
-    return run(tmp_path_factory.mktemp("two"), tiny_model_path, data_file, scenarios, processes=2)
-
-
-@pytest.fixture(scope="module")
-def ulysses(tmp_path_factory, tiny_model_path, data_file) -> dict:
-    """Two processes on gloo, each with half of every sequence and, in the attention, half of the heads."""
-    packed = {"use_remove_padding": True, "engine": {"ulysses_sequence_parallel_size": 2}}
+    """Two processes on gloo: four samples each, then half of every sequence and of the heads of the attention."""
+    ulysses = {"use_remove_padding": True, "engine": {"ulysses_sequence_parallel_size": 2}}
     scenarios = {
-        "guided": {"agto": GUIDED, **packed},
-        "micro": {"agto": GUIDED, "micro": 2, "checkpointing": True, **packed},
-        "visual": {"vars": {}, **packed},
-        "heads": {"agto": {**GUIDED, "heads": [0]}, **packed},
+        "guided": {"agto": GUIDED},
+        "guided_micro": {"agto": GUIDED, "micro": 2},
+        "ulysses": {"agto": GUIDED, **ulysses},
+        "ulysses_micro": {"agto": GUIDED, "micro": 2, "checkpointing": True, **ulysses},
+        "ulysses_visual": {"vars": {}, **ulysses},
+        "ulysses_heads": {"agto": {**GUIDED, "heads": [0]}, **ulysses},
     }
-    return run(tmp_path_factory.mktemp("ulysses"), tiny_model_path, data_file, scenarios, processes=2)
+    return run(tmp_path_factory.mktemp("two"), tiny_model_path, data_file, scenarios, processes=2)
 
 
 def assert_same_training(one: dict, other: dict, **tolerance) -> None:
@@ -188,8 +176,8 @@ def test_one_process_invariance(one, scenario):
 
 
 @pytest.mark.parametrize("scenario", ["packed", "packed_micro", "packed_dynamic"])
-def test_packing_changes_nothing(one, packed, scenario):
-    assert_same_training(one["guided"], packed[scenario], **TOLERANCE)
+def test_packing_changes_nothing(one, scenario):
+    assert_same_training(one["guided"], one[scenario], **TOLERANCE)
 
 
 def test_adapters_are_guided_and_nothing_else_moves(one, load_tiny):
@@ -206,21 +194,16 @@ def test_adapters_are_guided_and_nothing_else_moves(one, load_tiny):
     assert any(bool(p.abs().max() > 0) for name, p in one["lora"]["parameters"].items() if "lora_B" in name)
 
 
-def test_packed_zero_coefficients_are_stock_verl_to_the_bit(packed):
-    assert_same_training(packed["packed_stock"], packed["packed_zero"], rtol=0, atol=0)
+def test_packed_zero_coefficients_are_stock_verl_to_the_bit(one):
+    assert_same_training(one["packed_stock"], one["packed_zero"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scenario", ["guided", "micro"])
-def test_sequence_parallel_size_changes_nothing(one, ulysses, scenario):
-    assert_same_training(one["guided"], ulysses[scenario], **TOLERANCE)
+def test_a_subset_of_heads_is_refused_under_sequence_parallelism(two):
+    assert "a subset of heads cannot be guided under sequence parallelism" in two["ulysses_heads"]["error"]
 
 
-def test_a_subset_of_heads_is_refused_under_sequence_parallelism(ulysses):
-    assert "a subset of heads cannot be guided under sequence parallelism" in ulysses["heads"]["error"]
-
-
-@pytest.mark.parametrize("scenario", ["guided", "guided_micro"])
-def test_data_parallel_size_changes_nothing(one, two, scenario):
+@pytest.mark.parametrize("scenario", ["guided", "guided_micro", "ulysses", "ulysses_micro"])
+def test_data_and_sequence_parallel_size_change_nothing(one, two, scenario):
     assert_same_training(one["guided"], two[scenario], **TOLERANCE)
 
 
@@ -235,19 +218,19 @@ def test_log_prob_pass_returns_a_few_numbers_a_sample(one):
     torch.testing.assert_close(one["visual_micro"]["visual"], visual, rtol=1e-5, atol=1e-6)
 
 
-def test_masses_of_rollouts_do_not_depend_on_packing_or_sequence_parallelism(one, packed, ulysses):
+def test_masses_of_rollouts_do_not_depend_on_packing_or_sequence_parallelism(one, two):
     padded = one["visual"]["visual"]
-    torch.testing.assert_close(packed["packed_visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ulysses["visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one["packed_visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two["ulysses_visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
 
 
-def test_masses_of_rollouts_do_not_depend_on_the_implementation(one, packed):
+def test_masses_of_rollouts_do_not_depend_on_the_implementation(one):
     """`lse` by name refuses a pass in which it cannot be used, so it was."""
-    for visual in (one["visual_lse"], packed["packed_lse"]):
+    for visual in (one["visual_lse"], one["packed_lse"]):
         torch.testing.assert_close(visual["visual"], one["visual_chunked"]["visual"], rtol=1e-5, atol=1e-6)
 
 
-def test_masses_of_rollouts_in_a_region(one, packed):
+def test_masses_of_rollouts_in_a_region(one):
     """Of the whole image it is the image's; the halves of an image share its mass; packing changes nothing."""
     whole, left, right = (one[f"visual_{name}"]["visual"] for name in ("whole", "left", "right"))
     torch.testing.assert_close(whole, one["visual"]["visual"], rtol=1e-5, atol=1e-6)
@@ -256,7 +239,7 @@ def test_masses_of_rollouts_in_a_region(one, packed):
     torch.testing.assert_close(left[:, system], whole[:, system], rtol=1e-5, atol=1e-6)
     assert left[:, count].tolist() == [8, 8, 8, 0, 8, 8, 8, 8]
     assert not torch.allclose(left[:, image], right[:, image])
-    torch.testing.assert_close(packed["packed_left"]["visual"], left, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one["packed_left"]["visual"], left, rtol=1e-5, atol=1e-6)
 
 
 def test_measuring_leaves_log_probs_alone(one):

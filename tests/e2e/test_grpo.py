@@ -11,24 +11,16 @@ from tests.e2e import launch
 # Two starts of Ray, vLLM and the trainer, up to five minutes each.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-# A model that has not learned anything answers nothing right, and a reward that is zero everywhere moves nothing: the
-# function below calls half of the responses right by their length, so that the gate opens and advantages differ.
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    right = float(len(solution_str) % 2)
-    return {"score": right, "acc": right, "length": float(len(solution_str))}
-"""
-
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(tmp_path_factory, tiny_model_path):
     """Two steps, a kill, the third step from the checkpoint: (folder, metrics before, metrics after).
 
-    The first two with the function above as the reward, the third with a composition of it and a shipped part.
+    The first two with `launch.REWARD`, the third with a composition of it and a shipped part.
     """
     work = tmp_path_factory.mktemp("grpo")
     photo_grid.make_rl_parquet(work / "rl.parquet", 12, 0, "train")
-    (work / "reward.py").write_text(REWARD)
+    (work / "reward.py").write_text(launch.REWARD)
     overrides = [
         f"reward.custom_reward_function.path={work / 'reward.py'}",
         "avar.vars.statistic=image_share",
