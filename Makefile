@@ -2,7 +2,7 @@
 # make test    every test that needs no GPU
 # make quick   the tests without end-to-end runs
 # make slow    GRPO with every shipped reward and family, engines that die
-# make check   ruff and its formatter
+# make check   ruff, its formatter and types of the core
 # make wheel   dist/avar_verl-*.whl
 #
 # Each target builds .venv first, and only when pyproject.toml or the constraints have changed.
@@ -46,6 +46,7 @@ slow: $(STAMP)
 check: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/basedpyright
 
 wheel: $(STAMP)
 	$(PYTHON) -m hatchling build -t wheel

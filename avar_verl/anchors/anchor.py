@@ -55,7 +55,7 @@ def check_coordinates(coordinates: str) -> None:
         )
 
 
-def check_image_size(image_size: tuple[int, int]) -> tuple[float, float]:
+def check_image_size(image_size: tuple[float, float]) -> tuple[float, float]:
     try:
         width, height = image_size
         valid = 0 < width < float("inf") and 0 < height < float("inf")
@@ -83,7 +83,7 @@ def resolve_scale(format_name: str, coords: tuple[float, ...], coordinates: str)
     return row.scale
 
 
-def to_pixels(anchor: Anchor, image_size: tuple[int, int], coordinates: str = "auto") -> tuple[float, ...]:
+def to_pixels(anchor: Anchor, image_size: tuple[float, float], coordinates: str = "auto") -> tuple[float, ...]:
     """Coordinates of a box or point in pixels of the image the model saw, origin top left, x right, y down.
 
     `x * width / scale`, with scale 1000 (`relative_1000`), 1 (`normalized`), 100 (`percent`), 999 (DeepSeek), 1024

@@ -198,7 +198,8 @@ def _scan_paligemma(text: str) -> Iterator[Reference]:
             continue
         coords = tuple(float(run[0][i : i + 4]) for i in range(4, 36, 9))
         if max(coords) < SCALES["bins_1024"]:
-            yield Reference("paligemma_loc", *run.span(), coords, _clean_label(_LOC_LABEL.match(text, run.end())[1]))
+            label = _LOC_LABEL.match(text, run.end())  # Matches the empty string too.
+            yield Reference("paligemma_loc", *run.span(), coords, _clean_label(label[1] if label else ""))
 
 
 _PATCHES = re.compile(r"<patch_index_([0-9]{4})><patch_index_([0-9]{4})>")
@@ -282,7 +283,7 @@ def _scan_tag_numbers(text: str) -> Iterator[Reference]:
         body = match[2].rstrip()
         coords = _numbers(" ".join(body.replace(",", " ").split()), " ")
         name = _TAG_FORMATS.get((match[1], len(coords or ())))
-        if name:
+        if coords and name:
             yield Reference(name, match.start(2), match.start(2) + len(body), coords, labels.before(match.start()))
 
 
@@ -645,8 +646,8 @@ def _bare(text: str, run: list[_Group], head: int, outer: str) -> Iterator[Refer
     if not wanted:
         if largest <= 20 or all(1800 <= n <= 2100 for n in numbers):
             return  # a short list of small numbers, or years
-        prose = label and not (glued or ticked or "[" in outer)
-        if prose and (label.split()[-1].lower() in _NO_NAME or _is_data(label, numbers)):
+        prose = not (glued or ticked or "[" in outer)
+        if label and prose and (label.split()[-1].lower() in _NO_NAME or _is_data(label, numbers)):
             return  # "the answer is [..]", "ages [12, 15, 18, 20]"
     if "[" in outer:
         padded = any(_PADDED.search(group.body) or len(group.rows) > 1 for group in run)

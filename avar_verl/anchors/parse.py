@@ -203,7 +203,7 @@ def parse_anchors(text: str, image_size: tuple[int, int] | None = None, coordina
     plain = _to_ascii(text)
     low = _lower(plain)
     sentences = Sentences(low)
-    found = [
+    found: list[_Found] = [
         (ref.start, ref.end, FORMATS[ref.format].kind, ref.coords, ref.label, ref.format)
         for ref in scan_coordinates(plain)
         if _valid(ref, size, coordinates)

@@ -116,7 +116,7 @@ _OTHER_BEFORE = {
 _OTHER_BEFORE = {noun: frozenset(words.split()) for noun, words in _OTHER_BEFORE.items()}
 _MATH_OF = r"s? (?:of|under) (?:[a-z]\b|[$\\]|[a-z0-9]+ ?(?:\(|=|under)|the (?:function|set|line|point|curve|transform"
 _MATH_OF += r"|operator|equation|parabola|derivative|inverse|map\b))"
-_OTHER_AFTER = {
+_OTHER_AFTER_TEXT = {
     "image": _MATH_OF
     + r"| (?:is|are|was|will be) (?:formed|real\b|virtual|inverted|upright|erect|magnified|diminished)",
     "figure": r"s? (?:out|skat|of speech|are in (?:thousand|million|billion)|of [$0-9]|is (?:wear|stand|sitt|walk|hold)"
@@ -128,7 +128,7 @@ _OTHER_AFTER = {
     "map": r"s? (?:\$|[a-z] ?:|sends|from [a-z]\b|to\b|onto\b|out\b)",
     "chart": r" a course|-topping",
 }
-_OTHER_AFTER = {noun: re.compile(pattern) for noun, pattern in _OTHER_AFTER.items()}
+_OTHER_AFTER = {noun: re.compile(pattern) for noun, pattern in _OTHER_AFTER_TEXT.items()}
 _NO_CONTENT = re.compile(
     r"s? (?:(?:is|are|was|were|has been|have been|had been|being|be) (?:currently |actually |also )?)?"
     r"(?:unavailable|missing|needed|required|necessary|taken|attached|uploaded|blurry|blank|"

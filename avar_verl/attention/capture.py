@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -81,9 +82,9 @@ class _Request:
         attention,
         reduction=None,
         key_groups=None,
-        num_groups=None,
+        num_groups: Any = None,
         offsets=None,
-        columns=None,
+        columns: Any = None,
         implementation="auto",
     ):
         self.roles = roles
@@ -110,7 +111,10 @@ class _Request:
         """Padding queries have no mass, on either side and whatever their role."""
         if mask_BS.shape != self.roles.shape:
             return  # A step with a cache, which `_Forward.observe` refuses with the reason.
-        self.valid = mask_BS if self.all_queries else self.valid & mask_BS.gather(1, self.positions)
+        if self.all_queries or self.valid is None:
+            self.valid = mask_BS
+        else:
+            self.valid = self.valid & mask_BS.gather(1, self.positions)
 
 
 class _Forward:
@@ -228,7 +232,7 @@ class _Forward:
                 "padded samples."
             )
         starts = (position_ids_BS[0] == 0).nonzero()[:, 0].tolist()
-        self.observe_packed(
+        self.observe_packed(  # pyright: ignore[reportAttributeAccessIssue]  torch types the decorator as no method.
             module,
             query_BHSD[0].transpose(0, 1),
             key_BKSD[0].transpose(0, 1),
@@ -444,7 +448,7 @@ def resolve_indices(name: str, indices: Sequence[int] | None, count: int) -> tup
     return tuple(resolved)
 
 
-def self_attention_layers(decoder: torch.nn.Module, layers: Sequence[int] | None) -> tuple[int, ...]:
+def self_attention_layers(decoder: Any, layers: Sequence[int] | None) -> tuple[int, ...]:
     """Ascending indices of a selection of the decoder's layers, default all that have self-attention.
 
     Raises:
@@ -524,7 +528,7 @@ def capture_mass(
         raise ValueError(
             f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}. Leave it at 'auto'."
         )
-    decoder = find_decoder(model)
+    decoder: Any = find_decoder(model)
     attention = decoder.config._attn_implementation
     request = _Request(
         roles,

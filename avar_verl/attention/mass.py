@@ -142,7 +142,8 @@ def selected_mass(
     IMPLEMENTATIONS (`choose_implementation`). `lse_BHQ`, the log-sum-exp of the same queries, and `keys`, the keys of
     the roles that will be read, are for passes without gradients; other columns are then nan.
     """
-    scale = query_BHQD.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = float(query_BHQD.shape[-1] ** -0.5)
     chosen = choose_implementation(
         implementation, query_BHQD.device.type, num_groups, query_BHQD.shape[-1], lse_BHQ is not None
     )
@@ -152,6 +153,7 @@ def selected_mass(
 
             mass_BHQR = triton_mass(query_BHQD, key_BKSD, key_roles_BS, visibility, scale, num_groups)
         elif chosen == "lse":
+            assert lse_BHQ is not None and keys is not None
             mass_BHQR = lse_mass(query_BHQD, key_BKSD, lse_BHQ, keys, visibility, scale, num_groups)
         else:
             onehot_BSR = torch.nn.functional.one_hot(key_roles_BS.long(), num_groups).float()

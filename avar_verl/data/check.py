@@ -30,7 +30,7 @@ from avar_verl.data.messages import MEDIA, blocks_of, other_keys, shown, turns_o
 from avar_verl.data.rows import Paths, count_rows, data_files, read_rows
 
 Kind = Literal["sft", "rl"]
-COLUMN = {"sft": "messages", "rl": "prompt"}
+COLUMN: dict[Kind, str] = {"sft": "messages", "rl": "prompt"}
 LAST_ROLE = {"sft": "assistant", "rl": "user"}
 # Which roles may follow a role; None is the start.
 FOLLOWS = {
@@ -122,7 +122,7 @@ class Settings:
         ValueError: an unknown kind, or a limit that would not be used.
     """
 
-    kind: str = "auto"
+    kind: Literal["auto", "sft", "rl"] = "auto"
     model: str | None = None
     max_length: int | None = None
     max_prompt_length: int | None = None
@@ -286,7 +286,7 @@ def check_rl(values: dict, num_images: int, result: RowResult) -> None:
     if info is not None and not isinstance(info, dict):
         result.add("extra_info", f"`extra_info` must be a struct; got {shown(info)}.")
     elif info and info.get("boxes") is not None and (num_images or info["boxes"]):
-        size = info.get("boxes_size")
+        size: Any = info.get("boxes_size")
         if _numbers(size, 2) and num_images == 1:
             check_boxes([info["boxes"]], [size], result)
         else:
@@ -349,7 +349,7 @@ class RowChecker:
 
     def __call__(self, values: dict[str, Any], kind: Kind) -> RowResult:
         result = RowResult()
-        messages = values.get(COLUMN[kind])
+        messages: Any = values.get(COLUMN[kind])
         turns = check_messages(messages, kind, result)
         stored = [] if turns is None else check_media(values, turns, kind, result)
         result.num_images = len(stored)
@@ -498,7 +498,7 @@ _Task = tuple[str, int, Kind, dict[str, Any]]
 
 
 def _kind_of(values: dict[str, Any]) -> Kind:
-    found = [kind for kind, column in COLUMN.items() if column in values]
+    found: list[Kind] = [kind for kind, column in COLUMN.items() if column in values]
     if len(found) == 2:  # Some sets carry both; only RL needs a reference answer.
         return "rl" if "reward_model" in values else "sft"
     if not found:
@@ -523,7 +523,7 @@ def _tasks(files: Sequence, settings: Settings, report: Report) -> Iterator[_Tas
             report.findings.append(Finding(str(file), None, "file", str(error)))
 
 
-_checker: RowChecker | None = None  # Of a process of the pool.
+_checker: RowChecker  # Of a process of the pool.
 
 
 def _start_worker(settings: Settings, load_rendering: LoadRendering | None) -> None:

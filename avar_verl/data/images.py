@@ -146,7 +146,7 @@ def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike 
         ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"an image must have at most {2 * Image.MAX_IMAGE_PIXELS} pixels; got {name}: {error}. Shrink it."
+            f"an image must be within Pillow's limit of pixels; got {name}: {error}. Shrink it."
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(
@@ -254,7 +254,7 @@ def pixel_notes(image: Image.Image) -> list[str]:
     if frames > 1:
         notes.append(f"{frames} frames, of which the first counts")
     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:  # pyright: ignore[reportOperatorIssue]
         notes.append(f"transparent pixels, which become {'white' if image.mode == 'RGBA' else 'opaque'}")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         notes.append(f"mode {image.mode}, whose values above 255 all become white")

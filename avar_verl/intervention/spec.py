@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ class InterventionSpec:
                 values[name] += f",{item}"
             else:
                 raise ValueError(f"an intervention is written {GRAMMAR}; got {item!r} in {text!r}. Correct it.")
-        fields: dict[str, float | tuple[int, ...]] = {}
+        fields: dict[str, Any] = {}
         for name, value in values.items():
             fields[name] = _number(name, value) if name in _ALPHAS else tuple(_indices(name, value))
         return cls(**fields)

@@ -89,7 +89,7 @@ def _wrap(name: str) -> None:
     AttentionInterface.register(name, attention)
 
 
-def check_decoder(decoder: torch.nn.Module) -> None:
+def check_decoder(decoder: Any) -> None:
     """Refuse models in which rescaling keys would not rescale logits.
 
     Raises:
@@ -134,7 +134,7 @@ def intervene(model: torch.nn.Module, roles: torch.Tensor | RoleMap, spec: Inter
     ...     ids = model.generate(**inputs)
     """
     spec = InterventionSpec.of(spec)
-    decoder = find_decoder(model)
+    decoder: Any = find_decoder(model)
     check_decoder(decoder)
     config = decoder.config
     layers = spec.chosen_layers(len(decoder.layers))
@@ -163,7 +163,7 @@ def intervene(model: torch.nn.Module, roles: torch.Tensor | RoleMap, spec: Inter
                 f"a RoleMap reads padding from a (B, S) attention_mask; got {type(mask).__name__}. Pass roles as a "
                 "tensor instead."
             )
-        keep(roles(ids_BS, mask))
+        keep(roles(ids_BS, mask))  # pyright: ignore[reportCallIssue]  A RoleMap, see below.
 
     scalings: list[_Scaling] = []
 
@@ -204,7 +204,7 @@ def intervene(model: torch.nn.Module, roles: torch.Tensor | RoleMap, spec: Inter
 
 
 def generate(
-    model: torch.nn.Module,
+    model: Any,
     roles: torch.Tensor | Callable[..., torch.Tensor],
     spec: InterventionSpec | str,
     inputs: Mapping[str, Any],

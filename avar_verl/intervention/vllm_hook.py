@@ -123,7 +123,7 @@ def key_runs(roles_S: Sequence[int], spec: InterventionSpec) -> list[list[int]]:
     >>> key_runs([1, 1, 3, 2, 2, 2, 3], InterventionSpec(alpha_img=0.15))
     [[3, 6, 2]]
     """
-    changed = {TokenRole.IMAGE: spec.alpha_img != 0, TokenRole.SYSTEM: spec.alpha_sys != 0}
+    changed: dict[int, bool] = {TokenRole.IMAGE: spec.alpha_img != 0, TokenRole.SYSTEM: spec.alpha_sys != 0}
     runs: list[list[int]] = []
     for position, role in enumerate(roles_S):
         if not changed.get(role, False):
@@ -168,7 +168,7 @@ def _patch(cls: type, name: str, around: Callable) -> None:
     def patched(self, *args, **kwargs):
         return around(original, self, *args, **kwargs)
 
-    patched._avar_intervention = True
+    patched._avar_intervention = True  # pyright: ignore[reportAttributeAccessIssue]
     setattr(cls, name, patched)
 
 
@@ -299,7 +299,8 @@ class KeyScaler:
 
     def stand_before(self, impl: Any, at: int) -> None:
         """Give scaled keys to both methods of the `AttentionImpl` of the layer with table index `at`."""
-        forward, update = impl.forward, getattr(impl, "do_kv_cache_update", None)
+        forward: Any = impl.forward
+        update: Any = getattr(impl, "do_kv_cache_update", None)
 
         def scaled_forward(layer, query, key, *args, **kwargs):
             return forward(layer, query, self.scale(at, key), *args, **kwargs)
@@ -326,8 +327,9 @@ class KeyScaler:
         was_active, self.active = self.active, False
         index_T[:] = 0  # Also after the last token, where vLLM pads.
         start = 0
-        for extra, computed, count in zip(extra_args, num_computed.tolist(), num_scheduled.tolist(), strict=True):
-            for first, stop, role in (extra or {}).get(RUNS_KEY, ()):
+        for asked, computed, count in zip(extra_args, num_computed.tolist(), num_scheduled.tolist(), strict=True):
+            extra = asked or {}
+            for first, stop, role in extra.get(RUNS_KEY, ()):
                 first, stop = max(first, computed), min(stop, computed + count)
                 if first < stop:
                     text = extra[REQUEST_KEY]

@@ -11,6 +11,7 @@ Shape suffixes:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -24,8 +25,8 @@ from avar_verl.model.roles import RoleMap
 class Checkpoint:
     """A model with its processor and role map, ready to measure."""
 
-    model: torch.nn.Module
-    processor: object
+    model: Any  # A transformers model: to a type checker, its attributes would be tensors.
+    processor: Any
     role_map: RoleMap
 
     @classmethod
@@ -41,7 +42,7 @@ class Checkpoint:
                 f"a checkpoint must have a processor for images; got only a {type(processor).__name__} from {path}. "
                 "Copy processor_config.json or preprocessor_config.json of the original checkpoint into the folder."
             )
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         return cls(model.to(device).eval(), processor, RoleMap.from_pretrained(processor, model.config))
 
     @property

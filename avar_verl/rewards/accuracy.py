@@ -344,7 +344,8 @@ def _load_math_verify() -> tuple[Callable, Callable, type[BaseException]]:
         normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"),
     )
     # None turns the timeouts off: they use SIGALRM and so need the main thread, but verl scores in a thread pool.
-    parse = functools.partial(parse, extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=None)
+    options: dict[str, Any] = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+    parse = functools.partial(parse, extraction_config=[config], **options)
     verify = functools.partial(verify, allow_set_relation_comp=True, timeout_seconds=None)
     return parse, verify, TimeoutException
 

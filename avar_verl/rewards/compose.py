@@ -122,6 +122,10 @@ def load_function(reference: str) -> Callable:
         module = importlib.import_module(module_name.removeprefix("pkg://"))
     else:
         spec = importlib.util.spec_from_file_location(f"avar_reward_{Path(module_name).stem}", module_name)
+        if spec is None or spec.loader is None:
+            raise ValueError(
+                f"a function must come from a .py file or pkg://module; got {reference!r}. Rename the file."
+            )
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return getattr(module, function)

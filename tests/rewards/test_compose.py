@@ -7,7 +7,7 @@ import pytest
 
 import reward_fns.avar
 import reward_fns.compose
-from avar_verl.rewards.compose import PARTS, check_parts, composed_score
+from avar_verl.rewards.compose import PARTS, check_parts, composed_score, load_function
 
 RIGHT = "<think>In the image there is a cup. " + "So on. " * 30 + "</think><answer>4</answer>"
 WRONG = RIGHT.replace("4", "5")
@@ -87,6 +87,11 @@ def test_a_users_dict_without_a_score_is_refused(tmp_path):
     (tmp_path / "bad.py").write_text("def f(**kwargs):\n    return {'acc': 1.0}\n")
     with pytest.raises(ValueError, match="returns a number or a dict with 'score'; .* returned"):
         composed_score("x", "", "4", None, {"mine": {"weight": 1, "function": f"{tmp_path / 'bad.py'}:f"}})
+
+
+def test_a_function_from_no_python_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must come from a .py file or pkg://module; got '.*reward.txt:f'"):
+        load_function(f"{tmp_path / 'reward.txt'}:f")
 
 
 def test_grounding_reads_the_samples_boxes():
