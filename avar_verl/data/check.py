@@ -113,20 +113,24 @@ CHECKS: dict[str, Check] = {
 class Settings:
     """What to check.
 
-    kind: "auto" takes a file with a column `messages` for SFT and one with `prompt` for RL.
-    model: Hugging Face folder or name, whose processor renders every row; None: rows are not rendered.
-    max_length, max_prompt_length: tokens that a row of SFT or RL may have (None: any number); they need a model.
-    allow_urls: fetch images from http(s).
-
     Raises:
         ValueError: an unknown kind, or a limit that would not be used.
     """
 
-    kind: Literal["auto", "sft", "rl"] = "auto"
+    kind: Literal["sft", "rl", "auto"] = "auto"
+    """auto: a file with a column `messages` is for SFT, one with `prompt` for RL."""
+
     model: str | None = None
+    """Hugging Face folder or name, whose processor renders every row; without it rows are not rendered."""
+
     max_length: int | None = None
+    """Most tokens of an SFT row, as data.max_length; needs a model."""
+
     max_prompt_length: int | None = None
+    """Most tokens of an RL prompt, as data.max_prompt_length; needs a model."""
+
     allow_urls: bool = False
+    """Fetch images from http(s)."""
 
     def __post_init__(self):
         if self.kind not in (*COLUMN, "auto"):

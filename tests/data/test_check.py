@@ -235,9 +235,11 @@ def test_the_command(clean, tmp_path, monkeypatch, capsys):
     assert "only one" not in capsys.readouterr().out
     assert (
         run(monkeypatch, tmp_path / "none.parquet")
-        == f"avar data: a data file must exist; got {tmp_path}/none.parquet. Check the path."
+        == f"avar data check: a data file must exist; got {tmp_path}/none.parquet. Check the path."
     )  # noqa: E501
-    assert "max_length counts a processor's tokens" in run(monkeypatch, bad, "--max-length", "9")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, bad, "--max-length", "9") == 2
+    assert "max_length counts a processor's tokens" in capsys.readouterr().err
     assert "a model must be a folder or a name on the hub; got '/nowhere'" in run(
         monkeypatch, bad, "--model", "/nowhere"
     )

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -374,7 +374,14 @@ class Demo:
 
 
 def run_demo(out: Path, fresh: bool = False, **settings) -> dict:
-    """Run the demo in `out`; `fresh` starts over, `settings` replace fields of `DemoSettings`."""
+    """Run the demo in `out`; `fresh` starts over, `settings` replace fields of `DemoSettings`.
+
+    Raises:
+        ValueError: a setting that is no such field.
+    """
+    known = [one.name for one in fields(DemoSettings)]
+    if not set(settings) <= set(known):
+        raise ValueError(f"settings must be some of {known}; got {sorted(set(settings) - set(known))}. Name one.")
     if fresh and out.exists():
         shutil.rmtree(out)
     demo_settings = replace(DemoSettings(), **settings)

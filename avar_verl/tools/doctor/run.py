@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from avar_verl.tools.doctor import checks  # noqa: F401  Registers them.
 from avar_verl.tools.doctor.check import CHECKS, FOREIGN_ERRORS, STATUSES, Check, Finding, Result, Skip
+from avar_verl.tools.doctor.command import Doctor
 from avar_verl.tools.doctor.subject import Subject
 
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
@@ -50,7 +51,7 @@ def run_check(check: Check, subject: Subject, statuses: dict[str, str]) -> Resul
 def run_checks(
     model_path: str | Path,
     *,
-    only: list[str] | None = None,
+    only: Sequence[str] | None = None,
     on_result: Callable[[Result], None] | None = None,
     **options: Any,
 ) -> list[Result]:
@@ -80,7 +81,7 @@ def run_checks(
     return results
 
 
-def selected(only: list[str] | None) -> list[Check]:
+def selected(only: Sequence[str] | None) -> list[Check]:
     """The checks of these names and what they need, in their order."""
     by_name = {check.name: check for check in CHECKS}
     wanted = list(by_name) if only is None else list(only)
@@ -139,13 +140,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def run_doctor(model_path: str, out: Path | None, console: Console, **options: Any) -> bool:
+def run_doctor(options: Doctor, console: Console) -> bool:
     """`avar doctor`: run, print, write the JSON file. Returns whether no check failed."""
+    settings = {name: value for name, value in vars(options).items() if name not in ("model", "env", "out")}
     with quiet(), console.status("checking ...") as status:
         results = run_checks(
-            model_path, on_result=lambda result: status.update(f"{result.name}: {result.status}"), **options
+            options.model, on_result=lambda result: status.update(f"{result.name}: {result.status}"), **settings
         )
     print_report(results, console)
-    if out is not None:
-        out.write_text(as_json(results, {"model": model_path, **{k: str(v) for k, v in options.items()}}))
+    if options.out is not None:
+        subject = {"model": options.model, **{name: str(value) for name, value in settings.items()}}
+        options.out.write_text(as_json(results, subject))
     return all(result.status != "fail" for result in results)

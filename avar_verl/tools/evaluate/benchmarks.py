@@ -99,7 +99,8 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 def expand(names: str) -> list[str]:
-    """Tasks of a comma-separated list of benchmarks, a benchmark of several tasks replaced by these."""
+    """Tasks of a comma-separated list of benchmarks ("all": the paper's), one of several tasks replaced by these."""
+    names = ",".join(NAMES) if names == "all" else names
     tasks = [task for name in names.split(",") if name for task in PARTS.get(name, (name,))]
     if not tasks or len(set(tasks)) < len(tasks):
         raise ValueError(f"--tasks must name benchmarks, each once; got {names!r}. The paper's: {','.join(NAMES)}.")

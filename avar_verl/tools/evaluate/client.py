@@ -11,35 +11,11 @@ from urllib.parse import urlsplit
 
 import openai
 
+from avar_verl.tools.evaluate.command import Sampling
 from avar_verl.tools.items import Item
 
 MAX_FAILURES_IN_A_ROW = 10
 """Items without an answer, one after the other, that end a run: that is no bad item any more."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What a request says beside its messages."""
-
-    temperature: float = 0.0
-    """0 is greedy."""
-
-    max_tokens: int = 2048
-    """Most tokens of a response."""
-
-    seed: int = 0
-    """Of the sampling; without effect at temperature 0."""
-
-    top_p: float = 1.0
-    """1 keeps every token; without effect at temperature 0."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative; got {self.temperature}. 0 is greedy.")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1; got {self.max_tokens}. A response needs some.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}. 1 keeps every token.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 import openai
 
 from avar_verl.tools.evaluate.benchmarks import Benchmark, benchmark_items, expand, load_benchmark, resolve_revision
-from avar_verl.tools.evaluate.client import Sampling, ask, ask_all, make_client, served_name
+from avar_verl.tools.evaluate.client import ask, ask_all, make_client, served_name
+from avar_verl.tools.evaluate.command import Eval
 from avar_verl.tools.evaluate.intervene import Intervention, check_server, make_intervention
 from avar_verl.tools.evaluate.server import NAME, cpu_environment, free_port, running_server, server_command
 from avar_verl.tools.items import Item, parquet_items
@@ -25,56 +26,6 @@ from avar_verl.tools.stats import group_accuracy, standard_error
 RESULTS = "results.json"
 # Changes whenever the same response would be graded otherwise.
 GRADER_VERSION = 1
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """One run of `avar eval`; the fields are its options."""
-
-    model: str
-    """Hugging Face folder, or a name on the hub; with `server_url` whatever the server calls it."""
-
-    out: Path
-    """Folder of the records, a folder for each task in it."""
-
-    tasks: str = ""
-    """Benchmarks, separated by commas."""
-
-    data: tuple[Path, ...] = ()
-    """Parquet files in verl's RL layout; a task is named after its file."""
-
-    n: int = 0
-    """First items of each task; 0 is all."""
-
-    intervene: str | None = None
-    """Training-free intervention, such as alpha_img=0.15,alpha_sys=0.4."""
-
-    server_url: str | None = None
-    """Address of a running server, with /v1; None starts vLLM here and ends it."""
-
-    server_args: tuple[str, ...] = ()
-    """Further arguments of vLLM."""
-
-    server_timeout: float = 900.0
-    """Seconds until vLLM must answer."""
-
-    max_model_len: int | None = None
-    """Tokens of prompt and response together in a vLLM started here; None is the model's own."""
-
-    concurrency: int = 64
-    """Requests at a time."""
-
-    request_timeout: float = 1800.0
-    """Seconds until a request is asked again."""
-
-    max_retries: int = 6
-    """Times that a request is asked again, with exponential back-off."""
-
-    answer_rule: str = "reward"
-    """See `grade.find_answer`."""
-
-    sampling: Sampling = Sampling()
-    """Of every request."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +56,7 @@ def _file_task(path: Path) -> Task:
     return Task(path.stem, {"file": path.name}, lambda: parquet_items(path))
 
 
-def make_tasks(settings: EvalSettings) -> list[Task]:
+def make_tasks(settings: Eval) -> list[Task]:
     """The tasks of a run.
 
     Raises:
@@ -118,7 +69,7 @@ def make_tasks(settings: EvalSettings) -> list[Task]:
     return [_benchmark_task(one) for one in benchmarks] + [_file_task(path) for path in settings.data]
 
 
-def local_model(settings: EvalSettings) -> Path | None:
+def local_model(settings: Eval) -> Path | None:
     """The model's folder, fetched from the hub where `model` is a name there; None for a remote server's model."""
     path = Path(settings.model)
     if path.is_dir():
@@ -139,9 +90,7 @@ def local_model(settings: EvalSettings) -> Path | None:
         ) from error
 
 
-def record_settings(
-    settings: EvalSettings, task: Task, model: Path | None, intervention: Intervention
-) -> dict[str, Any]:
+def record_settings(settings: Eval, task: Task, model: Path | None, intervention: Intervention) -> dict[str, Any]:
     """What a record depends on: records of other values are not mixed with these."""
     return {
         "model": str(model or settings.model),
@@ -150,7 +99,7 @@ def record_settings(
         "source": task.source,
         "sampling": asdict(settings.sampling),
         "intervene": intervention.text,
-        "answer_rule": settings.answer_rule,
+        "answer_rule": settings.answers,
         "grader": GRADER_VERSION,
     }
 
@@ -187,7 +136,7 @@ def index_items(items: Iterable[Item], records: Records) -> Index:
 
 
 async def _run_task(
-    settings: EvalSettings,
+    settings: Eval,
     task: Task,
     index: Index,
     file: Records,
@@ -209,7 +158,7 @@ async def _run_task(
                 graded,
                 item,
                 reply.text,
-                settings.answer_rule,
+                settings.answers,
                 prompt_tokens=reply.prompt_tokens,
                 response_tokens=reply.response_tokens,
                 finish_reason=reply.finish_reason,
@@ -223,7 +172,7 @@ async def _run_task(
 
 @contextlib.contextmanager
 def _server(
-    settings: EvalSettings, model: Path | None, num_images: int, intervention: Intervention
+    settings: Eval, model: Path | None, num_images: int, intervention: Intervention
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(address, wanted name, check) of the given server, or of a vLLM that lives as long as the block."""
     if settings.server_url:
@@ -239,15 +188,15 @@ def _server(
         num_images=num_images,
         cpu=cpu,
         max_model_len=settings.max_model_len,
-        extra=(*intervention.server_arguments, *settings.server_args),
+        extra=(*intervention.server_arguments, *settings.server_arguments),
     )
     environment = cpu_environment() if cpu else {}
-    log = settings.out / "server.log"
+    log = settings.folder / "server.log"
     with running_server(command, port, log, timeout_s=settings.server_timeout, environment=environment) as server:
         yield server.url, NAME, server.check
 
 
-def run_eval(settings: EvalSettings) -> dict[str, Any]:
+def run_eval(settings: Eval) -> dict[str, Any]:
     """Run every task; returns what results.json holds.
 
     Raises:
@@ -259,14 +208,14 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         files = {
             task.name: stack.enter_context(
-                Records(settings.out / task.name, record_settings(settings, task, model, intervention))
+                Records(settings.folder / task.name, record_settings(settings, task, model, intervention))
             )
             for task in tasks
         }
         indices = {task.name: index_items(islice(task.items(), settings.n or None), files[task.name]) for task in tasks}
         num_items, num_open = (sum(len(getattr(index, x)) for index in indices.values()) for x in ("ids", "open"))
         if num_open < num_items:
-            print(f"going on: {num_items - num_open} of {num_items} items are in {settings.out}", flush=True)
+            print(f"going on: {num_items - num_open} of {num_items} items are in {settings.folder}", flush=True)
         failures: dict[str, dict[str, str]] = {}
         if num_open:
             num_images = max(1, *(index.num_images for index in indices.values()))
@@ -284,12 +233,12 @@ def run_eval(settings: EvalSettings) -> dict[str, Any]:
             "intervene": intervention.text,
             "tasks": {name: summarize([files[name].records[i] for i in index.ids]) for name, index in indices.items()},
         }
-    write_json(settings.out / RESULTS, results)
+    write_json(settings.folder / RESULTS, results)
     return results
 
 
 async def _run_tasks(
-    settings: EvalSettings,
+    settings: Eval,
     tasks: Sequence[Task],
     indices: Mapping[str, Index],
     files: Mapping[str, Records],

@@ -22,8 +22,8 @@ from avar_verl.model.families import get_family
 from avar_verl.model.render import Rendered, collate, render
 from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.plugin.datasets.images import patch_size_of
-
-BACKENDS = ("transformers", "vllm")
+from avar_verl.tools.generate.command import ModelCommand
+from avar_verl.tools.options import default_device
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,9 @@ class PromptReader:
 class TransformersBackend:
     """Answers from transformers, `batch_size` prompts at a time."""
 
-    def __init__(
-        self, path: str | Path, reader: PromptReader, device: str, dtype: str, max_new_tokens: int, batch_size: int
-    ):
-        self.reader, self.max_new_tokens, self.batch_size = reader, max_new_tokens, batch_size
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    def __init__(self, options: ModelCommand, reader: PromptReader, device: str, dtype: str):
+        self.reader, self.options = reader, options
+        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval()
         stops = self.model.generation_config.eos_token_id
         self.stops = set(stops if isinstance(stops, list) else [stops])
@@ -106,7 +104,7 @@ class TransformersBackend:
             reader.role_map,
             spec,
             inputs,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.options.max_new_tokens,
             do_sample=False,
             repetition_penalty=1.0,  # Some checkpoints have another one, which vLLM leaves to whoever asks.
         )
@@ -120,16 +118,7 @@ class TransformersBackend:
 class VllmBackend:
     """Answers from a vLLM engine in this process, `batch_size` prompts at a time."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        reader: PromptReader,
-        device: str,
-        dtype: str,
-        max_new_tokens: int,
-        batch_size: int,
-        max_model_len: int | None = None,
-    ):
+    def __init__(self, options: ModelCommand, reader: PromptReader, device: str, dtype: str):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         cpu = device == "cpu"
         if cpu:  # Little memory, no pinned cores.
@@ -139,14 +128,14 @@ class VllmBackend:
 
         from avar_verl.intervention.vllm_hook import engine_arguments
 
-        self.reader, self.max_new_tokens, self.batch_size = reader, max_new_tokens, batch_size
+        self.reader, self.options = reader, options
         self.llm = LLM(
-            model=str(path),
+            model=options.model,
             dtype=dtype,
             enforce_eager=cpu,
             skip_mm_profiling=cpu,
-            max_model_len=max_model_len,
-            max_num_seqs=batch_size,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.batch_size,
             seed=0,
             **engine_arguments(),
         )
@@ -158,7 +147,7 @@ class VllmBackend:
         from avar_verl.intervention.vllm_hook import request_arguments
 
         sampling = SamplingParams(
-            temperature=0.0, max_tokens=self.max_new_tokens, extra_args=request_arguments(spec) or None
+            temperature=0.0, max_tokens=self.options.max_new_tokens, extra_args=request_arguments(spec) or None
         )
         requests = [
             TokensPrompt(
@@ -181,36 +170,11 @@ def default_dtype(reader: PromptReader, device: str) -> str:
     return "float32" if device == "cpu" or dtype is None else str(dtype).removeprefix("torch.")
 
 
-def open_backend(
-    name: str,
-    path: str | Path,
-    reader: PromptReader,
-    *,
-    device: str,
-    dtype: str | None = None,
-    max_new_tokens: int,
-    batch_size: int,
-    max_model_len: int | None = None,
-) -> Backend:
-    """A backend by name.
-
-    Args:
-        max_model_len: tokens of prompt and answer that vLLM makes room for; None is what the model's config says.
-
-    Raises:
-        ValueError: an unknown name, sizes below 1, or `max_model_len` for transformers.
-    """
-    for what, size in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if size < 1:
-            raise ValueError(f"{what} must be at least 1; got {size}. Leave it out for the default.")
-    dtype = dtype or default_dtype(reader, device)
-    if name == "vllm":
-        return VllmBackend(path, reader, device, dtype, max_new_tokens, batch_size, max_model_len)
-    if name != "transformers":
-        raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}. Use transformers.")
-    if max_model_len is not None:
-        raise ValueError(f"max_model_len is vLLM's; got {max_model_len} for transformers. Leave it out.")
-    return TransformersBackend(path, reader, device, dtype, max_new_tokens, batch_size)
+def open_backend(options: ModelCommand, reader: PromptReader) -> Backend:
+    """The backend of a command."""
+    device = options.device or default_device()
+    backend = VllmBackend if options.backend == "vllm" else TransformersBackend
+    return backend(options, reader, device, options.dtype or default_dtype(reader, device))
 
 
 def check_effect(spec: InterventionSpec, image_keys: int, system_keys: int) -> None:

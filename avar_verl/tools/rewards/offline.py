@@ -6,6 +6,7 @@ with a column of responses and one of ground truths.
 """
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from avar_verl.anchors import parse_anchors
 from avar_verl.rewards.compose import load_function
+from avar_verl.tools.rewards.command import Score
 from avar_verl.tools.text import highlighted, histogram
 
 SHIPPED = ("avar", "accuracy", "format", "visual_anchor", "grounding_iou", "compose")
@@ -102,16 +104,15 @@ def summary(results: list[dict]) -> dict[str, dict[str, float]]:
     return out
 
 
-def score_file(
-    path: Path, reward: str, settings: dict, limit: int, show: int, out: Path | None, console: Console
-) -> int:
+def score_file(options: Score, console: Console) -> int:
     """Score every rollout and print a table, a histogram and the first responses; the number of rollouts.
 
     Raises:
         ValueError: nothing to score, or what the reward refuses, with the row.
     """
-    compute_score = functools.partial(load_reward(reward), **settings)
-    rollouts = [row for number, row in enumerate(read_rollouts(path)) if not limit or number < limit]
+    path, settings = options.data, options.settings
+    compute_score = functools.partial(load_reward(options.reward), **settings)
+    rollouts = list(itertools.islice(read_rollouts(path), options.n or None))
     if not rollouts:
         raise ValueError(f"{path} must have at least one rollout; got none. Check the file.")
     results = []
@@ -122,7 +123,7 @@ def score_file(
             raise ValueError(f"row {number} of {path}: {error}") from error
         results.append(dict(result) if isinstance(result, dict) else {"score": float(result)})
 
-    table = Table(title=f"{reward} on {len(results)} rollouts of {path.name}")
+    table = Table(title=f"{options.reward} on {len(results)} rollouts of {path.name}")
     for name in ("part", "mean", "std", "min", "max", "n"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for key, row in summary(results).items():
@@ -134,7 +135,7 @@ def score_file(
         console.print(
             f"{low:8.3f} .. {high:8.3f}  {'█' * round(HISTOGRAM_WIDTH * count / most)} {count}", highlight=False
         )
-    for number in range(min(show, len(results))):
+    for number in range(min(options.show, len(results))):
         rollout = rollouts[number]
         sizes = rollout["extra_info"].get("image_sizes")
         size = tuple(sizes[0]) if sizes is not None and len(sizes) == 1 else None
@@ -145,8 +146,8 @@ def score_file(
             label = f"  {anchor.label}" if anchor.label else ""
             words = rollout["solution_str"][anchor.start : anchor.end]
             console.print(f"  {anchor.start:5d}  {anchor.kind:6s}  {words}{label}", markup=False, highlight=False)
-    if out is not None:
-        with out.open("w") as file:
+    if options.out is not None:
+        with options.out.open("w") as file:
             for rollout, result in zip(rollouts, results, strict=True):
                 file.write(json.dumps({"index": rollout["extra_info"]["index"], **result}) + "\n")
     return len(results)

@@ -25,6 +25,7 @@ from avar_verl.objectives.vas import STATISTICS, vas_statistics
 from avar_verl.tools.report import numbers
 from avar_verl.tools.runs import dumps, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap, correlate, with_interval
+from avar_verl.tools.vas.command import Compare
 from avar_verl.tools.vas.score import SUMS
 from avar_verl.tools.vas.show import estimate
 from avar_verl.tools.vas.statistics import MEAN_STATISTICS, means
@@ -236,19 +237,20 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
             console.print(table)
 
 
-def run_compare(files: Sequence[str], scores_file: str | None, out: Path | None, console: Console) -> dict[str, Any]:
+def run_compare(options: Compare, console: Console) -> dict[str, Any]:
     """Compare, print, and with a folder `out` write `compare.json` and `compare.html`; returns what the first holds.
 
     Raises:
         ValueError: files or scores that cannot be compared.
     """
+    out = options.out
     if out is not None:
         from avar_verl.tools.vas.run import check_report_packages
 
         check_report_packages()
-    measurements = read_measurements(files)
+    measurements = read_measurements(options.files)
     names = [one.name for one in measurements]
-    scores = None if scores_file is None else read_scores(Path(scores_file), names)
+    scores = None if options.scores is None else read_scores(options.scores, names)
     result = json.loads(dumps(compare(measurements, scores, Bootstrap())))
     print_comparison(result, console)
     if out is not None:

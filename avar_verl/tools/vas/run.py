@@ -11,103 +11,55 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from avar_verl.data.rows import batched
 from avar_verl.tools import rows as data_rows
+from avar_verl.tools.options import default_device
 from avar_verl.tools.progress import progress
 from avar_verl.tools.runs import RECORDS, RecordFile, absolute, dumps, fingerprint, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap
-from avar_verl.tools.vas.score import QUERIES, measurable_layers
+from avar_verl.tools.vas.command import Vas
+from avar_verl.tools.vas.score import measurable_layers
 from avar_verl.tools.vas.statistics import by_sample, summarize_query
-from avar_verl.tools.vas.work import DTYPES, LocalWorkers, RayWorkers, Work
+from avar_verl.tools.vas.work import LocalWorkers, RayWorkers, Work
 
 FORMAT = 1
 VERSIONS = ("avar-verl", "torch", "transformers", "verl")
 
 
-def default_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def work_of(settings: Vas) -> Work:
+    """What the workers have to know."""
+    return Work(
+        settings.model,
+        settings.queries,
+        settings.layers,
+        settings.response_tokens,
+        settings.system,
+        settings.device or default_device(),
+        settings.dtype,
+    )
 
 
-@dataclass(frozen=True)
-class VasSettings:
-    """What to measure.
-
-    model: Hugging Face folder or name.
-    data: file or folder of files in verl's layouts, or a data set of the hub with its `split`; `columns` maps names of
-        `rows.COLUMNS` to those of the data.
-    n: the first n rows; 0: all.
-    queries: of QUERIES.
-    layers: default all; negative ones count from the end.
-    max_new_tokens: generate responses of at most as many tokens and measure those; None: those that the rows have.
-    system: a system turn for conversations without one.
-    device, dtype: of the model. batch_size, ray_workers: change no number. ray_workers 0: this process.
-    show: samples whose words are shown in the report; words: which words, default those that look most at the image.
-    bootstrap: draws and seed of the intervals.
-
-    Raises:
-        ValueError: a value that cannot be right.
-    """
-
-    model: str
-    data: str
-    split: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    n: int = 0
-    queries: tuple[str, ...] = tuple(QUERIES)
-    layers: tuple[int, ...] | None = None
-    max_new_tokens: int | None = None
-    system: str | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    batch_size: int = 8
-    ray_workers: int = 0
-    show: int = 4
-    words: tuple[str, ...] | None = None
-    bootstrap: Bootstrap = Bootstrap()
-
-    def __post_init__(self):
-        for name, least in (("n", 0), ("batch_size", 1), ("ray_workers", 0), ("show", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}. Use a larger number.")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}. Use a larger number.")
-        if not self.queries or set(self.queries) - set(QUERIES):
-            raise ValueError(f"queries must be some of {list(QUERIES)}; got {list(self.queries)}. Use both.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}; got {self.dtype!r}. Use float32.")
-        unknown = sorted(set(self.columns) - set(data_rows.COLUMNS))
-        if unknown:
-            raise ValueError(f"columns must name some of {data_rows.COLUMNS}; got {unknown}. Write NAME=COLUMN.")
-
-    @property
-    def work(self) -> Work:
-        return Work(self.model, self.queries, self.layers, self.max_new_tokens, self.system, self.device, self.dtype)
-
-    def identity(self) -> dict[str, Any]:
-        """What records of one folder have in common: whatever changes a number of a sample. `n` may grow."""
-        return {
-            "model": absolute(self.model),
-            "model_files": fingerprint(Path(self.model)),
-            "data": absolute(self.data),
-            "data_files": fingerprint(Path(self.data)),
-            "split": self.split,
-            "columns": dict(sorted(self.columns.items())),
-            "queries": list(self.queries),
-            "layers": None if self.layers is None else list(self.layers),
-            "max_new_tokens": self.max_new_tokens,
-            "system": self.system,
-            "dtype": self.dtype,
-        }
+def identity(settings: Vas) -> dict[str, Any]:
+    """What records of one folder have in common: whatever changes a number of a sample. `n` may grow."""
+    return {
+        "model": absolute(settings.model),
+        "model_files": fingerprint(Path(settings.model)),
+        "data": absolute(settings.data),
+        "data_files": fingerprint(Path(settings.data)),
+        "split": settings.split,
+        "columns": dict(sorted(settings.columns.items())),
+        "queries": list(settings.queries),
+        "layers": None if settings.layers is None else list(settings.layers),
+        "max_new_tokens": settings.response_tokens,
+        "system": settings.system,
+        "dtype": settings.dtype,
+    }
 
 
 def _compact(value: Any) -> Any:
@@ -118,10 +70,10 @@ def _compact(value: Any) -> Any:
     return np.array(value, dtype=np.float64) if is_matrix else value  # numpy reads "inf" and "nan".
 
 
-def open_records(settings: "VasSettings", out: Path | None) -> RecordFile:
-    """The records of a measurement by row, in the folder `out` or in memory only. Matrices are arrays."""
-    path = None if out is None else out / RECORDS
-    return RecordFile(path, "row", settings.identity(), _compact)
+def open_records(settings: Vas) -> RecordFile:
+    """The records of a measurement by row, in its folder or in memory only. Matrices are arrays."""
+    path = None if settings.out is None else settings.out / RECORDS
+    return RecordFile(path, "row", identity(settings), _compact)
 
 
 def model_name(model: str) -> str:
@@ -147,8 +99,11 @@ def check_report_packages() -> None:
         )
 
 
-def _check_model(settings: VasSettings) -> tuple[int, ...]:
+def _check_model(settings: Vas) -> tuple[int, ...]:
     """The layers that will be measured, before any weight is loaded."""
+    unknown = sorted(set(settings.columns) - set(data_rows.COLUMNS))
+    if unknown:
+        raise ValueError(f"columns must name some of {data_rows.COLUMNS}; got {unknown}. Write NAME=COLUMN.")
     from transformers import AutoConfig
 
     from avar_verl.model.families import get_family
@@ -162,7 +117,7 @@ def _check_model(settings: VasSettings) -> tuple[int, ...]:
     return measurable_layers(get_family(config.model_type), config, settings.layers)
 
 
-def measure(settings: VasSettings, records: RecordFile, workers) -> None:
+def measure(settings: Vas, records: RecordFile, workers) -> None:
     """Add the records of all rows that have none."""
     rows = data_rows.read(settings.data, settings.split, settings.columns)
     rows = islice(rows, settings.n) if settings.n else rows
@@ -182,7 +137,7 @@ def measure(settings: VasSettings, records: RecordFile, workers) -> None:
             bar.update(len(batch))
 
 
-def look(settings: VasSettings, records: Sequence[dict[str, Any]], workers) -> list[dict[str, Any]]:
+def look(settings: Vas, records: Sequence[dict[str, Any]], workers) -> list[dict[str, Any]]:
     """Where the model looks as it writes words, of the first `show` samples with a measured response."""
     wanted = {record["row"]: record.get("generated_ids") for record in records if "response" in record}
     wanted = dict(islice(wanted.items(), settings.show))
@@ -194,19 +149,19 @@ def look(settings: VasSettings, records: Sequence[dict[str, Any]], workers) -> l
 
 
 def summarize(
-    settings: VasSettings, records: Sequence[dict[str, Any]], layers: Sequence[int], seconds: float
+    settings: Vas, records: Sequence[dict[str, Any]], layers: Sequence[int], seconds: float
 ) -> dict[str, Any]:
     """What `vas.json` holds.
 
     Raises:
         ValueError: a query role of which no sample has VAS.
     """
-    bootstrap = settings.bootstrap
+    bootstrap = Bootstrap(settings.resamples, settings.seed)
     return {
         "format": FORMAT,
-        **settings.identity(),
+        **identity(settings),
         "name": model_name(settings.model),
-        "device": settings.device,
+        "device": settings.device or default_device(),
         "layers": list(layers),
         "num_rows": len(records),
         "bootstrap": {"draws": bootstrap.num_draws, "seed": bootstrap.seed, "level": LEVEL},
@@ -217,19 +172,20 @@ def summarize(
     }
 
 
-def run_vas(settings: VasSettings, out: Path | None) -> dict[str, Any]:
-    """Measure and, with a folder `out`, keep records and write the report; returns what `vas.json` holds.
+def run_vas(settings: Vas) -> dict[str, Any]:
+    """Measure and, with a folder `settings.out`, keep records and write the report; returns what `vas.json` holds.
 
     Raises:
         ValueError: naming the row, the file or the setting that cannot be measured.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), settings.out
+    work = work_of(settings)
     if out is not None:
         check_report_packages()
     layers = _check_model(settings)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    workers = RayWorkers(settings.work, settings.ray_workers) if settings.ray_workers else LocalWorkers(settings.work)
-    with open_records(settings, out) as store, workers:
+    workers = RayWorkers(work, settings.ray) if settings.ray else LocalWorkers(work)
+    with open_records(settings) as store, workers:
         measure(settings, store, workers)
         records = [store.records[row] for row in sorted(store.records) if not settings.n or row < settings.n]
         summary = json.loads(dumps(summarize(settings, records, layers, time.monotonic() - started)))
@@ -243,7 +199,7 @@ def run_vas(settings: VasSettings, out: Path | None) -> dict[str, Any]:
     return summary
 
 
-def _words(settings: VasSettings, records, workers, path: Path) -> list[dict[str, Any]]:
+def _words(settings: Vas, records, workers, path: Path) -> list[dict[str, Any]]:
     """`words.json`, made once for the same choice of samples and words."""
     choice = {"show": settings.show, "words": settings.words, "n": len(records)}
     choice = json.loads(dumps(choice))

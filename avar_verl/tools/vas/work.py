@@ -15,14 +15,13 @@ from avar_verl.tools.rows import Conversation, conversation
 from avar_verl.tools.vas.score import Scorer
 from avar_verl.tools.vas.words import where_words_look
 
-DTYPES = ("float32", "bfloat16", "float16")
 # Batches that wait at an actor: one is measured while the next one travels.
 BATCHES_PER_ACTOR = 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker has to know, see `avar_verl.tools.vas.run.VasSettings`."""
+    """What a worker has to know, see `avar_verl.tools.vas.command.Vas`."""
 
     model: str
     queries: tuple[str, ...]

@@ -17,13 +17,14 @@ Writes train.parquet, and val.parquet with --val-fraction: messages, images, sou
 read, so memory does not grow with the data.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+import tyro
 
 from avar_verl.data.check import RowChecker, Settings
 from avar_verl.data.images import as_verl_image
@@ -172,17 +173,29 @@ def _converted(rows: Iterator[Row], rejects: TextIO, counts: dict, **settings: A
 def convert_files(
     data: list[Path],
     out: Path,
-    images_root: Path | None = None,
+    images: Path | None = None,
     *,
     val_fraction: float = 0.0,
     seed: int = 0,
     keep_paths: bool = False,
     prepend_markers: bool = False,
 ) -> dict[str, int]:
-    """Write the parquet files and rejects.jsonl into `out`; the number of rows of each and of `unformatted` responses.
+    """AVAR-ColdStart-30K as parquet files for the cold start.
 
-    A row's image decides which file it is in, so all questions about one image are in one of them, and `val_fraction`
-    is met on average.
+    A row's image decides which file it is in, so all questions about one image are in one of them, and the share of
+    val.parquet is met on average.
+
+    Args:
+        data: json, jsonl or parquet files, or folders of them.
+        out: Folder of the parquet files and rejects.jsonl.
+        images: Folder that image paths start from; without it the working folder.
+        val_fraction: Share of the images held out, in [0, 1).
+        seed: Of the split.
+        keep_paths: Write absolute image paths, not the images.
+        prepend_markers: Rows with images and no <image> get them in front.
+
+    Returns:
+        The number of rows of each file and of `unformatted` responses.
 
     Raises:
         ValueError: `val_fraction` outside [0, 1), files that cannot be read, or no row that can be used.
@@ -199,7 +212,7 @@ def convert_files(
         rejects = stack.enter_context((out / "rejects.jsonl").open("w"))
         train = stack.enter_context(_Writer(out / "train.parquet", keep_paths))
         val = stack.enter_context(_Writer(out / "val.parquet", keep_paths))
-        settings = {"images_root": images_root, "keep_paths": keep_paths, "prepend_markers": prepend_markers}
+        settings = {"images_root": images, "keep_paths": keep_paths, "prepend_markers": prepend_markers}
         for row in _converted(rows, rejects, counts, **settings):
             (val if is_val(row, val_fraction, seed) else train).add(row)
             counts["unformatted"] += not format_score(row["messages"][-1]["content"])
@@ -208,36 +221,19 @@ def convert_files(
         raise ValueError(
             f"a training needs at least one row; got {counts}. Read the reasons in {out / 'rejects.jsonl'}."
         )
+    print(f"{out / 'train.parquet'}: {counts['train']} rows, val.parquet: {counts['val']} rows")
+    print(f"{out / 'rejects.jsonl'}: {counts['rejects']} rows")
+    print(f"{counts['unformatted']} responses are not <think>...</think><answer>...</answer>")
     return counts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="json, jsonl or parquet files, or folders")
-    parser.add_argument("--images", type=Path, help="folder that image paths start from (default: the working folder)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the parquet files and rejects.jsonl")
-    parser.add_argument("--keep-paths", action="store_true", help="write absolute image paths, not the images")
-    parser.add_argument(
-        "--prepend-markers", action="store_true", help="rows with images and no <image> get them in front"
-    )
-    parser.add_argument("--val-fraction", type=float, default=0.0, help="share held out (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    args = parser.parse_args()
+    """The command line: the parameters of `convert_files`."""
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     try:
-        counts = convert_files(
-            args.data,
-            args.out,
-            args.images,
-            val_fraction=args.val_fraction,
-            seed=args.seed,
-            keep_paths=args.keep_paths,
-            prepend_markers=args.prepend_markers,
-        )
+        tyro.cli(convert_files, prog="avar_coldstart", config=config)
     except ValueError as error:
         raise SystemExit(f"avar_coldstart: {error}") from error
-    print(f"{args.out / 'train.parquet'}: {counts['train']} rows, val.parquet: {counts['val']} rows")
-    print(f"{args.out / 'rejects.jsonl'}: {counts['rejects']} rows")
-    print(f"{counts['unformatted']} responses are not <think>...</think><answer>...</answer>")
 
 
 if __name__ == "__main__":

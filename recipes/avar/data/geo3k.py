@@ -7,9 +7,10 @@ Writes train.parquet and test.parquet: data_source, prompt, images, ability, rew
 the Hugging Face hub.
 """
 
-import argparse
 import io
 from pathlib import Path
+
+import tyro
 
 DATASET = "hiyouga/geometry3k"
 INSTRUCTION = (
@@ -45,22 +46,24 @@ def convert(example: dict, index: int, split: str) -> dict:
     }
 
 
-def main() -> None:
+def convert_all(out: Path) -> None:
+    """geometry3k from the hub as parquet files for verl's PPO trainer.
+
+    Args:
+        out: Folder of train.parquet and test.parquet.
+    """
     import datasets
     import pyarrow
     import pyarrow.parquet
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         rows = datasets.load_dataset(DATASET, split=split)
         converted = [convert(example, index, split) for index, example in enumerate(tqdm(rows, desc=split))]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(converted), args.out / f"{split}.parquet")
-        print(f"{args.out / split}.parquet: {len(converted)} rows")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(converted), out / f"{split}.parquet")
+        print(f"{out / split}.parquet: {len(converted)} rows")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(convert_all, prog="geo3k")

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from avar_verl.tools.evaluate import client
-from avar_verl.tools.evaluate.client import Sampling
-from avar_verl.tools.evaluate.run import EvalSettings, local_model, run_eval
+from avar_verl.tools.evaluate.command import Eval, Sampling
+from avar_verl.tools.evaluate.run import local_model, run_eval
 from avar_verl.tools.evaluate.server import free_port
 from avar_verl.tools.records import Records
 from avar_verl.tools.runs import RECORDS, SETTINGS
@@ -29,9 +29,9 @@ async def right(number, request):
     return 200, f"<answer>{image_digest(request)}</answer>"
 
 
-def settings(server, data: Path, out: Path, **changes) -> EvalSettings:
+def settings(server, data: Path, out: Path, **changes) -> Eval:
     defaults = {"model": "fake", "server_url": server.url, "data": (data,), "out": out, "concurrency": 4}
-    return EvalSettings(**{**defaults, **changes})
+    return Eval(**{**defaults, **changes})
 
 
 def lines(out: Path, task: str = "digests") -> list[dict]:
@@ -169,7 +169,7 @@ def test_a_torn_line_is_dropped_and_asked_again(tmp_path, digests):
     [
         ({"sampling": Sampling(max_tokens=7)}, "sampling.max_tokens: 2048 there, 7 now"),
         ({"sampling": Sampling(temperature=1.0)}, "sampling.temperature: 0.0 there, 1.0 now"),
-        ({"answer_rule": "whole"}, "answer_rule: 'reward' there, 'whole' now"),
+        ({"answers": "whole"}, "answer_rule: 'reward' there, 'whole' now"),
         ({"model": "other"}, "model: 'fake' there, 'other' now"),
     ],
 )
@@ -193,9 +193,9 @@ def test_other_data_do_not_mix(tmp_path, digests):
 
 def test_a_model_is_a_hugging_face_folder(tmp_path):
     with pytest.raises(ValueError, match="got no config.json"):
-        local_model(EvalSettings(model=str(tmp_path), out=tmp_path))
+        local_model(Eval(model=str(tmp_path), out=tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    assert local_model(EvalSettings(model=str(tmp_path), out=tmp_path)) == tmp_path.resolve()
+    assert local_model(Eval(model=str(tmp_path), out=tmp_path)) == tmp_path.resolve()
 
 
 def test_a_folder_of_an_earlier_version_is_refused(tmp_path, digests):
@@ -308,13 +308,13 @@ def test_a_server_that_ignores_interventions_is_refused(tmp_path, digests):
 
 def test_settings_that_cannot_be_right_are_refused(tmp_path, digests):
     with pytest.raises(ValueError, match="needs --tasks or --data"):
-        run_eval(EvalSettings(model="fake", out=tmp_path, server_url="http://127.0.0.1:9/v1"))
+        run_eval(Eval(model="fake", out=tmp_path, server_url="http://127.0.0.1:9/v1"))
     with pytest.raises(ValueError, match="every task once"):
-        run_eval(EvalSettings(model="fake", out=tmp_path, server_url="x", data=(digests(1), digests(1))))
+        run_eval(Eval(model="fake", out=tmp_path, server_url="x", data=(digests(1), digests(1))))
     with pytest.raises(ValueError, match="concurrency must be at least 1; got 0"):
         asyncio.run(client.ask_all([], None, concurrency=0))
     with pytest.raises(ValueError, match="must be a Hugging Face folder or a name on the hub"):
-        run_eval(EvalSettings(model=str(tmp_path / "nothing" / "there" / "x"), out=tmp_path, data=(digests(1),)))
+        run_eval(Eval(model=str(tmp_path / "nothing" / "there" / "x"), out=tmp_path, data=(digests(1),)))
     for changes, rule in (
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),

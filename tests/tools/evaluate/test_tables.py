@@ -9,6 +9,7 @@ from rich.console import Console
 
 from avar_verl.tools import cli
 from avar_verl.tools.evaluate.benchmarks import NAMES
+from avar_verl.tools.evaluate.command import Compare
 from avar_verl.tools.evaluate.run import read_run, summarize
 from avar_verl.tools.evaluate.tables import (
     PAPER_BENCHMARKS,
@@ -92,13 +93,14 @@ def test_compare_command(tmp_path, monkeypatch, capsys):
 def test_compare_refuses_what_cannot_be_compared(tmp_path, monkeypatch, capsys):
     a, b = write(tmp_path / "a", "11"), write(tmp_path / "b", "110")
     for arguments, rule in (
-        (("compare", a), "needs two folders or more"),
-        (("compare", a, a), "folders must be different"),
         (("compare", a, b), "got 2 and 3 of x"),
         (("compare", a, tmp_path / "none"), "must hold records of tasks"),
     ):
         with pytest.raises(SystemExit, match=rule):
             run_cli(monkeypatch, capsys, *arguments)
+    for folders, rule in ((("a",), "runs must be at least 2; got 1"), (("a", "a"), "folders must be different")):
+        with pytest.raises(ValueError, match=rule):
+            Compare(runs=folders)
     with Records(tmp_path / "other" / "x", {}) as file:
         file.add(record(0, True, prompt_hash="another"))
         file.add(record(1, True))

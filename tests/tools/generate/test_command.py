@@ -16,6 +16,7 @@ from avar_verl.tools import cli
 from avar_verl.tools.demo import measure, photo_grid
 from avar_verl.tools.generate import answers
 from avar_verl.tools.generate.answers import Answer, PromptReader, TransformersBackend, check_effect, open_backend
+from avar_verl.tools.generate.command import Generate, ModelCommand
 from tests.model.families import tiny
 
 SPEC = "alpha_img=0.35,alpha_sys=0.6"
@@ -66,18 +67,12 @@ def test_one_question(monkeypatch, capsys, tmp_path, tiny_model_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "needs --data or --prompt; got neither"),
-        (("--data", "a.parquet", "--prompt", "b"), "needs --data or --prompt; got both"),
-        (("--data", "a.parquet", "--image", "b.png"), "--image belongs to --prompt"),
         (("--prompt", "a", "--intervene", "alpha=1"), "an intervention is written"),
         (("--prompt", "<image>a"), "--prompt: a conversation must name each of its images once"),
         (
             ("--prompt", "a", "--intervene", "alpha_img=1", "--max-new-tokens", 1),
             "alpha_img needs a prompt with an image",
         ),
-        (("--prompt", "a", "--max-model-len", 10), "max_model_len is vLLM's"),
-        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens must be at least 1; got 0"),
-        (("--prompt", "a", "--batch-size", 0), "batch_size must be at least 1; got 0"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(monkeypatch, tiny_model_path, arguments, message):
@@ -92,10 +87,21 @@ def test_a_system_turn_is_what_alpha_sys_needs():
         check_effect(InterventionSpec(0.1, 0.4), 1, 0)
 
 
-def test_unknown_backends_are_refused(tiny_model_path):
-    reader = PromptReader(tiny_model_path)
-    with pytest.raises(ValueError, match="backend must be one of .*; got 'sglang'"):
-        open_backend("sglang", tiny_model_path, reader, device="cpu", max_new_tokens=1, batch_size=1)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"backend": "sglang", "prompt": "What?"}, "backend must be one of .*; got 'sglang'"),
+        ({"max_model_len": 9, "prompt": "What?"}, "max_model_len is vLLM's; got 9 for transformers"),
+        ({"batch_size": 0, "prompt": "What?"}, "batch_size must be at least 1; got 0"),
+        ({"max_new_tokens": 0, "prompt": "What?"}, "max_new_tokens must be at least 1; got 0"),
+        ({}, "needs --data or --prompt; got neither"),
+        ({"data": "rl.parquet", "prompt": "What?"}, "needs --data or --prompt; got both"),
+        ({"data": "rl.parquet", "image": ("cat.png",)}, "--image belongs to --prompt; got .*cat.png"),
+    ],
+)
+def test_options_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Generate(model="m", **options)
 
 
 def test_dtypes(tiny_model_path):
@@ -106,7 +112,7 @@ def test_dtypes(tiny_model_path):
 
 def test_an_answer_ends_at_its_stop(tiny_model_path):
     reader = PromptReader(tiny_model_path)
-    backend = open_backend("transformers", tiny_model_path, reader, device="cpu", max_new_tokens=2, batch_size=1)
+    backend = open_backend(ModelCommand(model=str(tiny_model_path), device="cpu"), reader)
     assert isinstance(backend, TransformersBackend)
     stop, pad, cat = reader.processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "cat"])
     assert backend.stops == {stop}

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from avar_verl.tools.rewards.command import Score
 from avar_verl.tools.rewards.offline import (
     SHIPPED,
     highlighted,
@@ -66,7 +67,7 @@ def test_settings_limit_and_a_users_file(tmp_path):
     (tmp_path / "mine.py").write_text("def compute_score(solution_str, scale=1.0, **rest):\n    return scale\n")
     console = Console(file=io.StringIO(), width=100)
     data = write(tmp_path / "rollouts.jsonl", ROWS)
-    assert score_file(data, str(tmp_path / "mine.py"), {"scale": 3.0}, 1, 0, None, console) == 1
+    assert score_file(Score(data, str(tmp_path / "mine.py"), {"scale": 3.0}, n=1, show=0), console) == 1
     assert "3.000" in console.file.getvalue()
 
 
@@ -106,7 +107,7 @@ def test_bad_files_are_refused(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        score_file(path, "avar", {}, 0, 0, None, Console(file=io.StringIO()))
+        score_file(Score(path, "avar"), Console(file=io.StringIO()))
 
 
 def test_unknown_rewards_are_refused():

@@ -13,6 +13,7 @@ from scipy import stats
 
 from avar_verl.tools.runs import write_json
 from avar_verl.tools.stats import Bootstrap, correlate
+from avar_verl.tools.vas.command import Compare
 from avar_verl.tools.vas.compare import compare, differences, read_measurements, read_scores, run_compare
 from avar_verl.tools.vas.statistics import by_sample, summarize_query
 from tests.tools.vas.test_statistics import part, record
@@ -194,7 +195,7 @@ def test_the_report(tmp_path):
     scores = tmp_path / "scores.csv"
     scores.write_text("name,mathvista,mmstar\na,50,60\nb,55,61\nc,70,70\n")
     console = Console(file=io.StringIO(), width=160)
-    result = run_compare(files, str(scores), tmp_path / "out", console)
+    result = run_compare(Compare(files, scores, tmp_path / "out"), console)
     printed, html = console.file.getvalue(), (tmp_path / "out" / "compare.html").read_text()
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == result
     assert "paired difference from a" in printed and "mean" in printed and "[" in printed

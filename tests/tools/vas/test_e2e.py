@@ -15,7 +15,8 @@ import pytest
 
 from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.rows import conversation, read
-from avar_verl.tools.vas.run import VasSettings, run_vas
+from avar_verl.tools.vas.command import Vas
+from avar_verl.tools.vas.run import run_vas
 from avar_verl.tools.vas.score import Scorer
 from tests.tools.vas.conftest import assert_same
 from tests.tools.vas.test_score import reference
@@ -34,7 +35,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tiny_model_path, data):
     """What one process that runs through measures."""
-    return run_vas(VasSettings(str(tiny_model_path), data, batch_size=4), None)
+    return run_vas(Vas(str(tiny_model_path), data, batch_size=4))
 
 
 @pytest.fixture
@@ -50,21 +51,20 @@ def cluster(tmp_path_factory):
 
 
 def test_two_actors_measure_what_one_process_does(tiny_model_path, data, alone, cluster, tmp_path):
-    settings = VasSettings(str(tiny_model_path), data, batch_size=4, show=2, ray_workers=2)
-    summary = run_vas(settings, tmp_path / "out")
+    summary = run_vas(Vas(str(tiny_model_path), data, batch_size=4, show=2, ray=2, out=tmp_path / "out"))
     assert summary["num_rows"] == 40
     # Not one digit differs: the batches are the same, and so is the order in which records are summed.
     assert summary["queries"] == alone["queries"] and summary["samples"] == alone["samples"]
     assert len(json.loads((tmp_path / "out" / "words.json").read_text())["samples"]) == 2
 
     with pytest.raises(ValueError, match="one CPU of the Ray cluster; got --ray 3 for 2"):
-        run_vas(VasSettings(str(tiny_model_path), data, ray_workers=3), None)
+        run_vas(Vas(str(tiny_model_path), data, ray=3))
 
     # A row that an actor cannot measure is the error that one process raises.
     rl = tmp_path / "rl.parquet"
     photo_grid.make_rl_parquet(rl, 2, 0)
     with pytest.raises(ValueError, match="row 0 of .*rl.parquet: response queries need a response"):
-        run_vas(VasSettings(str(tiny_model_path), str(rl), ray_workers=1), None)
+        run_vas(Vas(str(tiny_model_path), str(rl), ray=1))
 
 
 def test_a_killed_run_goes_on_without_repeating_a_sample(tiny_model_path, data, alone, tmp_path):
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_without_repeating_a_sample(tiny_model_path, data, 
         process.wait()
     kept = records.read_bytes().splitlines(keepends=True)
     assert 8 <= len(kept) < 40 and not (tmp_path / "vas.json").exists()
-    summary = run_vas(VasSettings(str(tiny_model_path), data, batch_size=4, show=2), tmp_path)
+    summary = run_vas(Vas(str(tiny_model_path), data, batch_size=4, show=2, out=tmp_path))
     lines = records.read_bytes().splitlines(keepends=True)
     whole = [line for line in kept if line.endswith(b"\n")]
     assert lines[: len(whole)] == whole and sorted(json.loads(line)["row"] for line in lines) == list(range(40))
@@ -103,7 +103,7 @@ def test_responses_of_any_policy(tiny_model_path, role_map, eager_checkpoint, fa
             row |= {"images": [str(tmp_path / f"{sample.index}.png")]}
             row |= {"response_ids": [token for token in ids if token not in forbidden]}
             file.write(json.dumps(row) + "\n")
-    summary = run_vas(VasSettings(str(tiny_model_path), str(rows), batch_size=3), None)
+    summary = run_vas(Vas(str(tiny_model_path), str(rows), batch_size=3))
     lengths = [len(row.values["response_ids"]) for row in read(str(rows))]
     assert summary["queries"]["response"]["num_queries"] == sum(lengths) and min(lengths) >= 1
     scorer = Scorer(family_checkpoint("qwen2_5_vl"))
