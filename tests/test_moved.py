@@ -37,7 +37,7 @@ OLD = {
     "objectives": "reward",
     "rewards": "offline",
     "rollout": "agent_loop reward_manager",
-    "synth": ("card chain client commands config duplicates estimate gates items output pipeline prompts store"),
+    "synth": ("card chain client config duplicates estimate gates items output pipeline prompts store"),
     "trainer": "grpo",
     "vas": "compare compare_report figures records report rows run score show statistics words work",
 }

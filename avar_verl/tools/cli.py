@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The console script `avar`."""
 
+import ast
 import importlib
 import inspect
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tyro
-
-from avar_verl.tools.options import Command
+if TYPE_CHECKING:
+    from avar_verl.tools.options import Command
 
 # Command -> its module under `avar_verl.tools`, and the class that holds its options and runs it.
 COMMANDS = {
@@ -29,19 +31,26 @@ COMMANDS = {
 }
 
 
-def load(name: str) -> type[Command]:
+def load(name: str) -> "type[Command]":
     """The class of a command."""
     module, cls = COMMANDS[name]
     return getattr(importlib.import_module(f"avar_verl.tools.{module}"), cls)
 
 
+def summary(name: str) -> str:
+    """First line of a command's docstring, without the page of the documentation. Read, not imported: it is quick."""
+    module, cls = COMMANDS[name]
+    tree = ast.parse(Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text())
+    (node,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls]
+    return ast.get_docstring(node).splitlines()[0].split(" (docs/")[0].rstrip(".")
+
+
 def overview(names: list[str]) -> str:
-    """One line for each command: the first one of its docstring, without the page of the documentation."""
-    summaries = {name: inspect.getdoc(load(name)).splitlines()[0].split(" (docs/")[0].rstrip(".") for name in names}
-    return "\n".join(f"  avar {name:16} {summary}" for name, summary in summaries.items())
+    """One line for each command."""
+    return "\n".join(f"  avar {name:16} {summary(name)}" for name in names)
 
 
-def parse(words: list[str]) -> tuple[str, Command]:
+def parse(words: list[str]) -> "tuple[str, Command]":
     """The command of a command line, by its name and with its options.
 
     Raises:
@@ -50,13 +59,14 @@ def parse(words: list[str]) -> tuple[str, Command]:
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
     inner = [known for known in COMMANDS if known.startswith(f"{name or ' '.join(words[:1])} ")]
     if not name:
-        rest = words[1:] if inner else words
+        rest, prog = (words[1:], f"avar {words[0]}") if inner else (words, "avar")
         helps = rest[:1] in (["-h"], ["--help"])
-        file = sys.stdout if helps else sys.stderr
-        if not helps:
-            print(f"avar: a command is needed; got {' '.join(words) or 'none'}. Name one.\n", file=file)
-        print(overview(inner or list(COMMANDS)), "Each one has --help.", sep="\n\n", file=file)
+        wrong = "" if helps else f"avar: a command is needed; got {' '.join(words) or 'none'}. Name one.\n\n"
+        text = f"{wrong}usage: {prog} COMMAND [OPTIONS]; each has --help\n\n{overview(inner or list(COMMANDS))}"
+        print(text, file=sys.stdout if helps else sys.stderr)
         sys.exit(0 if helps else 2)
+    import tyro
+
     cls = load(name)
     description = inspect.getdoc(cls) + (f"\n\n{overview(inner)}" if inner else "")
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
