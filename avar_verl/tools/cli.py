@@ -2,7 +2,7 @@
 """The console script `avar`."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import sys
 from pathlib import Path
@@ -40,7 +40,7 @@ def load(name: str) -> "type[Command]":
 def summary(name: str) -> str:
     """First line of a command's docstring, without the page of the documentation. Read, not imported: it is quick."""
     module, cls = COMMANDS[name]
-    tree = ast.parse(Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text())
+    tree = ast.parse(Path(importlib.util.find_spec(f"avar_verl.tools.{module}").origin).read_text())
     (node,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls]
     return ast.get_docstring(node).splitlines()[0].split(" (docs/")[0].rstrip(".")
 
