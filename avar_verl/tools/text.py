@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Responses and numbers as the terminal shows them."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
 from rich.text import Text
 
 from avar_verl.anchors import parse_anchors
@@ -9,16 +14,20 @@ STYLES = {"bbox": "bold white on blue", "point": "bold white on magenta", "phras
 HISTOGRAM_BINS = 10
 
 
-def histogram(values: list[float]) -> list[tuple[float, float, int]]:
+def histogram(values: Sequence[float]) -> list[tuple[float, float, int]]:
     """(low, high, count) of HISTOGRAM_BINS equal bins from the least to the greatest value; one if they are equal."""
-    low, high = min(values), max(values)
-    if low == high:
-        return [(low, high, len(values))]
-    width = (high - low) / HISTOGRAM_BINS
-    counts = [0] * HISTOGRAM_BINS
-    for value in values:
-        counts[min(HISTOGRAM_BINS - 1, int((value - low) / width))] += 1
-    return [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)]
+    if min(values) == max(values):
+        return [(min(values), max(values), len(values))]
+    counts, edges = np.histogram(values, HISTOGRAM_BINS)
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True))
+
+
+def numbers_table(title: str, columns: Sequence[str], **settings: Any) -> Table:
+    """A table whose first column names what the numbers in the others are about. `settings`: of rich's Table."""
+    table = Table(title=title, **settings)
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="right" if at else "left", no_wrap=not at)
+    return table
 
 
 def highlighted(text: str, image_size: tuple[int, int] | None = None, coordinates: str = "auto") -> Text:

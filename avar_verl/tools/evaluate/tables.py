@@ -13,6 +13,7 @@ from avar_verl.tools.evaluate.benchmarks import NAMES, PARTS
 from avar_verl.tools.evaluate.run import summarize
 from avar_verl.tools.records import Record
 from avar_verl.tools.stats import Comparison
+from avar_verl.tools.text import numbers_table
 
 STAGES = ("base", "+VARD", "+AGTO", "+VARS")
 # arXiv 2603.03825, Qwen2.5-VL-7B. Mean over the seven benchmarks in per cent, and VAS; the benchmarks one by one are
@@ -66,9 +67,8 @@ def _percent(value: float, signed: bool = False) -> str:
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """One row a task."""
-    table = Table(title=f"{results['model']}{'  ' + results['intervene'] if results['intervene'] else ''}")
-    for header in ("task", "items", "accuracy %", "s.e.", "score %", "no answer", "cut off", "tokens"):
-        table.add_column(header, justify="left" if header == "task" else "right", no_wrap=True)
+    columns = ("task", "items", "accuracy %", "s.e.", "score %", "no answer", "cut off", "tokens")
+    table = numbers_table(f"{results['model']}{'  ' + results['intervene'] if results['intervene'] else ''}", columns)
     for name, row in results["tasks"].items():
         table.add_row(
             name,
@@ -85,10 +85,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 def comparison_table(name_a: str, name_b: str, comparisons: Mapping[str, Comparison]) -> Table:
     """One row a task, and one for the mean over several."""
-    table = Table(title=f"{name_b} against {name_a}, on the same items", caption="95 % interval by paired bootstrap")
-    headers = ("task", "items", "A %", "B %", "B - A", "interval", "only A right", "only B right", "McNemar p")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "task" else "right", no_wrap=True)
+    columns = ("task", "items", "A %", "B %", "B - A", "interval", "only A right", "only B right", "McNemar p")
+    title = f"{name_b} against {name_a}, on the same items"
+    table = numbers_table(title, columns, caption="95 % interval by paired bootstrap")
     for task, row in comparisons.items():
         table.add_row(
             task,
@@ -159,15 +158,9 @@ def ablation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row a stage: measured, with the paper's number in brackets where there is one."""
     names = list(rows[0]["scores"])
     whole = set(names) == set(NAMES)
-    table = Table(
-        title="Ablation: measured (paper)",
-        caption=None
-        if whole
-        else "The paper's mean is over its seven benchmarks; the measured one is over these tasks.",
-    )
-    table.add_column("stage", no_wrap=True)
-    for name in (*names, "mean %", "step", "VAS"):
-        table.add_column(name, justify="right", no_wrap=True)
+    caption = "The paper's mean is over its seven benchmarks; the measured one is over these tasks."
+    columns = ("stage", *names, "mean %", "step", "VAS")
+    table = numbers_table("Ablation: measured (paper)", columns, caption=None if whole else caption)
 
     def cell(measured: str, paper: float | None) -> str:
         return measured if paper is None else f"{measured} ({paper:.1f})"

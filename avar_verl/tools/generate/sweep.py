@@ -17,6 +17,7 @@ from avar_verl.tools.items import Item
 from avar_verl.tools.records import Record, Records
 from avar_verl.tools.runs import write_json
 from avar_verl.tools.stats import Comparison, compare, holm
+from avar_verl.tools.text import numbers_table
 
 LEVEL = 0.05
 TASK = "sweep"
@@ -118,12 +119,11 @@ def cell_results(correct: dict[InterventionSpec, dict[str, bool]]) -> list[CellR
 def results_table(results: Sequence[CellResult]) -> Table:
     """The grid as a table, doing nothing first."""
     first = results[0].comparison
-    table = Table(
-        title=f"{first.n} questions; doing nothing: {100 * first.accuracy_a:.1f} %",
+    table = numbers_table(
+        f"{first.n} questions; doing nothing: {100 * first.accuracy_a:.1f} %",
+        ("alpha_img", "alpha_sys", "accuracy", "difference", "interval", "won", "lost", "p", "adjusted p"),
         caption="difference in points with a 95 % interval (paired bootstrap); p: McNemar, adjusted by Holm",
     )
-    for column in ("alpha_img", "alpha_sys", "accuracy", "difference", "interval", "won", "lost", "p", "adjusted p"):
-        table.add_column(column, justify="right")
     for result in results:
         c = result.comparison
         table.add_row(

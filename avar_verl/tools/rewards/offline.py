@@ -8,18 +8,19 @@ with a column of responses and one of ground truths.
 import functools
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from avar_verl.anchors import parse_anchors
+from avar_verl.data.rows import Paths, Row, read_rows
 from avar_verl.rewards.compose import load_function
+from avar_verl.tools.progress import progress
 from avar_verl.tools.rewards.command import Score
-from avar_verl.tools.text import highlighted, histogram
+from avar_verl.tools.text import highlighted, histogram, numbers_table
 
 SHIPPED = ("avar", "accuracy", "format", "visual_anchor", "grounding_iou", "compose")
 RESPONSES = ("response", "output", "solution_str", "completion")
@@ -40,67 +41,44 @@ def load_reward(name: str) -> Callable[..., dict]:
     return load_function(f"{name}:compute_score")
 
 
-def _column(row: dict, names: Iterable[str], what: str, number: int):
+def _column(row: Row, names: Iterable[str], what: str) -> Any:
     for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    if what == "ground truth" and isinstance(row.get("reward_model"), dict):
-        return row["reward_model"].get("ground_truth")
-    raise ValueError(f"row {number} needs a {what}, one of the columns {list(names)}; got {sorted(row)}. Rename one.")
+        if row.values.get(name) is not None:
+            return row.values[name]
+    if what == "ground truth" and isinstance(row.values.get("reward_model"), dict):
+        return row.values["reward_model"].get("ground_truth")
+    raise ValueError(
+        f"a rollout needs a {what}, one of the columns {list(names)}; got {sorted(row.values)} in {row.where}. Rename "
+        "one."
+    )
 
 
-def read_rollouts(path: Path) -> Iterator[dict]:
-    """`{"data_source", "solution_str", "ground_truth", "extra_info"}` of every row.
+def read_rollouts(paths: Paths) -> Iterator[dict]:
+    """`{"data_source", "solution_str", "ground_truth", "extra_info"}` of every row of files or folders.
 
     Raises:
-        ValueError: a file of another kind, a line that is no JSON object, or a row without response or ground truth;
-            the message names the row.
+        ValueError: what `data.rows.read_rows` refuses, or a row without response or ground truth; the message names it.
     """
-    if path.suffix == ".parquet":
-        import pandas
-
-        rows = (dict(row) for row in pandas.read_parquet(path).to_dict("records"))
-    elif path.suffix in (".jsonl", ".json"):
-        rows = _json_lines(path)
-    else:
-        raise ValueError(f"rollouts are read from .jsonl and .parquet; got {path}. Convert the file.")
-    for number, row in enumerate(rows):
-        response = _column(row, RESPONSES, "response", number)
+    for row in read_rows(paths):
+        response = _column(row, RESPONSES, "response")
         if not isinstance(response, str):
-            raise ValueError(f"a response is text; got {type(response).__name__} in row {number} of {path}.")
+            raise ValueError(f"a response is text; got {type(response).__name__} in {row.where}.")
         yield {
-            "data_source": row.get("data_source") or path.stem,
+            "data_source": row.values.get("data_source") or row.file.stem,
             "solution_str": response,
-            "ground_truth": _column(row, GROUND_TRUTHS, "ground truth", number),
-            "extra_info": {"index": number, **(row.get("extra_info") or {})},
+            "ground_truth": _column(row, GROUND_TRUTHS, "ground truth"),
+            "extra_info": {"index": row.index, **(row.values.get("extra_info") or {})},
         }
-
-
-def _json_lines(path: Path) -> Iterator[dict]:
-    with path.open() as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"line {number + 1} of {path} must be a JSON object; {error}. Mend the file."
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number + 1} of {path} must be a JSON object; got {type(row).__name__}.")
-            yield row
 
 
 def summary(results: list[dict]) -> dict[str, dict[str, float]]:
     """mean, std, min, max and number of values of every numeric part."""
     out = {}
     for key in results[0] if results else ():
-        values = [float(result[key]) for result in results if isinstance(result.get(key), (int, float))]
-        if values:
-            mean = sum(values) / len(values)
-            std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-            out[key] = {"mean": mean, "std": std, "min": min(values), "max": max(values), "n": len(values)}
+        values = np.array([float(result[key]) for result in results if isinstance(result.get(key), (int, float))])
+        if len(values):
+            out[key] = {name: float(getattr(values, name)()) for name in ("mean", "std", "min", "max")}
+            out[key]["n"] = len(values)
     return out
 
 
@@ -113,21 +91,18 @@ def score_file(options: Score, console: Console) -> int:
     path, settings = options.data, options.settings
     compute_score = functools.partial(load_reward(options.reward), **settings)
     rollouts = list(itertools.islice(read_rollouts(path), options.n or None))
-    if not rollouts:
-        raise ValueError(f"{path} must have at least one rollout; got none. Check the file.")
     results = []
-    for number, rollout in enumerate(track(rollouts, description="score", console=console, transient=True)):
+    for number, rollout in enumerate(progress(rollouts, "score", unit="rollout", leave=False)):
         try:
             result = compute_score(**rollout)
         except ValueError as error:
             raise ValueError(f"row {number} of {path}: {error}") from error
         results.append(dict(result) if isinstance(result, dict) else {"score": float(result)})
 
-    table = Table(title=f"{options.reward} on {len(results)} rollouts of {path.name}")
-    for name in ("part", "mean", "std", "min", "max", "n"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+    names = ("mean", "std", "min", "max")
+    table = numbers_table(f"{options.reward} on {len(results)} rollouts of {path.name}", ("part", *names, "n"))
     for key, row in summary(results).items():
-        table.add_row(key, *(f"{row[name]:.4g}" for name in ("mean", "std", "min", "max")), str(row["n"]))
+        table.add_row(key, *(f"{row[name]:.4g}" for name in names), str(row["n"]))
     console.print(table)
     bins = histogram([float(result["score"]) for result in results])
     most = max(count for *_, count in bins)

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
 from avar_verl.tools.synth.chain import advance, make_request
 from avar_verl.tools.synth.config import STAGES, SynthConfig
 from avar_verl.tools.synth.duplicates import Overlap
 from avar_verl.tools.synth.items import Item
 from avar_verl.tools.synth.store import Call, Failure, Store
+from avar_verl.tools.text import numbers_table
 
 
 @dataclass
@@ -111,9 +111,8 @@ def _add(
 
 def print_estimate(config: SynthConfig, found: Estimate, spent: float, console: Console) -> None:
     """A table of the stages and a line of totals."""
-    table = Table(title=f"{found.inputs} inputs, {found.skipped} unusable, {found.ended} done already")
-    for name in ("stage", "calls", "cached", "tokens in", "tokens out", "USD", "at most"):
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    title = f"{found.inputs} inputs, {found.skipped} unusable, {found.ended} done already"
+    table = numbers_table(title, ("stage", "calls", "cached", "tokens in", "tokens out", "USD", "at most"))
     for stage, part in found.stages.items():
         numbers = (part.calls, part.cached, part.input_tokens, part.output_tokens)
         table.add_row(stage, *(f"{n:,}" for n in numbers), f"{part.usd:.4f}", f"{part.most_usd:.4f}")

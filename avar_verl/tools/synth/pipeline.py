@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,75 +102,68 @@ def _rows(batch: pa.Table) -> list[dict[str, Any]]:
 # ---- the cache across processes --------------------------------------------------------------------------------
 
 
+class _Together:
+    """Gathers what comes up while a request to the actor is on its way, for the next one.
+
+    request: awaitable of the entries of a request; gives their results.
+    """
+
+    def __init__(self, request: Callable[[list], Awaitable[list]]):
+        self.request, self.entries, self.running = request, [], False
+
+    async def add(self, entry: Any) -> Any:
+        """The result of an entry."""
+        future = asyncio.get_running_loop().create_future()
+        self.entries.append((entry, future))
+        if not self.running:
+            self.running = True
+            asyncio.ensure_future(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        await asyncio.sleep(0)
+        while self.entries:
+            batch, self.entries = self.entries, []
+            try:
+                values = await self.request([entry for entry, _ in batch])
+            except ray.exceptions.RayError as error:
+                for _, future in batch:
+                    future.set_exception(error)
+                continue
+            for (_, future), value in zip(batch, values, strict=True):
+                if not future.cancelled():
+                    future.set_result(value)
+        self.running = False
+
+
 class RemoteStore:
-    """The cache actor as `chain.AsyncStore`. Whatever comes up while a request to the actor is on its way goes along
-    with the next one, so answers are committed in groups, each before it is used."""
+    """The cache actor as `chain.AsyncStore`. Answers are committed in groups, each before it is used."""
 
     def __init__(self, actor: Any, journal: Journal | None = None):
         self.actor, self.journal = actor, journal
-        self.gets: list[tuple[str, asyncio.Future]] = []
-        self.puts: list[tuple[Call | Failure, float, asyncio.Future]] = []
-        self.getting = self.putting = False
+        self.gets, self.puts = _Together(self._found), _Together(self._written)
 
     async def get(self, key: str) -> Call | Failure | None:
         """The record under a key."""
-        future = asyncio.get_running_loop().create_future()
-        self.gets.append((key, future))
-        if not self.getting:
-            self.getting = True
-            asyncio.ensure_future(self._get_all())
-        return await future
+        return await self.gets.add(key)
 
-    async def _get_all(self) -> None:
-        await asyncio.sleep(0)
-        while self.gets:
-            batch, self.gets = self.gets, []
-            await _settle(batch, self._found(batch))
-        self.getting = False
-
-    async def _found(self, batch: list) -> list:
-        found = await self.actor.get.remote(list({key for key, _ in batch}))
-        return [found.get(key) for key, _ in batch]
+    async def _found(self, keys: list[str]) -> list:
+        found = await self.actor.get.remote(list(set(keys)))
+        return [found.get(key) for key in keys]
 
     async def put(self, record: Call | Failure, released: float) -> None:
         """Write a record; it is on the disk when this returns."""
         if self.journal is not None and isinstance(record, Call):
             self.journal.add(record)
-        future = asyncio.get_running_loop().create_future()
-        self.puts.append((record, released, future))
-        if not self.putting:
-            self.putting = True
-            asyncio.ensure_future(self._put_all())
-        await future
+        await self.puts.add((record, released))
 
-    async def _put_all(self) -> None:
-        await asyncio.sleep(0)
-        while self.puts:
-            batch, self.puts = self.puts, []
-            await _settle(batch, self._written(batch))
-        self.putting = False
-
-    async def _written(self, batch: list) -> list:
-        await self.actor.put.remote([record for record, _, _ in batch], sum(released for _, released, _ in batch))
-        return [None] * len(batch)
+    async def _written(self, entries: list[tuple]) -> list:
+        await self.actor.put.remote([record for record, _ in entries], sum(released for _, released in entries))
+        return [None] * len(entries)
 
     async def reserve(self, usd: float) -> str:
         """As `Store.reserve`."""
         return await self.actor.reserve.remote(usd)
-
-
-async def _settle(batch: list[tuple], results: Any) -> None:
-    """Give every waiting call its result, or all of them the error of the request to the actor."""
-    futures = [entry[-1] for entry in batch]
-    try:
-        values = await results
-    except ray.exceptions.RayError as error:
-        for future in futures:
-            future.set_exception(error)
-        return
-    for future, value in zip(futures, values, strict=True):
-        if not future.cancelled():
-            future.set_result(value)
 
 
 # ---- what runs in Ray's workers ----------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from avar_verl.objectives.vas import STATISTICS, vas_statistics
 from avar_verl.tools.report import numbers
 from avar_verl.tools.runs import dumps, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap, correlate, with_interval
+from avar_verl.tools.text import numbers_table
 from avar_verl.tools.vas.command import Compare
 from avar_verl.tools.vas.score import SUMS
 from avar_verl.tools.vas.show import estimate
@@ -203,17 +203,10 @@ def compare(
     return out
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for at, column in enumerate(columns):
-        table.add_column(column, justify="right" if at else "left", no_wrap=not at)
-    return table
-
-
 def print_comparison(result: Mapping[str, Any], console: Console) -> None:
     """Tables of values, differences and correlations."""
     for query, entry in result["queries"].items():
-        table = _table(f"attention of {query} tokens [95 % interval]", ["", *result["names"]])
+        table = numbers_table(f"attention of {query} tokens [95 % interval]", ["", *result["names"]])
         for key in STATISTICS:
             table.add_row(key, *(estimate(entry["overall"][name][key]) for name in result["names"]))
         table.add_row("band of the paper", *(entry["band"][name] or "none" for name in result["names"]))
@@ -221,7 +214,7 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
         console.print(table)
         found = {name: part for name, part in entry["difference"].items() if part is not None}
         if found:
-            table = _table(f"paired difference from {result['names'][0]}, {query} tokens", ["", *found])
+            table = numbers_table(f"paired difference from {result['names'][0]}, {query} tokens", ["", *found])
             for key in MEAN_STATISTICS:
                 table.add_row(key, *(estimate(part[key]) for part in found.values()))
             table.add_row("shared samples", *(str(part["num_samples"]) for part in found.values()))
@@ -230,7 +223,7 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
             console.print(f"{name} shares no sample with {result['names'][0]}: no paired difference of {query} tokens")
         for key, by_benchmark in entry.get("correlation", {}).items():
             columns = ["", "Pearson", "Spearman", "checkpoints", "undefined draws"]
-            table = _table(f"{key} of {query} tokens against scores", columns)
+            table = numbers_table(f"{key} of {query} tokens against scores", columns)
             for benchmark, part in by_benchmark.items():
                 cells = [estimate(part["pearson"]), estimate(part["spearman"])]
                 table.add_row(benchmark, *cells, str(part["num_models"]), str(part["undefined"]))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from avar_verl.objectives.vas import BANDS, STATISTICS
+from avar_verl.tools.text import numbers_table
 
 
 def number(value: float | str, digits: int = 4) -> str:
@@ -25,10 +25,8 @@ def estimate(part: Mapping[str, Any]) -> str:
 def print_summary(summary: Mapping[str, Any], out: Path | None, console: Console) -> None:
     """A column for every query role, a row for every statistic, and where the files are."""
     queries = summary["queries"]
-    table = Table(title=f"VAS of {summary['model']}", title_justify="left")
-    table.add_column("\\[95 % interval]", no_wrap=True)
-    for name in queries:
-        table.add_column(f"{name} tokens", justify="right")
+    columns = ["\\[95 % interval]", *(f"{name} tokens" for name in queries)]
+    table = numbers_table(f"VAS of {summary['model']}", columns, title_justify="left")
     for key in STATISTICS:
         table.add_row(key, *(estimate(query["overall"][key]) for query in queries.values()))
     table.add_row("band of the paper", *(query["band"] or "none" for query in queries.values()))

@@ -495,41 +495,8 @@ def test_missing_stage_is_refused_by_name(run_dir):
         report.write_report(run_dir, 1.0, VERSIONS)
 
 
-@pytest.mark.parametrize("text", ['{"name": "sft"', ""])
-def test_stage_that_is_not_json_is_refused(run_dir, text):
-    (run_dir / "stages" / "sft.json").write_text(text)
-    with pytest.raises(ValueError, match=r"sft\.json must hold one JSON object"):
-        report.write_report(run_dir, 1.0, VERSIONS)
-
-
-REFUSED = {
-    "field": (lambda s: s.pop("chance"), r"must hold the fields .*none of \['chance'\]"),
-    "name": (lambda s: s.update(name="agto"), "must be named after its stage; got 'agto'"),
-    "seconds": (lambda s: s.update(seconds=None), "seconds in .* must be a number; got None"),
-    "accuracy": (lambda s: s.update(accuracy=62.5), r"accuracy of .* must be between 0 and 1; got 62\.5"),
-    "n_eval": (lambda s: s.update(n_eval=0), "number of samples of .* must be positive; got 0"),
-    "kind": (lambda s: s["by_kind"]["what"].update(accuracy=-1), "accuracy of by_kind.what .* between 0 and 1"),
-    "query role": (lambda s: s["vas"].pop("user"), "vas must be measured for user in .*; got None"),
-    "statistic": (lambda s: s["vas"]["user"].pop("vas"), "vas.vas of user in .* must be a number"),
-    "heatmap": (lambda s: s["heatmap"].pop("user"), "heatmap must be measured for user in .*; got None"),
-    "ragged": (lambda s: s["heatmap"]["user"]["share"][0].pop(), "must hold share and ratio, a number per layer and"),
-    "sample": (lambda s: s["samples"][1].pop("answer"), "sample 1 in .* must hold the fields"),
-    "attention": (
-        lambda s: s["samples"][1].update(attention=[[0.1, -0.1]]),
-        "attention of sample 1 in .* must be null or rows of numbers that are finite and >= 0",
-    ),
-    "other questions": (lambda s: s["samples"].pop(), "stage sft must show the same held-out questions as base"),
-    "other kinds": (lambda s: s["by_kind"].pop("same"), "stage sft must show the same kinds of question as base"),
-    "other shape": (
-        lambda s: [s["heatmap"]["user"][key].pop() for key in ("share", "ratio")],
-        "stage sft must show the same layers and heads as base",
-    ),
-}
-
-
-@pytest.mark.parametrize(("edit", "message"), REFUSED.values(), ids=REFUSED)
-def test_stage_that_cannot_be_right_is_refused(run_dir, edit, message):
-    edit_stage(run_dir, "sft", edit)
-    with pytest.raises(ValueError, match=message):
+def test_a_stage_of_another_version_is_refused(run_dir):
+    edit_stage(run_dir, "sft", lambda stage: stage.pop("chance"))
+    with pytest.raises(ValueError, match=r"must hold the fields .*none of \['chance'\]"):
         report.write_report(run_dir, 1.0, VERSIONS)
     assert not (run_dir / "report.json").exists()

@@ -93,13 +93,13 @@ def test_every_shipped_reward_is_found(name):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.csv", "", "rollouts are read from .jsonl and .parquet"),
-        ("a.jsonl", "{\n", "line 1 of .* must be a JSON object"),
+        ("a.csv", "", "data are read from .parquet, .jsonl, .json files"),
+        ("a.jsonl", "{\n", "line 1 of .* must be JSON"),
         ("a.jsonl", "[1]\n", "line 1 of .* must be a JSON object; got list"),
-        ("a.jsonl", '{"text": "x"}\n', "row 0 needs a response, one of the columns"),
-        ("a.jsonl", '{"output": "x"}\n', "row 0 needs a ground truth, one of the columns"),
+        ("a.jsonl", '{"text": "x"}\n', "a rollout needs a response, one of the columns .* in row 0"),
+        ("a.jsonl", '{"output": "x"}\n', "a rollout needs a ground truth, one of the columns"),
         ("a.jsonl", '{"output": 3, "gts": "4"}\n', "a response is text; got int in row 0"),
-        ("a.jsonl", "", "must have at least one rollout; got none"),
+        ("a.jsonl", "", "must have rows; got none"),
         ("a.jsonl", '{"output": "x", "gts": ""}\n', "row 0 of .*: "),
     ],
 )

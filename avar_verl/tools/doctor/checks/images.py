@@ -31,8 +31,20 @@ def count_features(model: torch.nn.Module, features: dict[str, torch.Tensor]) ->
     return sum(part.numel() // part.shape[-1] for part in (parts if isinstance(parts, list | tuple) else [parts]))
 
 
-def count_placeholders(subject: Subject, sample: Rendered) -> int:
-    return int((subject.role_map(sample.ids_S[None]) == TokenRole.IMAGE).sum())
+def count_tokens(subject: Subject, sample: Rendered, where: str) -> int:
+    """Image placeholders of a sample.
+
+    Raises:
+        ValueError: it has more or fewer features.
+    """
+    placeholders = int((subject.role_map(sample.ids_S[None]) == TokenRole.IMAGE).sum())
+    features = count_features(subject.model, sample.features)
+    if placeholders != features:
+        raise ValueError(
+            f"every image feature needs one placeholder; got {placeholders} placeholders and {features} features "
+            f"{where}."
+        )
+    return placeholders
 
 
 def with_other_images(messages: list[dict]) -> list[dict]:
@@ -66,13 +78,7 @@ def images(subject: Subject) -> str:
     for name, sample in samples.items():
         if not sample.features or subject.family.cross_attention:
             continue
-        placeholders, features = count_placeholders(subject, sample), count_features(subject.model, sample.features)
-        if placeholders != features:
-            raise ValueError(
-                f"every image feature needs one placeholder; got {placeholders} placeholders and {features} features "
-                f"in sample {name!r}."
-            )
-        counts.append(placeholders)
+        counts.append(count_tokens(subject, sample, f"in sample {name!r}"))
     batch_BSV = _logits(subject, list(samples.values()))
     apart, last_V = 0.0, {}
     for row, (name, sample) in enumerate(samples.items()):
@@ -121,13 +127,8 @@ def image_sizes(subject: Subject) -> Finding | str:
         if subject.family.cross_attention:
             told.append(size)
             continue
-        placeholders, features = count_placeholders(subject, sample), count_features(subject.model, sample.features)
-        if placeholders != features:
-            raise ValueError(
-                f"every image feature needs one placeholder; got {placeholders} placeholders and {features} features "
-                f"for an image of {size} pixels."
-            )
-        told.append(f"{size}: {placeholders} tokens")
+        tokens = count_tokens(subject, sample, f"for an image of {size} pixels")
+        told.append(f"{size}: {tokens} tokens")
     detail = "; ".join(told)
     if refused:
         return Finding(
