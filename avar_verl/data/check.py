@@ -23,7 +23,6 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from avar_verl.data.images import layout_problem, load_image, pixel_notes, to_rgb
 from avar_verl.data.messages import MEDIA, blocks_of, other_keys, shown, turns_of
@@ -570,7 +569,7 @@ def check_files(
     *,
     n: int = 0,
     processes: int = 1,
-    progress: bool = True,
+    progress: Callable[..., Iterable] = lambda results, *_, **__: results,
 ) -> Report:
     """Check the rows of files or folders.
 
@@ -578,6 +577,7 @@ def check_files(
         load_rendering: `plugin.datasets.check_rendered.Rendering`, for settings with a model.
         n: only the first n rows, of all files together; 0 for all.
         processes: how many check at the same time.
+        progress: a bar around the results, such as `tools.progress.progress`.
 
     Raises:
         ValueError: no such file, a model that cannot be loaded, or less than one process.
@@ -594,8 +594,7 @@ def check_files(
         total = n if total is None else min(n, total)
     first: dict[bytes, tuple[str, int]] = {}
     results = _results(tasks, checker, load_rendering, processes)
-    bar = tqdm(results, total=total, desc="check", unit="row", disable=not progress)
-    for (file, number, kind, _), result in bar:
+    for (file, number, kind, _), result in progress(results, "check", total=total, unit="row"):
         report.rows[kind] += 1
         report.num_images.append(result.num_images)
         if result.num_tokens is not None:

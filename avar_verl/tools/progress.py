@@ -24,6 +24,9 @@ class _Lines(tqdm):
             self.fp.write(f"{self}\n")
             self.fp.flush()
 
+    def clear(self, *_args: Any, **_settings: Any) -> None:
+        """Nothing is wiped away, for `write` either."""
+
     def close(self) -> None:
         if not self.disable:
             self._next_line = 0.0

@@ -271,7 +271,7 @@ def test_every_check_is_documented():
 
 def test_brackets_in_messages_are_shown_as_they_are(clean, tmp_path):
     row = change(clean["sft"][0], ["boxes"], [[[9.0, 0.0, 9.0, 56.0]]])
-    report = check_files(write(tmp_path / "rows.parquet", [row]), Settings(), progress=False)
+    report = check_files(write(tmp_path / "rows.parquet", [row]), Settings())
     console = Console(file=io.StringIO(), width=200)
     report.print(console)
     assert "got [9.0, 0.0, 9.0, 56.0] in 112 x 112" in console.file.getvalue()
@@ -288,9 +288,9 @@ def test_kinds(clean, tmp_path):
 def test_processes_find_the_same_in_the_same_order(clean, tmp_path):
     rows = [change(clean["rl"][0], ["prompt", 1, "content"], f"<image>{n}" if n % 7 else f"{n}") for n in range(40)]
     path = write(tmp_path / "rows.parquet", rows)
-    one, two = (check_files(path, Settings(), processes=processes, progress=False) for processes in (1, 2))
+    one, two = (check_files(path, Settings(), processes=processes) for processes in (1, 2))
     assert one == two and [finding.row for finding in one.findings] == [0, 7, 14, 21, 28, 35]
-    assert check_files(path, Settings(), n=8, progress=False).rows == {"rl": 8}
+    assert check_files(path, Settings(), n=8).rows == {"rl": 8}
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -86,7 +86,7 @@ def test_the_trainer_reads_what_is_written(images, tmp_path, tiny_model_path):
     from verl.utils.tokenizer import hf_processor
 
     convert_files([write(tmp_path / "data.jsonl", ROWS)], tmp_path, images)
-    report = check_files(tmp_path / "train.parquet", Settings(model=str(tiny_model_path)), Rendering, progress=False)
+    report = check_files(tmp_path / "train.parquet", Settings(model=str(tiny_model_path)), Rendering)
     assert report.rows == {"sft": 5} and report.findings == []
     processor = hf_processor(str(tiny_model_path))
     config = OmegaConf.create({"max_length": 1024, "pad_mode": "no_padding"})

@@ -85,6 +85,15 @@ def test_a_terminal_gets_a_bar():
     assert "\x1b[A" in text and text.count("\n") < text.count("\r")
 
 
+def test_text_of_a_loop_is_not_mixed_with_its_lines(capsys):
+    with progress(total=2, desc="answers") as bar:
+        for number in range(2):
+            bar.write(f"answer {number}")
+            bar.update()
+    out, err = capsys.readouterr()
+    assert out == "answer 0\nanswer 1\n" and err.count("\n") == 1 and "\r" not in err
+
+
 @pytest.mark.parametrize("total", [None, 0])
 def test_a_loop_without_steps(capsys, total):
     with progress(total=total, desc="none"):

@@ -34,12 +34,13 @@ class Check(Settings, Command):
         from rich.console import Console
 
         from avar_verl.data.check import check_files
+        from avar_verl.tools.progress import progress
 
         load_rendering = None
         if self.model is not None:
             from avar_verl.plugin.datasets.check_rendered import Rendering as load_rendering  # Imports torch and verl.
 
-        report = check_files(self.files, self, load_rendering, n=self.n, processes=self.processes)
+        report = check_files(self.files, self, load_rendering, n=self.n, processes=self.processes, progress=progress)
         report.print(Console())
         if self.out:
             self.out.write_text(json.dumps(report.as_dict(), indent=1))

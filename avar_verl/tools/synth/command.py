@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rich.console import Console
-from rich.table import Table
 from tyro.conf import Positional, arg
 
 from avar_verl.tools.options import Command, Count, Files
@@ -130,9 +129,8 @@ class Hashes(Command):
     """Folder that relative image paths start from."""
 
     def run(self) -> None:
-        from rich.progress import track
-
         from avar_verl.data.rows import count_rows, data_files
+        from avar_verl.tools.progress import progress
         from avar_verl.tools.synth.duplicates import write_hashes
         from avar_verl.tools.synth.items import read_items
 
@@ -141,9 +139,8 @@ class Hashes(Command):
             files=list(self.files), question=self.question, answer=self.question, images=self.images, root=self.root
         )
         console = Console()
-        items = track(
-            read_items(config), "hash", total=count_rows(data_files(config.files)), console=console, transient=True
-        )
+        total = count_rows(data_files(config.files))
+        items = progress(read_items(config), "hash", total=total, unit="row", leave=False)
         written, left_out = write_hashes(items, self.out)
         console.print(f"{self.out}: {written} questions, {left_out} rows left out", highlight=False)
         if not written:
@@ -172,9 +169,8 @@ def _dry_run(config: SynthConfig, limit: int) -> None:
 
 
 def _count(config: SynthConfig, limit: int, console: Console) -> None:
-    from rich.progress import track
-
     from avar_verl.data.rows import count_rows
+    from avar_verl.tools.progress import progress
     from avar_verl.tools.synth.duplicates import Overlap
     from avar_verl.tools.synth.estimate import estimate, print_estimate
     from avar_verl.tools.synth.items import input_files, read_items
@@ -187,7 +183,7 @@ def _count(config: SynthConfig, limit: int, console: Console) -> None:
     overlap = Overlap(lists, config.gates.duplicate_distance) if lists else None
     total = count_rows([Path(file) for file in input_files(config.input)])
     total = min(total, limit) if total is not None and limit else total
-    items = track(read_items(config.input, limit=limit), "count", total=total, console=console, transient=True)
+    items = progress(read_items(config.input, limit=limit), "count", total=total, unit="row", leave=False)
     try:
         found = estimate(config, items, store, overlap)
         print_estimate(config, found, store.spent, console)
@@ -197,9 +193,10 @@ def _count(config: SynthConfig, limit: int, console: Console) -> None:
 
 def print_gates(summary: dict, console: Console) -> None:
     """Table of the gates."""
-    table = Table(title=f"{summary['inputs']} inputs: {summary['accepted']} accepted, {summary['rejected']} rejected")
-    for name in ("gate", "rejected", "fail it"):
-        table.add_column(name, justify="left" if name == "gate" else "right")
+    from avar_verl.tools.text import numbers_table
+
+    title = f"{summary['inputs']} inputs: {summary['accepted']} accepted, {summary['rejected']} rejected"
+    table = numbers_table(title, ("gate", "rejected", "fail it"))
     for gate, counts in summary["gates"].items():
         if counts["any"]:
             table.add_row(gate, str(counts["first"]), str(counts["any"]))
@@ -208,9 +205,10 @@ def print_gates(summary: dict, console: Console) -> None:
 
 def print_calls(summary: dict, console: Console) -> None:
     """Table of the calls of all runs."""
-    table = Table(title=f"{summary['run']['new_calls']} new answers in {summary['run']['seconds']:.0f} s; of all runs:")
-    for name in ("stage", "answers", "attempts", "tokens in", "tokens out", "USD"):
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    from avar_verl.tools.text import numbers_table
+
+    title = f"{summary['run']['new_calls']} new answers in {summary['run']['seconds']:.0f} s; of all runs:"
+    table = numbers_table(title, ("stage", "answers", "attempts", "tokens in", "tokens out", "USD"))
     for stage, _, _, calls, tokens_in, tokens_out, usd, attempts in summary["calls"]:
         table.add_row(stage, *(f"{n:,}" for n in (calls, attempts, tokens_in, tokens_out)), f"{usd:.4f}")
     console.print(table)

@@ -200,13 +200,13 @@ def convert_files(
     Raises:
         ValueError: `val_fraction` outside [0, 1), files that cannot be read, or no row that can be used.
     """
-    from tqdm import tqdm
+    from avar_verl.tools.progress import progress
 
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1); got {val_fraction}. Use 0.02, or 0 for no file.")
     files = data_files(data)
     out.mkdir(parents=True, exist_ok=True)
-    rows = iter(tqdm(read_rows(files), total=count_rows(files), desc="convert", unit="row"))
+    rows = iter(progress(read_rows(files), "convert", total=count_rows(files), unit="row"))
     counts = dict.fromkeys(("train", "val", "rejects", "unformatted"), 0)
     with contextlib.ExitStack() as stack:
         rejects = stack.enter_context((out / "rejects.jsonl").open("w"))

@@ -55,12 +55,13 @@ def convert_all(out: Path) -> None:
     import datasets
     import pyarrow
     import pyarrow.parquet
-    from tqdm import tqdm
+
+    from avar_verl.tools.progress import progress
 
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         rows = datasets.load_dataset(DATASET, split=split)
-        converted = [convert(example, index, split) for index, example in enumerate(tqdm(rows, desc=split))]
+        converted = [convert(example, index, split) for index, example in enumerate(progress(rows, split, unit="row"))]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(converted), out / f"{split}.parquet")
         print(f"{out / split}.parquet: {len(converted)} rows")
 

@@ -46,7 +46,7 @@ def test_rows_are_what_the_trainers_read(finished, tmp_path):
     _, summary = finished("output.system='Look first.'")
     out = tmp_path / "out"
     for kind in ("sft", "rl"):
-        report = check_files([out / f"{kind}.parquet"], Settings(kind), progress=False)
+        report = check_files([out / f"{kind}.parquet"], Settings(kind))
         assert report.count("error") == 0, report.as_dict()
     rows = pq.read_table(out / "sft.parquet").to_pylist()
     assert len(rows) == summary["accepted"] < summary["inputs"] == 24

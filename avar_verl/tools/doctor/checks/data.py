@@ -19,7 +19,7 @@ def data(subject: Subject) -> Finding | str:
     from avar_verl.data.check import Settings, check_files  # The rows are read by pandas and verl, which take seconds.
     from avar_verl.plugin.datasets.check_rendered import Rendering
 
-    report = check_files([subject.data], Settings(model=str(subject.path)), Rendering, progress=False)
+    report = check_files([subject.data], Settings(model=str(subject.path)), Rendering)
     first = {}
     for finding in report.findings:
         first.setdefault((finding.level, finding.check), finding)
