@@ -107,8 +107,13 @@ def overlay(image: Image.Image, attention_YX: Sequence[Sequence[float]]) -> Imag
     return Image.fromarray(mixed_YXC.round().astype(np.uint8))
 
 
-def data_uri(image: Image.Image) -> str:
-    """A PNG as a data URI."""
+def encode_image(image: Image.Image) -> str:
+    """A PNG in base64."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def data_uri(image: Image.Image) -> str:
+    """A PNG as a data URI."""
+    return f"data:image/png;base64,{encode_image(image)}"

@@ -6,9 +6,7 @@ overrides, follows their logs and measures the checkpoints. A finished stage is 
 on from its last checkpoint.
 """
 
-import base64
 import importlib.metadata
-import io
 import json
 import os
 import random
@@ -29,6 +27,7 @@ from avar_verl.tools.demo.measure import answer_attention, answers, headline, he
 from avar_verl.tools.demo.report import write_report
 from avar_verl.tools.demo.tiny_model import build_tiny_model
 from avar_verl.tools.progress import progress
+from avar_verl.tools.report import encode_image
 from avar_verl.tools.runs import SETTINGS, check_settings
 
 NUM_SHOWN = 6
@@ -302,11 +301,9 @@ class Demo:
             attention = None
             if predicted[index]:
                 attention = answer_attention(checkpoint, sample, response).reshape(4, 4).tolist()
-            png = io.BytesIO()
-            sample.image.save(png, "PNG")
             shown.append(
                 {
-                    "image": base64.b64encode(png.getvalue()).decode(),
+                    "image": encode_image(sample.image),
                     "question": sample.question,
                     "response": response,
                     "answer": sample.answer,

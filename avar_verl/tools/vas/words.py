@@ -8,8 +8,6 @@ Shape suffixes: S = positions, T = response tokens, I = image tokens, N = tokens
     B = samples, H = query heads, Q = queries, G = key groups
 """
 
-import base64
-import io
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +20,7 @@ from avar_verl.attention import capture_mass
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.model.render import Rendered
 from avar_verl.model.roles import TokenRole
+from avar_verl.tools.report import encode_image
 from avar_verl.tools.rows import Conversation
 from avar_verl.tools.vas.score import LabelledSample
 
@@ -96,12 +95,6 @@ def shrunk(image: Image.Image) -> Image.Image:
     return image.resize([max(1, round(side * factor)) for side in image.size]) if factor < 1 else image
 
 
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
 @torch.no_grad()
 def attention_to_image_tokens(
     checkpoint: Checkpoint,
@@ -172,7 +165,7 @@ def where_words_look(
     out: dict[str, Any] = {
         "question": question.strip(),
         "response": tokenizer.decode(ids_T, skip_special_tokens=True).strip(),
-        "images": [_png(shrunk(image)) for image in conversation.images],
+        "images": [encode_image(shrunk(image)) for image in conversation.images],
         "places": [],
         "words": [],
         "note": "",
