@@ -252,9 +252,7 @@ def test_a_model_is_checked_before_it_is_loaded(family_path, sft, tmp_path, monk
 
 def test_a_report_that_cannot_be_made_is_said_first(measured, tiny_model_path, sft, tmp_path, monkeypatch):
     monkeypatch.setattr(vas_run.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else True)
-    with pytest.raises(
-        ValueError, match=r"needs matplotlib; got none. pip install 'avar-verl\[vas\]'"
-    ):
+    with pytest.raises(ValueError, match=r"needs matplotlib; got none. pip install 'avar-verl\[vas\]'"):
         run_vas(Vas(str(tiny_model_path), sft, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
