@@ -27,7 +27,7 @@ env: $(STAMP)
 
 # Ray starts a dozen processes a run. Where Python may not write bytecode each would compile torch and vLLM again.
 $(STAMP): pyproject.toml constraints/cpu.txt | $(filter .uv/bin/uv,$(UV))
-	test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.10,<3.13' .venv
+	test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11,<3.13' .venv
 	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --constraint constraints/cpu.txt --editable '.[cpu,demo,dev]'
 	touch $(STAMP)
 
