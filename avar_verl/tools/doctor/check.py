@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from avar_verl.tools.doctor.subject import Subject
 
-# What the code of a model (config, chat template, tokenizer, processor, forward pass) and of its libraries raises over
-# a folder that is broken. Such an error is the check's failure; any other is a bug here and ends the program.
+# Exceptions that the code of a model (config, chat template, tokenizer, processor, forward pass) and its libraries
+# raise for a broken folder. They make the check fail; any other exception is a bug here and ends the program.
 FOREIGN_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -35,10 +35,10 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check that did not fail has to say.
+    """Result of a check that did not fail.
 
-    detail: what was measured, one line.
-    warning: what will go wrong in which case, and what to do; makes the result a warning.
+    detail: the measurement, one line.
+    warning: what will go wrong, when, and what to do; makes the result a warning.
     rows: lines of a table, (name, value).
     """
 
@@ -53,52 +53,54 @@ class Check:
 
     name: unique.
     prevents: the failure it catches, one sentence.
-    mend: what to do when it fails, one sentence.
+    fix: what to do if it fails, one sentence.
     needs: names of the checks that must not have failed.
     function: `function(subject) -> Finding | str` (a detail); raises Skip, or one of FOREIGN_ERRORS for a failure.
     """
 
     name: str
     prevents: str
-    mend: str
+    fix: str
     needs: tuple[str, ...]
     function: Callable[["Subject"], Finding | str]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Outcome of a check. `status` is one of STATUSES; `detail` a measured number, the error, or the reason to skip."""
+    """Outcome of a check. `status` is one of STATUSES; `detail` is the measurement, the error, or the reason for
+    skipping.
+    """
 
     name: str
     status: str
     detail: str
     prevents: str
-    mend: str
+    fix: str
     rows: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
 
 
-# In the order in which they run: the modules of `avar_verl.tools.doctor.checks` fill it when they are imported.
+# In running order; the modules of `avar_verl.tools.doctor.checks` register their checks when they are imported.
 CHECKS: list[Check] = []
 
 
 def check(
-    name: str, *, prevents: str, mend: str, needs: Sequence[str] = ()
+    name: str, *, prevents: str, fix: str, needs: Sequence[str] = ()
 ) -> Callable[[Callable[["Subject"], Finding | str]], Callable[["Subject"], Finding | str]]:
     """Register a function as the next check.
 
     Raises:
-        ValueError: a second check of this name, or one that needs a check behind it.
+        ValueError: a duplicate name, or a check that needs one registered later.
     """
 
     def register(function: Callable[["Subject"], Finding | str]) -> Callable[["Subject"], Finding | str]:
         names = [known.name for known in CHECKS]
         if name in names or not set(needs) <= set(names):
             raise ValueError(
-                f"a check needs a name of its own, and checks before it; got {name!r}, which needs {list(needs)}, "
-                f"behind {names}. Rename it, or register it later."
+                f"a check needs a unique name, and only checks registered earlier; got {name!r}, which needs "
+                f"{list(needs)}, after {names}. Rename it, or register it later."
             )
-        CHECKS.append(Check(name, prevents, mend, tuple(needs), function))
+        CHECKS.append(Check(name, prevents, fix, tuple(needs), function))
         return function
 
     return register

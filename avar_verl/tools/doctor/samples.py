@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations whose texts are known, and pictures to go with them."""
+"""Conversations with known texts, and images for them."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def assistant(text: str) -> dict:
 
 
 def conversations() -> dict[str, list[dict]]:
-    """Every shape a training row has. No text is part of another one."""
+    """Every shape of a training row. No text is part of another one."""
     wide, tall, square = picture(160, 96, 1), picture(96, 160, 2), picture(112, 112, 3)
     return {
         "one image": [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model folder under examination: its parts, each loaded when a check first asks for it."""
+"""The model folder under examination. Each part is loaded when a check first uses it."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ from avar_verl.model.render import Rendered, collate, render
 from avar_verl.model.roles import RoleMap
 from avar_verl.tools.doctor.samples import conversations
 
-# From this many parameters on, checks that run the model take one of random weights with few layers.
+# From this many parameters on, checks that run the model use one with random weights and few layers.
 LARGE = 2_000_000_000
 FEW_LAYERS, FEW_EXPERTS = 2, 8
 
@@ -29,13 +29,13 @@ def count(number: int) -> str:
 
 
 def build_meta(config) -> torch.nn.Module:
-    """The model of a config without memory for its weights."""
+    """The model of a config, without allocating its weights."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 
 def reduced(config) -> Any:
-    """A copy of a config with few text layers, one of every kind, and few experts."""
+    """A copy of a config with few text layers (one of each kind) and few experts."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
@@ -50,7 +50,9 @@ def reduced(config) -> Any:
 
 
 def build_random(config, seed: int = 0) -> torch.nn.Module:
-    """A float32 model with random weights, also where it starts from zeros (gates, projectors), which hide images."""
+    """A float32 model with random weights, also for weights that are initialised with zeros (gates, projectors) and
+    would hide images.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -65,16 +67,16 @@ def check_tokenizer_file(file: Path) -> None:
     """Whether the installed tokenizers can read the file, if there is one.
 
     Raises:
-        ValueError: it cannot, as when a newer version has written the file.
+        ValueError: they cannot, for example because a newer version wrote the file.
     """
     if not file.is_file():
         return
     try:
         tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # Broad: of all its errors this library makes a bare Exception.
+    except Exception as error:  # Broad: this library raises only plain Exception.
         raise ValueError(
             f"tokenizer.json must be readable by tokenizers {tokenizers.__version__}; got {error}. Take the file of "
-            "the original checkpoint, or the version that has written it."
+            "the original checkpoint, or install the version that wrote it."
         ) from error
 
 
@@ -84,9 +86,9 @@ class Subject:
 
     path: Hugging Face folder (or a name that transformers resolves).
     device: where the model runs, cpu or cuda.
-    data: file of training rows, None for none.
-    rollout: really start vLLM.
-    gpus, gpu_memory: GPUs that share the model in training, and GiB of each; None asks for no warning.
+    data: file of training rows, or None.
+    rollout: start vLLM.
+    gpus, gpu_memory: GPUs that share the model in training, and GiB of each; None gives no warning.
     large: number of parameters from which the checks run on a reduced model.
     """
 
@@ -111,7 +113,7 @@ class Subject:
         """The processor as verl loads it in training.
 
         Raises:
-            ValueError: verl drops it, as it does after any error, with a warning that is easily missed.
+            ValueError: verl drops the processor, as it does after any error, with a warning that is easily missed.
         """
         check_tokenizer_file(Path(self.path) / "tokenizer.json")
         from avar_verl.plugin.processor import hf_processor  # Imports verl, which takes seconds.
@@ -123,7 +125,7 @@ class Subject:
             said = [str(warning.message) for warning in caught if "processor" in str(warning.message)]
             raise ValueError(
                 f"verl's hf_processor must return a processor; got None ({'; '.join(said) or 'no warning'}). "
-                "Training would go on with text alone."
+                "Training would continue on text only."
             )
         return processor
 
@@ -174,11 +176,11 @@ class Subject:
 
     @property
     def loading_info(self) -> dict:
-        """What transformers reports about the weights; nothing of a reduced model."""
+        """What transformers reports about the weights; empty for a reduced model."""
         return self._loaded[1]
 
     def forget_model(self) -> None:
-        """Load it anew when it is next asked for: for a check that changes it, or needs its memory."""
+        """Drop the model, so that it is loaded again on next use: for a check that changes it, or needs its memory."""
         self.__dict__.pop("_loaded", None)
         gc.collect()
         if torch.cuda.is_available():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM makes of prompts with images, in a process of its own: `python -m ... MODEL LENGTH OUT.json`.
 
-Its engine takes the memory of a device, and starts processes, so `avar doctor --rollout` runs it as a program.
+The engine takes the memory of a device and starts processes, so `avar doctor --rollout` runs it as a program.
 """
 
 import json

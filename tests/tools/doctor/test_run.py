@@ -68,7 +68,7 @@ def make(name: str, needs: tuple[str, ...] = (), does=None) -> Check:
             raise does
         return does or "fine"
 
-    return Check(name, "a failure", "mend it", needs, function)
+    return Check(name, "a failure", "fix it", needs, function)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_failure_stops_what_needs_it_alone(checks):
         ("e", "skip", "not here"),
     ]
     assert seen == results and all(result.status in STATUSES for result in results)
-    assert [result.mend for result in results[2:4]] == ["mend it", "change it"]
+    assert [result.fix for result in results[2:4]] == ["fix it", "change it"]
 
 
 def test_some_checks_bring_what_they_need(checks):
@@ -111,15 +111,15 @@ def test_an_error_of_ours_is_not_a_finding(monkeypatch):
 
 @pytest.mark.parametrize(("name", "needs"), [("family", []), ("new", ["later"])])
 def test_a_check_needs_a_name_of_its_own_and_checks_before_it(name, needs):
-    with pytest.raises(ValueError, match="a check needs a name of its own, and checks before it"):
-        check(name, prevents="", mend="", needs=needs)(lambda subject: "")
+    with pytest.raises(ValueError, match="a check needs a unique name, and only checks registered earlier"):
+        check(name, prevents="", fix="", needs=needs)(lambda subject: "")
     assert [check.name for check in CHECKS] == NAMES
 
 
 def test_the_page_lists_every_check():
     page = (Path(__file__).parents[3] / "docs" / "doctor.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
-    assert rows[1:] == [f"| {check.name} | {check.prevents} | {check.mend} |" for check in CHECKS]
+    assert rows[1:] == [f"| {check.name} | {check.prevents} | {check.fix} |" for check in CHECKS]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
@@ -131,9 +131,9 @@ def report(results: list[Result]) -> str:
     return console.file.getvalue()
 
 
-def test_the_report_says_how_to_mend_every_failure(checks, tmp_path):
+def test_the_report_says_how_to_fix_every_failure(checks, tmp_path):
     text = report(run_checks("nowhere"))
-    assert "fail: a\na failure\n-> mend it\n" in text
+    assert "fail: a\na failure\n-> fix it\n" in text
     assert "warn: d\nchange it\n" in text
     assert text.rstrip().endswith("0 pass, 1 warn, 1 fail, 3 skip")
 
@@ -172,4 +172,4 @@ def test_the_command_writes_json_and_fails_with_a_check(command, folder, tmp_pat
     config.write_text(config.read_text().replace('"image_token_id": ', '"image_token_id": 1'))
     code, printed = command("--model", str(folder), "--only", "vocabulary")
     assert code == 1
-    assert "fail: vocabulary\nImage tokens under an id that the config does not know" in printed
+    assert "fail: vocabulary\nImage tokens with an id that the config does not know" in printed

@@ -17,16 +17,16 @@ from avar_verl.objectives.agto import agto_terms, mean_over_queries
 from avar_verl.tools.doctor.check import Finding, check
 from avar_verl.tools.doctor.subject import Subject
 
-# Of masses, and of outputs as a share of the largest. Sound models are below 1e-5, unless their scores go into the
-# hundreds, of which float32 rounds more away; a mask or a softmax of another kind is off by 1e-2 and more.
+# For masses, and for outputs relative to the largest. Sound models are below 1e-5, unless their scores reach the
+# hundreds, where float32 is less precise; a different mask or softmax is off by 1e-2 or more.
 TOLERANCE, OUTPUT_TOLERANCE = 1e-4, 1e-3
-# A batch with an image, with several, and without one: padded in two samples.
+# A batch with one image, with several, and without any; two samples are padded.
 BATCH = ("one image", "two images of different shapes", "text alone")
 
 
 @contextmanager
 def attention(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """The model with another attention inside the block."""
+    """Use another attention of the model inside the block."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     model.set_attn_implementation(name)
@@ -39,7 +39,7 @@ def attention(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 @dataclass
 class Trace:
-    """By layer: what entered it, and what its self-attention returned, (output, weights or None)."""
+    """By layer: its input, and what its self-attention returned, (output, weights or None)."""
 
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, tuple] = field(default_factory=dict)
@@ -47,9 +47,10 @@ class Trace:
 
 @contextmanager
 def traced(decoder: torch.nn.Module, again: Trace | None = None) -> Iterator[Trace]:
-    """Trace a forward pass; with `again` every layer is given what entered it in that one.
+    """Trace a forward pass; with `again`, every layer gets its input from that pass.
 
-    Without it, what two attentions round differently adds up over the vision tower and the layers, to 1e-3 and more.
+    Without `again`, rounding differences of two attentions add up over the vision tower and the layers, to 1e-3 and
+    more.
     """
     trace = Trace()
 
@@ -79,10 +80,10 @@ def traced(decoder: torch.nn.Module, again: Trace | None = None) -> Iterator[Tra
 
 
 def compare_with_eager(subject: Subject, inputs: dict[str, torch.Tensor], name: str) -> tuple[float, int]:
-    """Masses and outputs of the attention `name` against those of the full matrices that eager attention returns.
+    """Compare masses and outputs of the attention `name` with those of the full matrices that eager attention returns.
 
     Returns:
-        The largest difference of masses, and the number of layers.
+        The largest difference between masses, and the number of layers.
 
     Raises:
         ValueError: the two differ, or masses do not sum to 1.
@@ -120,9 +121,9 @@ def compare_with_eager(subject: Subject, inputs: dict[str, torch.Tensor], name: 
 
 @check(
     "masses",
-    prevents="Guidance and reward are functions of attention masses; an attention that hides its softmax, or masks in "
-    "a way of its own, gives others than the model has.",
-    mend="Run the model with attn_implementation=sdpa, or leave the named layers out (avar.agto.layers, "
+    prevents="Guidance and reward are functions of attention masses. An attention that hides its softmax, or masks in "
+    "an unusual way, yields masses that are not the model's.",
+    fix="Run the model with attn_implementation=sdpa, or leave the named layers out (avar.agto.layers, "
     "avar.vars.layers).",
     needs=["roles", "images"],
 )
@@ -135,7 +136,7 @@ def masses(subject: Subject) -> str:
         compare_with_eager(subject, subject.inputs(samples, side), name) for side in ("left", "right") for name in names
     ]
     worst, num_layers = max(found)
-    note = "; self-attention layers alone, no VAS: images are in other layers" if subject.family.cross_attention else ""
+    note = "; only self-attention layers, no VAS: images are in other layers" if subject.family.cross_attention else ""
     return (
         f"{num_layers} layers under {' and '.join(names)}, padded on either side: max |difference| {worst:.0e} from "
         f"eager{note}"
@@ -143,7 +144,7 @@ def masses(subject: Subject) -> str:
 
 
 def projections(model: torch.nn.Module, layer: int) -> dict[str, torch.nn.Parameter]:
-    """Weights of a layer that make queries and keys."""
+    """Weights of a layer that produce queries and keys."""
     named = dict(find_decoder(model).layers[layer].self_attn.named_parameters())
     chosen = {name: value for name, value in named.items() if name in ("q_proj.weight", "k_proj.weight")}
     return chosen or {name: value for name, value in named.items() if "qkv" in name}
@@ -151,8 +152,8 @@ def projections(model: torch.nn.Module, layer: int) -> dict[str, torch.nn.Parame
 
 @check(
     "guidance",
-    prevents="A guidance term without a gradient teaches nothing; one that is not finite ends the model.",
-    mend="Leave out the named layers (avar.agto.layers); a model whose q and k carry no gradient cannot be guided.",
+    prevents="A guidance term without a gradient teaches nothing; one that is not finite destroys the model.",
+    fix="Leave out the named layers (avar.agto.layers); a model whose q and k carry no gradient cannot be guided.",
     needs=["masses"],
 )
 def guidance(subject: Subject) -> Finding | str:
@@ -182,7 +183,7 @@ def guidance(subject: Subject) -> Finding | str:
                 raise ValueError(
                     f"{term} needs a sample with {role.name} keys and a question; got none in the samples."
                 )
-            # A layer with a window may not see the keys from any query, and then has no gradient either.
+            # In a layer with a window, no query may see the keys; then there is no gradient.
             sees_L = (mean_BLHR[has_B][..., role] > 0).any(-1).any(0).tolist()
             blind += [
                 f"layer {layer} sees no {role.name}" for layer, sees in zip(layers, sees_L, strict=True) if not sees
@@ -193,7 +194,7 @@ def guidance(subject: Subject) -> Finding | str:
                 norm = 0.0 if gradient is None else float(gradient.norm())
                 if not (0.0 < norm < float("inf")) and sees_L[layers.index(layer)]:
                     raise ValueError(
-                        f"{term} must have a gradient that is finite and not zero in every layer; got norm {norm} in "
+                        f"{term} must have a finite, nonzero gradient in every layer; got norm {norm} in "
                         f"{name} of layer {layer}."
                     )
                 norms.append(norm)
@@ -215,7 +216,7 @@ def guidance(subject: Subject) -> Finding | str:
     full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
     return Finding(
         detail,
-        f"Layers with a sliding window lose sight of the system turn and the image, and training refuses them. Set "
+        f"Layers with a sliding window stop seeing the system turn and the image, so training refuses them. Set "
         f"avar.agto.layers and avar.vars.layers to some of {full}.",
     )
 
@@ -231,8 +232,8 @@ def _response_loss(subject: Subject) -> torch.Tensor:
 
 @check(
     "freezing",
-    prevents="A name that does not match freezes nothing, or a part, or the language model, and training goes on.",
-    mend="Correct vision_tower and projectors of the family in avar_verl/model/families.",
+    prevents="A wrong parameter name freezes nothing, only a part, or the language model, and training continues.",
+    fix="Correct vision_tower and projectors of the family in avar_verl/model/families.",
     needs=["weights", "roles"],
 )
 def freezing(subject: Subject) -> str:
@@ -252,8 +253,8 @@ def freezing(subject: Subject) -> str:
             raise ValueError("tower and projector must be two parts, and freezing must name them; got others frozen.")
         wrong = sorted(name for name in frozen if id(named[name]) in language)
         if wrong:
-            raise ValueError(f"freezing the vision part must leave the language model alone; got {wrong[:3]} frozen.")
-        # A parameter of no module of its own (image_newline) belongs to neither part.
+            raise ValueError(f"freezing the vision part must not freeze the language model; got {wrong[:3]} frozen.")
+        # A parameter without its own module (image_newline) belongs to neither part.
         others = sorted(name for name, value in named.items() if name not in frozen and id(value) not in language)
         loose = [name for name in others if decoder_name.startswith(name.rpartition(".")[0] + ".")]
         if len(loose) < len(others):
@@ -269,10 +270,10 @@ def freezing(subject: Subject) -> str:
         torch.optim.SGD([parameter for parameter in named.values() if parameter.requires_grad], lr=1.0).step()
         moved = [name for name in sorted(frozen) if not torch.equal(named[name], before[name])]
         if moved:
-            raise ValueError(f"a step must not move what is frozen; got {', '.join(moved[:3])} moved.")
+            raise ValueError(f"a step must not change frozen parameters; got changes in {', '.join(moved[:3])}.")
         num_moved = sum(not torch.equal(one, other) for one, other in zip(trained, old, strict=True))
         if not num_moved:
-            raise ValueError("a step must move the language model; got no parameter that did.")
+            raise ValueError("a step must change the language model; got no change.")
     finally:
         subject.forget_model()
     note = f"; {', '.join(loose)} belongs to neither" if loose else ""

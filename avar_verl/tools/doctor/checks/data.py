@@ -9,14 +9,14 @@ from avar_verl.tools.doctor.subject import Subject
 
 @check(
     "data",
-    prevents="One row that cannot be read, or rendered, ends a run in the middle of an epoch.",
-    mend="Mend or leave out the rows that `avar data check FILE --model PATH` lists.",
+    prevents="One row that cannot be read or rendered ends a run in the middle of an epoch.",
+    fix="Correct or leave out the rows that `avar data check FILE --model PATH` lists.",
     needs=["processor"],
 )
 def data(subject: Subject) -> Finding | str:
     if subject.data is None:
         raise Skip("no --data FILE")
-    from avar_verl.data.check import Settings, check_files  # The rows are read by pandas and verl, which take seconds.
+    from avar_verl.data.check import Settings, check_files  # Imports pandas and verl, which takes seconds.
     from avar_verl.plugin.datasets.check_rendered import Rendering
 
     report = check_files([subject.data], Settings(model=str(subject.path)), Rendering)

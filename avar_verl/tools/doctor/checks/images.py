@@ -16,13 +16,14 @@ from avar_verl.tools.doctor.check import FOREIGN_ERRORS, Finding, check
 from avar_verl.tools.doctor.samples import conversations, picture, user
 from avar_verl.tools.doctor.subject import Subject
 
-# How far logits of a sample may be apart alone and in a padded batch, as a share of the largest.
+# Largest difference between logits of a single sample and of the same sample in a padded batch, relative to the
+# largest.
 BATCH_TOLERANCE = 1e-3
 ODD_SIZES = ((1, 1), (8, 200), (3000, 20))
 
 
 def count_features(model: torch.nn.Module, features: dict[str, torch.Tensor]) -> int:
-    """How many image features the model makes of a processor's output."""
+    """Number of image features that the model makes from a processor's output."""
     owner = next(part for part in model.modules() if hasattr(part, "get_image_features"))
     accepted = inspect.signature(owner.get_image_features).parameters
     device = next(model.parameters()).device
@@ -65,10 +66,10 @@ def _logits(subject: Subject, samples: list[Rendered]) -> torch.Tensor:
 
 @check(
     "images",
-    prevents="Features that do not fit their placeholders end a run; features that do not arrive let it go on, on "
-    "text alone.",
-    mend="Take processor and config of the same checkpoint (patch and merge size, tokens an image); a new family may "
-    "need token_inputs.",
+    prevents="Features that do not match their placeholders end a run; if features do not arrive, the run continues "
+    "on text only.",
+    fix="Use the processor and config of the same checkpoint (patch and merge size, tokens per image); a new family "
+    "may need token_inputs.",
     needs=["vocabulary", "weights"],
 )
 @torch.no_grad()
@@ -89,8 +90,8 @@ def images(subject: Subject) -> str:
         apart, last_V[name] = max(apart, float(difference)), alone_SV[-1]
         if not apart <= BATCH_TOLERANCE:
             raise ValueError(
-                f"a sample must have the same logits alone and in a batch; got {apart:.1e} of the largest between them "
-                f"in sample {name!r}."
+                f"a sample must have the same logits by itself and in a batch; got a relative difference of "
+                f"{apart:.1e} in sample {name!r}."
             )
     changes = []
     for name, messages in conversations().items():
@@ -100,7 +101,7 @@ def images(subject: Subject) -> str:
         changes.append(float((last_V[name] - other_V).abs().max() / last_V[name].abs().max()))
         if not changes[-1] > 1e-6:
             raise ValueError(
-                f"logits must depend on the image; got a change of {changes[-1]:.1e} of the largest with other images "
+                f"logits must depend on the image; got a relative change of {changes[-1]:.1e} with other images "
                 f"in sample {name!r}."
             )
     fit = f"{', '.join(map(str, counts))} image tokens = features; " if counts else "no feature replaces a token; "
@@ -109,9 +110,9 @@ def images(subject: Subject) -> str:
 
 @check(
     "image sizes",
-    prevents="Images that are tiny or very long break some processors in the middle of an epoch, or give them more "
+    prevents="Tiny or very long images make some processors fail in the middle of an epoch, or produce more "
     "placeholders than features.",
-    mend="Leave out rows with such images (avar data check lists them), or give the processor a minimal size.",
+    fix="Leave out rows with such images (avar data check lists them), or set a minimum size in the processor.",
     needs=["images"],
 )
 @torch.no_grad()
@@ -121,7 +122,7 @@ def image_sizes(subject: Subject) -> Finding | str:
         size = f"{width}x{height}"
         try:
             sample = subject.render([user("What is this?", [picture(width, height)])])
-        except FOREIGN_ERRORS as error:  # The processor's own code: what it refuses is what is asked here.
+        except FOREIGN_ERRORS as error:  # The check is about what the processor's own code refuses.
             refused.append(f"{size} ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
             continue
         if subject.family.cross_attention:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the parts of the folder are there and belong together."""
+"""Whether the parts of the folder exist and belong together."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,9 @@ from avar_verl.tools.doctor.subject import Subject, count
 
 @check(
     "family",
-    prevents="Roles, freezing and the engine's inputs are known by family; a model of none is refused when training "
-    "starts.",
-    mend="Add the family as docs/new-model.md says, or train one of the known families.",
+    prevents="Roles, freezing and the engine's inputs depend on the family; a model of an unknown family is refused "
+    "when training starts.",
+    fix="Add the family (docs/new-model.md), or train one of the known families.",
 )
 def family(subject: Subject) -> str:
     model_type = subject.config.model_type
@@ -33,9 +33,9 @@ def family(subject: Subject) -> str:
 
 @check(
     "processor",
-    prevents="verl drops a processor it cannot load and trains on text alone, with a warning that is easily missed.",
-    mend="Copy processor_config.json (or preprocessor_config.json) and chat_template.jinja of the original checkpoint "
-    "into the folder; verl must load plugins (VERL_USE_EXTERNAL_PLUGINS).",
+    prevents="verl drops a processor it cannot load and trains on text only, with a warning that is easily missed.",
+    fix="Copy processor_config.json (or preprocessor_config.json) and chat_template.jinja of the original checkpoint "
+    "into the folder, and let verl load plugins (VERL_USE_EXTERNAL_PLUGINS).",
     needs=["family"],
 )
 def processor(subject: Subject) -> str:
@@ -58,9 +58,9 @@ def _ids(value) -> list[int]:
 
 @check(
     "vocabulary",
-    prevents="Image tokens under an id that the config does not know stay text, so features and placeholders do not "
+    prevents="Image tokens with an id that the config does not know stay text, so features and placeholders do not "
     "match; ids beyond the embedding end the run on a GPU with an assertion.",
-    mend="Take tokenizer and config of the same checkpoint, and resize the embeddings after adding tokens.",
+    fix="Use the tokenizer and config of the same checkpoint, and resize the embeddings after adding tokens.",
     needs=["processor"],
 )
 def vocabulary(subject: Subject) -> Finding:
@@ -113,17 +113,17 @@ def vocabulary(subject: Subject) -> Finding:
         if bool(subject.role_map(padded_S[None])[0, -3:].any()):
             return Finding(
                 detail,
-                f"Without an attention mask, the padding token {tokenizer.pad_token!r} behind a response counts as its "
+                f"Without an attention mask, the padding token {tokenizer.pad_token!r} after a response counts as its "
                 "end. Pass the mask along with the ids, as the trainers here do, or set another pad_token.",
             )
     return Finding(detail)
 
 
 def check_files(folder: Path) -> None:
-    """Whether every file of the index is there, and all of it.
+    """Check that every file of the index exists and is complete.
 
     Raises:
-        ValueError: one is not, as after a download that broke off.
+        ValueError: a file is missing or truncated, for example after an interrupted download.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -141,8 +141,8 @@ def check_files(folder: Path) -> None:
 
 @check(
     "weights",
-    prevents="transformers initialises weights that a checkpoint lacks at random, with a warning.",
-    mend="Download the missing files again, or load the folder with the transformers version that wrote it.",
+    prevents="transformers initialises missing weights of a checkpoint at random, with only a warning.",
+    fix="Download the missing files again, or load the folder with the transformers version that wrote it.",
     needs=["family"],
 )
 def weights(subject: Subject) -> Finding | str:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training and rollouts will need of a GPU's memory."""
+"""GPU memory that training and rollouts will need."""
 
 from avar_verl.attention.capture import find_decoder
 from avar_verl.tools.doctor.check import Finding, check
 from avar_verl.tools.doctor.subject import Subject, count
 
-# Bytes for a parameter under FSDP with Adam: bfloat16 copy; float32 parameter, gradient, and two moments.
+# Bytes per parameter under FSDP with Adam: bfloat16 copy; float32 parameter, gradient, and two moments.
 COPY, MASTER, GRADIENT, MOMENTS = 2, 4, 4, 8
 GIB = 2**30
 
@@ -19,8 +19,8 @@ def size(num_bytes: float) -> str:
 
 @check(
     "memory",
-    prevents="A model that does not fit ends the run at its first step, after the data are loaded and vLLM is up.",
-    mend="Take more GPUs, freeze the vision tower, offload (fsdp_config.param_offload, optimizer_offload) or use LoRA.",
+    prevents="A model that does not fit ends the run at its first step, after loading the data and starting vLLM.",
+    fix="Use more GPUs, freeze the vision tower, offload (fsdp_config.param_offload, optimizer_offload) or use LoRA.",
     needs=["family"],
 )
 def memory(subject: Subject) -> Finding:
@@ -61,7 +61,7 @@ def memory(subject: Subject) -> Finding:
         return Finding(
             detail,
             f"Training state and one layer take {size(needed)} of {subject.gpu_memory:g} GiB, without activations. "
-            "Take more GPUs, offload, freeze the vision tower, or use LoRA.",
+            "Use more GPUs, offload, freeze the vision tower, or use LoRA.",
             rows,
         )
     return Finding(f"{detail}, of {subject.gpu_memory:g} GiB", rows=rows)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the chat template, the tokenizer and the roles say the same about a conversation."""
+"""Whether the chat template, the tokenizer and the roles agree on a conversation."""
 
 import torch
 
@@ -22,10 +22,10 @@ def _shared_prefix(first: list[int], second: list[int]) -> int:
 
 @check(
     "chat template",
-    prevents="A prompt that is rendered in another way for a rollout than in training teaches the model a header it "
-    "never sees; a second BOS, or none, is a prompt that it was not trained on.",
-    mend="Take chat_template.jinja of the original checkpoint; what it writes with add_generation_prompt must be how "
-    "it begins the assistant's turn.",
+    prevents="If a prompt is rendered differently in rollouts and in training, the model learns a header that it never "
+    "sees; with a second BOS, or none, it gets prompts that it was not trained on.",
+    fix="Use chat_template.jinja of the original checkpoint; with add_generation_prompt, it must write exactly the "
+    "start of the assistant's turn.",
     needs=["processor"],
 )
 def chat_template(subject: Subject) -> Finding:
@@ -44,7 +44,7 @@ def chat_template(subject: Subject) -> Finding:
         )
         if not whole_text.startswith(prompt_text):
             raise ValueError(
-                f"a prompt with its generation prompt must be how the whole conversation begins; got {differs}."
+                f"a prompt with its generation prompt must be the beginning of the whole conversation; got {differs}."
             )
     bare = subject.render([question], add_generation_prompt=True)
     detail = f"generation prompt {_generation_prompt(subject, prompt_ids)!r} begins the response"
@@ -77,7 +77,7 @@ def chat_template(subject: Subject) -> Finding:
 
 
 def _generation_prompt(subject: Subject, prompt_ids: list[int]) -> str:
-    """The text behind the last user token of a prompt."""
+    """The text after the last user token of a prompt."""
     roles = subject.role_map(torch.tensor([prompt_ids]))[0].tolist()
     last = max((i for i, role in enumerate(roles) if role != TokenRole.OTHER), default=-1)
     return subject.tokenizer.decode(prompt_ids[last + 1 :])
@@ -95,16 +95,17 @@ def role_runs(ids: list[int], roles: list[int]) -> list[tuple[int, int, int]]:
 
 
 def _folds_system(subject: Subject) -> bool:
-    """Whether the template may write a system message into the user's turn: no header but BOS opens a system turn."""
+    """Whether the template may write a system message into the user's turn: only BOS opens a system turn."""
     headers = getattr(subject.role_map.find_turns, "headers", ())
     return all(len(ids) == 1 for ids, role in headers if role == TokenRole.SYSTEM)
 
 
 def check_texts(subject: Subject, name: str, messages: list[dict], ids: list[int], roles: list[int]) -> None:
-    """Compare the roles of a sample with its texts: each is whole in one stretch of its role, and nowhere else.
+    """Compare the roles of a sample with its texts: each text is one contiguous stretch of its role, and occurs nowhere
+    else.
 
     Raises:
-        ValueError: it is not, or a response is more or less than its text and what ends the turn.
+        ValueError: a text is not, or a response is not exactly its text and what ends the turn.
     """
     tokenizer, turns = subject.tokenizer, subject.role_map.find_turns
     closing = {*getattr(turns, "end_ids", ()), getattr(turns, "trailing_id", None)}
@@ -146,9 +147,9 @@ def check_texts(subject: Subject, name: str, messages: list[dict], ids: list[int
 
 @check(
     "roles",
-    prevents="Guidance, VAS and the reward measure the attention to the wrong tokens when roles are wrong, and no loss "
+    prevents="If roles are wrong, guidance, VAS and the reward use the attention to the wrong tokens, and no loss "
     "shows it.",
-    mend="Correct the family's TurnFormat in avar_verl/model/families, or take the chat template that it was written "
+    fix="Correct the family's TurnFormat in avar_verl/model/families, or use the chat template that it was written "
     "for.",
     needs=["vocabulary"],
 )
@@ -180,14 +181,14 @@ def roles(subject: Subject) -> str:
                 f"{TokenRole(wanted[place]).name} at {tokenizer.decode(ids[place])!r}, position {place} of {name}."
             )
     total = sum(len(ids) for ids, _ in known.values())
-    return f"{len(known)} samples alone, padded on either side and packed: {total} tokens as they should be"
+    return f"{len(known)} samples: single, padded on either side and packed; all {total} tokens are right"
 
 
 @check(
     "long prompts",
-    prevents="A tokenizer that truncates cuts a prompt, and its image tokens, without a word.",
-    mend="Delete truncation and max_length from tokenizer_config.json and processor_config.json; limit the length with "
-    "data.max_prompt_length, which leaves whole rows out.",
+    prevents="A tokenizer that truncates silently cuts prompts and their image tokens.",
+    fix="Delete truncation and max_length from tokenizer_config.json and processor_config.json; limit the length with "
+    "data.max_prompt_length, which drops whole rows.",
     needs=["processor"],
 )
 def long_prompts(subject: Subject) -> Finding | str:

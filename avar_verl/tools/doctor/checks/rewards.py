@@ -7,14 +7,14 @@ from avar_verl.tools.doctor.subject import Subject
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SIZE, BOX = (640, 480), (64.0, 120.0, 320.0, 360.0)
-# Numbers that stand for the width and the height, and how they are written.
+# Full width and height in each coordinate system, and the number format.
 SCALES = {
     "absolute": (SIZE, "{:.0f}"),
     "relative_1000": ((1000, 1000), "{:.0f}"),
     "percent": ((100, 100), "{:.1f}"),
     "normalized": ((1, 1), "{:.3f}"),
 }
-# How a family writes a box, where it is not Qwen's JSON; markers are what stands around it.
+# How a family writes a box, with its markers, if not as Qwen's JSON.
 SYNTAX = {
     "glm4v": "<|begin_of_box|>[[{0}, {1}, {2}, {3}]]<|end_of_box|>",
     "internvl": "<ref>cup</ref><box>[[{0}, {1}, {2}, {3}]]</box>",
@@ -26,7 +26,7 @@ JSON = '{{"bbox_2d": [{0}, {1}, {2}, {3}], "label": "cup"}}'
 
 
 def example_box(model_type: str, coordinates: str) -> str:
-    """BOX in an image of SIZE as a model of this family writes it."""
+    """BOX in an image of SIZE, as a model of this family writes it."""
     (width, height), number = SCALES[coordinates]
     scales = (width / SIZE[0], height / SIZE[1]) * 2
     numbers = [number.format(value * scale) for value, scale in zip(BOX, scales, strict=True)]
@@ -34,7 +34,7 @@ def example_box(model_type: str, coordinates: str) -> str:
 
 
 def read_box(text: str, coordinates: str) -> tuple[float, ...] | None:
-    """The one box of a text in pixels, None if there is none or more."""
+    """The only box of a text in pixels; None if there is no box or more than one."""
     boxes = [anchor for anchor in parse_anchors(text, SIZE, coordinates) if anchor.kind == "bbox"]
     return to_pixels(boxes[0], SIZE, coordinates) if len(boxes) == 1 else None
 
@@ -45,8 +45,8 @@ def is_box(found: tuple[float, ...] | None) -> bool:
 
 @check(
     "boxes",
-    prevents="Boxes that are read in the wrong system of coordinates are somewhere else, and the reward pays for that.",
-    mend="State how the model writes boxes in Family.coordinates, and pass the same coordinates to the reward.",
+    prevents="If boxes are read in the wrong coordinate system, the reward pays for the wrong places.",
+    fix="Set Family.coordinates to how the model writes boxes, and pass the same coordinates to the reward.",
     needs=["family"],
 )
 def boxes(subject: Subject) -> str:
@@ -64,8 +64,8 @@ def boxes(subject: Subject) -> str:
 
 @check(
     "special tags",
-    prevents="Rewards read the decoded response; a tag that is a special token is not in it, so no answer is right.",
-    mend="Register the tags as ordinary added tokens (special: false in tokenizer.json), or keep special tokens: "
+    prevents="Rewards read the decoded response, which has no special tokens; if a tag is one, no answer is right.",
+    fix="Register the tags as ordinary added tokens (special: false in tokenizer.json), or keep special tokens: "
     "reward.reward_manager.name=avar with avar.reward.skip_special_tokens=false.",
     needs=["processor"],
 )

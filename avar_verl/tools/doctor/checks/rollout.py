@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether vLLM runs this model, and sees the prompt that training sees.
+"""Whether vLLM runs this model, with the same prompts as training.
 
 Shape suffixes: T = generated tokens, S = positions, V = vocabulary.
 """
@@ -27,8 +27,8 @@ TIMEOUT_S = 1800
 
 @check(
     "architecture",
-    prevents="vLLM refuses an architecture it does not know only when the rollout servers start.",
-    mend="Install the vLLM version that this plugin is made for, or train the cold start alone.",
+    prevents="vLLM refuses unknown architectures, but only when the rollout servers start.",
+    fix="Install the vLLM version that this plugin is made for, or run only the cold start.",
     needs=["family"],
 )
 def architecture(subject: Subject) -> str:
@@ -48,15 +48,15 @@ def architecture(subject: Subject) -> str:
 
 
 def causal_images(subject: Subject) -> bool:
-    """Whether vLLM is causal between the tokens of one image, where the model lets them see each other (Gemma 3).
+    """Whether vLLM is causal between the tokens of one image although the model lets them see each other (Gemma 3).
 
-    So it is on the CPU (no `supports_mm_prefix` in vllm/v1/attention/backends/cpu_attn.py).
+    This is so on the CPU (no `supports_mm_prefix` in vllm/v1/attention/backends/cpu_attn.py).
     """
     return detect.is_active() and "token_type_ids" in subject.inputs([subject.samples["one image"]])
 
 
 def teacher_forced(subject: Subject, prompt: Rendered, token_ids: list[int]) -> torch.Tensor:
-    """(T,) log-probabilities of tokens behind a rendered prompt, by transformers."""
+    """(T,) log-probabilities of tokens after a rendered prompt, by transformers."""
     whole_S = torch.cat([prompt.ids_S, torch.tensor(token_ids)])
     inputs = subject.inputs([dataclasses.replace(prompt, ids_S=whole_S)])
     if causal_images(subject):
@@ -68,10 +68,10 @@ def teacher_forced(subject: Subject, prompt: Rendered, token_ids: list[int]) -> 
 
 @check(
     "rollout",
-    prevents="vLLM that expands an image into other tokens, or computes another model, samples rollouts that training "
-    "does not understand.",
-    mend="Install the vLLM and transformers versions that this plugin is made for (pyproject.toml), and give both the "
-    "same processor settings.",
+    prevents="If vLLM expands images into different tokens, or computes a different model, its rollouts do not match "
+    "training.",
+    fix="Install the vLLM and transformers versions that this plugin is made for (pyproject.toml), with the same "
+    "processor settings.",
     needs=["architecture", "images"],
 )
 @torch.no_grad()
@@ -82,7 +82,7 @@ def rollout(subject: Subject) -> Finding | str:
         raise Skip("vllm is not installed")
     subject.large = sys.maxsize  # This check is about the checkpoint itself, whatever its size.
     rendered = [subject.render(messages, add_generation_prompt=True) for messages in prompts()]
-    subject.forget_model()  # vLLM wants the memory.
+    subject.forget_model()  # vLLM needs the memory.
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers.json"
         length = max(len(prompt.ids_S) for prompt in rendered) + NEW_TOKENS
@@ -111,7 +111,7 @@ def rollout(subject: Subject) -> Finding | str:
     if causal_images(subject):
         return Finding(
             detail,
-            "vLLM on the CPU is causal between the tokens of an image, which this model is not: its rollouts are those "
-            "of a slightly different model, and were compared with that one. On a GPU vLLM does as the model does.",
+            "vLLM on the CPU is causal between the tokens of an image, but this model is not: its rollouts come from "
+            "a slightly different model, and were compared with that one. On a GPU, vLLM does what the model does.",
         )
     return detail
