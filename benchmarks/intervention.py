@@ -48,15 +48,15 @@ MODELS = {
 
 def make_prompts(path: Path) -> list:
     """Prompts for vLLM, each with different photographs and words."""
-    from transformers import AutoProcessor
     from vllm import TokensPrompt
 
     from avar_verl.data.messages import images_of
+    from avar_verl.model.checkpoint import load_processor
     from avar_verl.model.render import render
     from avar_verl.tools.demo import photo_grid
 
     rng = random.Random(0)
-    processor = AutoProcessor.from_pretrained(path)
+    processor = load_processor(path)
     samples = photo_grid.make_samples(NUM_PROMPTS * NUM_IMAGES, 0, "train")
     prompts = []
     for number in range(NUM_PROMPTS):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint with its processor and role map: batches of conversations, and greedy responses.
+"""Loading a checkpoint, here and nowhere else; batches of conversations, and greedy responses.
 
 Plain transformers; no verl, no vllm. Works for any family: `render` turns a conversation into ids and features, and
 `collate` makes a batch, as in training.
@@ -14,11 +14,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from avar_verl.model.families import Family, get_family
 from avar_verl.model.render import Rendered, collate
 from avar_verl.model.roles import RoleMap
+
+
+def load_config(path: str | Path) -> Any:
+    """The config of a Hugging Face folder or a name on the hub.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(
+            f"a model must be a Hugging Face folder or a name on the hub; got {str(path)!r}: {error}. Check it."
+        ) from error
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor of a checkpoint.
+
+    Raises:
+        ValueError: a checkpoint without one.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        found = type(processor).__name__
+    except OSError as error:
+        processor, found = None, str(error)
+    if not hasattr(processor, "tokenizer"):  # AutoProcessor falls back to the tokenizer.
+        raise ValueError(
+            f"a checkpoint must have a processor for images; got from {path}: {found}. Copy processor_config.json or "
+            "preprocessor_config.json of the original checkpoint into the folder."
+        )
+    return processor
+
+
+def load_model(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | str = torch.float32, **kwargs: Any
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model of a checkpoint, as its family needs it, in evaluation mode, and what transformers says of its weights.
+
+    Args:
+        kwargs: for `from_pretrained`.
+    """
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+    model, info = loaded
+    return ready(model, device), info
+
+
+def ready(model: Any, device: str) -> torch.nn.Module:
+    """A model as its family needs it, which is how the engine trains it; in evaluation mode."""
+    family = get_family(model.config.model_type)
+    if family.prepare is not None:
+        family.prepare(model)
+    return model.to(device).eval()
 
 
 @dataclass(frozen=True)
@@ -30,20 +84,18 @@ class Checkpoint:
     role_map: RoleMap
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Checkpoint":
+    def load(cls, path: str | Path, device: str = "cpu", dtype: torch.dtype | str = torch.float32) -> "Checkpoint":
         """Load a Hugging Face folder.
+
+        Args:
+            dtype: or its name.
 
         Raises:
             ValueError: a family that `RoleMap` does not know, or a folder without a processor.
         """
-        processor = AutoProcessor.from_pretrained(path)
-        if not hasattr(processor, "tokenizer"):  # AutoProcessor falls back to the tokenizer.
-            raise ValueError(
-                f"a checkpoint must have a processor for images; got only a {type(processor).__name__} from {path}. "
-                "Copy processor_config.json or preprocessor_config.json of the original checkpoint into the folder."
-            )
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        return cls(model.to(device).eval(), processor, RoleMap.from_pretrained(processor, model.config))
+        processor = load_processor(path)
+        model, _ = load_model(path, device, dtype, attn_implementation="sdpa")
+        return cls(model, processor, RoleMap.from_pretrained(processor, model.config))
 
     @property
     def family(self) -> Family:
@@ -52,33 +104,47 @@ class Checkpoint:
     def collate(self, samples: Sequence[Rendered], padding_side: str = "right") -> dict[str, torch.Tensor]:
         """Model inputs of a batch, on the model's device."""
         pad_id = self.processor.tokenizer.pad_token_id
-        inputs = collate(self.family, self.model.config, samples, 0 if pad_id is None else pad_id, padding_side)
+        inputs = collate(self.family, self.model.config, samples, pad_id, padding_side)
         return {key: value.to(self.model.device) for key, value in inputs.items()}
+
+    def prompts(self, samples: Sequence[Rendered]) -> dict[str, torch.Tensor]:
+        """Model inputs of a batch that is to be answered, rendered with the header of the answer.
+
+        Raises:
+            ValueError: several prompts in a family that cannot be padded on the left.
+        """
+        if self.family.cross_attention and len(samples) > 1:
+            raise ValueError(
+                "a family that reads images in cross-attention layers generates one response at a time (transformers "
+                f"5.9 loses its masks under left padding); got a batch of {len(samples)}. Use batch_size=1."
+            )
+        return self.collate(samples, "left")
+
+    def responses(self, ids_BS: torch.Tensor, length: int) -> list[tuple[list[int], str]]:
+        """(ids, finish reason) of every response that `model.generate` wrote after prompts of `length` positions.
+
+        A response ends with the token that stopped it: "stop", or "length" for one that was cut off.
+        """
+        stops = self.model.generation_config.eos_token_id
+        stops = set([stops] if isinstance(stops, int) else stops or ())
+        out = []
+        for ids in ids_BS[:, length:].tolist():
+            end = next((at + 1 for at, token in enumerate(ids) if token in stops), None)
+            out.append((ids[:end], "length" if end is None else "stop"))
+        return out
 
 
 @torch.no_grad()
 def generate_ids(checkpoint: Checkpoint, prompts: Sequence[Rendered], max_new_tokens: int) -> list[list[int]]:
-    """Greedy responses to one batch of prompts (rendered with the header of the answer), as token ids.
+    """Greedy responses to one batch of prompts (`Checkpoint.prompts`), as token ids.
 
-    A response ends with the token that stopped it. Image placeholders are never generated. Settings of the checkpoint's
-    generation config other than sampling apply (Qwen2.5-VL: a repetition penalty).
+    Image placeholders are never generated. Settings of the checkpoint's generation config other than sampling apply
+    (Qwen2.5-VL: a repetition penalty).
 
     Raises:
-        ValueError: a batch of several prompts in a family that cannot be padded on the left.
+        ValueError: whatever `Checkpoint.prompts` refuses.
     """
-    if checkpoint.family.cross_attention and len(prompts) > 1:
-        raise ValueError(
-            "a family that reads images in cross-attention layers generates one response at a time (transformers 5.9 "
-            f"loses its masks under left padding); got a batch of {len(prompts)}. Use batch_size=1."
-        )
-    inputs = checkpoint.collate(prompts, "left")
-    model = checkpoint.model
+    inputs, model = checkpoint.prompts(prompts), checkpoint.model
     forbidden = list(checkpoint.role_map.image_token_ids) or None
     ids_BS = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=forbidden)
-    stops = model.generation_config.eos_token_id
-    stops = set([stops] if isinstance(stops, int) else stops or ())
-    out = []
-    for ids in ids_BS[:, inputs["input_ids"].shape[1] :].tolist():
-        end = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
-        out.append(ids[:end])
-    return out
+    return [ids for ids, _ in checkpoint.responses(ids_BS, inputs["input_ids"].shape[1])]

@@ -124,11 +124,15 @@ def merge_features(
 
 
 def collate(
-    family: Family, config, samples: Sequence[Rendered], pad_id: int, padding_side: str = "right"
+    family: Family, config, samples: Sequence[Rendered], pad_id: int | None, padding_side: str = "right"
 ) -> dict[str, torch.Tensor]:
-    """Model inputs of a batch: `input_ids` and `attention_mask` (B, S), features, and per-position inputs."""
+    """Model inputs of a batch: `input_ids` and `attention_mask` (B, S), features, and per-position inputs.
+
+    Args:
+        pad_id: the tokenizer's; a tokenizer without one gets 0, since the mask hides padding whatever its id.
+    """
     length = max(len(sample.ids_S) for sample in samples)
-    ids_BS = torch.full((len(samples), length), pad_id, dtype=torch.long)
+    ids_BS = torch.full((len(samples), length), pad_id or 0, dtype=torch.long)
     mask_BS = torch.zeros_like(ids_BS)
     for row, sample in enumerate(samples):
         count = len(sample.ids_S)

@@ -240,7 +240,7 @@ def test_the_command(clean, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, bad, "--max-length", "9") == 2
     assert "max_length counts a processor's tokens" in capsys.readouterr().err
-    assert "a model must be a folder or a name on the hub; got '/nowhere'" in run(
+    assert "a model must be a Hugging Face folder or a name on the hub; got '/nowhere'" in run(
         monkeypatch, bad, "--model", "/nowhere"
     )
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
 from avar_verl.data.check import Kind, RowResult, Settings
 from avar_verl.data.messages import place_images, template_kwargs
+from avar_verl.model.checkpoint import load_config, load_processor
 from avar_verl.model.families import get_family
 from avar_verl.model.render import render
 from avar_verl.model.roles import TokenRole
@@ -29,23 +29,12 @@ class Rendering:
     factor: pixels of one token's side, where the image processor has a patch size and a merge size.
 
     Raises:
-        ValueError: a model that transformers does not load, of an unknown family, or without a processor.
+        ValueError: a model that is not there, of an unknown family, or without a processor.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        try:
-            config = AutoConfig.from_pretrained(settings.model)
-            self.processor = AutoProcessor.from_pretrained(settings.model)
-        except OSError as error:
-            raise ValueError(
-                f"a model must be a folder or a name on the hub; got {settings.model!r}: {error}. Check the name."
-            ) from error
-        if isinstance(self.processor, PreTrainedTokenizerBase):
-            raise ValueError(
-                f"rows are rendered by a processor; got {type(self.processor).__name__} from {settings.model!r}. Copy "
-                "processor_config.json or preprocessor_config.json of the checkpoint into the folder."
-            )
+        config, self.processor = load_config(settings.model), load_processor(settings.model)
         self.family = get_family(config.model_type)
         tokenizer = self.processor.tokenizer
         self.role_map = self.family.role_map(tokenizer, config)

@@ -11,8 +11,9 @@ from typing import Any
 
 import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from avar_verl.model.checkpoint import load_config, load_model, ready
 from avar_verl.model.families import Family, get_family
 from avar_verl.model.render import Rendered, collate, render
 from avar_verl.model.roles import RoleMap
@@ -102,7 +103,7 @@ class Subject:
 
     @cached_property
     def config(self) -> Any:
-        return AutoConfig.from_pretrained(self.path)
+        return load_config(self.path)
 
     @cached_property
     def family(self) -> Family:
@@ -160,14 +161,8 @@ class Subject:
     @cached_property
     def _loaded(self) -> tuple[torch.nn.Module, dict]:
         if self.is_reduced:
-            model, info = build_random(reduced(self.config)), {}
-        else:
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                self.path, dtype=torch.float32, output_loading_info=True
-            )
-        if self.family.prepare is not None:  # As the engine does.
-            self.family.prepare(model)
-        return model.to(self.device).eval(), info
+            return ready(build_random(reduced(self.config)), self.device), {}
+        return load_model(self.path, self.device)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -197,6 +192,5 @@ class Subject:
 
     def inputs(self, samples: list[Rendered], padding_side: str = "right") -> dict[str, torch.Tensor]:
         """A batch of rendered samples on the model's device."""
-        pad_id = self.tokenizer.pad_token_id
-        inputs = collate(self.family, self.config, samples, 0 if pad_id is None else pad_id, padding_side)
+        inputs = collate(self.family, self.config, samples, self.tokenizer.pad_token_id, padding_side)
         return {key: value.to(self.device) for key, value in inputs.items()}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from avar_verl.data.messages import images_of
+from avar_verl.model.checkpoint import load_processor
 from avar_verl.model.render import render
 from avar_verl.tools.doctor.samples import conversations
 
@@ -41,10 +42,9 @@ def answer(output, completion) -> dict:
 
 def main(path: str, length: int, out: Path) -> None:
     """Answer every prompt greedily; write its expanded ids, the new ids and their log-probabilities."""
-    from transformers import AutoProcessor
     from vllm import LLM, SamplingParams
 
-    processor = AutoProcessor.from_pretrained(path)
+    processor = load_processor(path)
     llm = LLM(
         model=path,
         dtype="float32",

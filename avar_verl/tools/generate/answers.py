@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from avar_verl.data.messages import images_of
 from avar_verl.intervention.spec import InterventionSpec
 from avar_verl.intervention.transformers_hook import generate
-from avar_verl.model.families import get_family
-from avar_verl.model.render import Rendered, collate, render
+from avar_verl.model.checkpoint import Checkpoint, load_config, load_model, load_processor
+from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.plugin.datasets.images import patch_size_of
 from avar_verl.tools.generate.command import ModelCommand
@@ -53,9 +52,7 @@ class PromptReader:
     """
 
     def __init__(self, path: str | Path):
-        self.config = AutoConfig.from_pretrained(path)
-        self.processor = AutoProcessor.from_pretrained(path)
-        self.family = get_family(self.config.model_type)
+        self.config, self.processor = load_config(path), load_processor(path)
         self.role_map = RoleMap.from_pretrained(self.processor, self.config)
 
     @property
@@ -81,38 +78,23 @@ class TransformersBackend:
 
     def __init__(self, options: ModelCommand, reader: PromptReader, device: str, dtype: str):
         self.reader, self.options = reader, options
-        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype, attn_implementation="sdpa")
-        self.model = model.to(device).eval()
-        stops = self.model.generation_config.eos_token_id
-        self.stops = set(stops if isinstance(stops, list) else [stops])
+        model, _ = load_model(options.model, device, dtype, attn_implementation="sdpa")
+        self.checkpoint = Checkpoint(model, reader.processor, reader.role_map)
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], spec: InterventionSpec) -> list[Answer]:
         """Answers of one batch, in order."""
-        reader = self.reader
-        tokenizer = reader.processor.tokenizer
-        inputs = collate(
-            reader.family,
-            reader.config,
-            [prompt.rendered for prompt in prompts],
-            pad_id=tokenizer.pad_token_id,
-            padding_side="left",
-        )
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        inputs = self.checkpoint.prompts([prompt.rendered for prompt in prompts])
         ids_BS = generate(
-            self.model,
-            reader.role_map,
+            self.checkpoint.model,
+            self.checkpoint.role_map,
             spec,
             inputs,
             max_new_tokens=self.options.max_new_tokens,
             do_sample=False,
             repetition_penalty=1.0,  # Some checkpoints have another one, which vLLM leaves to whoever asks.
         )
-        return [self._answer(ids_S.tolist()) for ids_S in ids_BS[:, inputs["input_ids"].shape[1] :]]
-
-    def _answer(self, ids: list[int]) -> Answer:
-        at = next((at for at, token in enumerate(ids) if token in self.stops), None)
-        return self.reader.answer(*((ids, "length") if at is None else (ids[: at + 1], "stop")))
+        return [self.reader.answer(*parts) for parts in self.checkpoint.responses(ids_BS, inputs["input_ids"].shape[1])]
 
 
 class VllmBackend:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from avar_verl.data.rows import batched
+from avar_verl.model.checkpoint import load_config
+from avar_verl.model.families import get_family
 from avar_verl.tools import rows as data_rows
 from avar_verl.tools.options import default_device
 from avar_verl.tools.progress import progress
@@ -100,16 +102,7 @@ def _check_model(settings: Vas) -> tuple[int, ...]:
     unknown = sorted(set(settings.columns) - set(data_rows.COLUMNS))
     if unknown:
         raise ValueError(f"columns must name some of {data_rows.COLUMNS}; got {unknown}. Write NAME=COLUMN.")
-    from transformers import AutoConfig
-
-    from avar_verl.model.families import get_family
-
-    try:
-        config = AutoConfig.from_pretrained(settings.model)
-    except OSError as error:
-        raise ValueError(
-            f"a model must be a Hugging Face folder or a name on the hub; got {settings.model!r}: {error}. Check it."
-        ) from error
+    config = load_config(settings.model)
     return measurable_layers(get_family(config.model_type), config, settings.layers)
 
 

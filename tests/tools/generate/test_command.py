@@ -115,9 +115,9 @@ def test_an_answer_ends_at_its_stop(tiny_model_path):
     backend = open_backend(ModelCommand(model=str(tiny_model_path), device="cpu"), reader)
     assert isinstance(backend, TransformersBackend)
     stop, pad, cat = reader.processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "cat"])
-    assert backend.stops == {stop}
-    assert backend._answer([cat, stop, pad, pad]) == Answer("cat", 2, "stop")
-    assert backend._answer([cat, cat]).finish_reason == "length"
+    stopped, cut_off = backend.checkpoint.responses(torch.tensor([[cat, stop, pad, pad], [cat] * 4]), 0)
+    assert reader.answer(*stopped) == Answer("cat", 2, "stop")
+    assert reader.answer(*cut_off).finish_reason == "length"
 
 
 @pytest.mark.e2e
