@@ -4,8 +4,6 @@
 Shape suffixes: S = positions.
 """
 
-from typing import Any
-
 import torch
 from jinja2 import TemplateError
 from PIL import Image
@@ -51,13 +49,7 @@ class Rendering:
         self.special_tokens = tuple(str(token) for index, token in added if token.special and index in ids)
 
     def __call__(
-        self,
-        values: dict[str, Any],
-        turns: list[dict],
-        stored: list[Any],
-        images: list[Image.Image],
-        kind: Kind,
-        result: RowResult,
+        self, values: dict, turns: list[dict], stored: list, images: list[Image.Image], kind: Kind, result: RowResult
     ) -> None:
         """A row whose other checks found no error: `images` are the opened `stored`, in the order of their blocks."""
         columns = (values.get("tools"), values.get("enable_thinking")) if kind == "sft" else (None, None)
