@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from avar_verl.attention.mass import IMPLEMENTATIONS
 from avar_verl.objectives.vars import SHAPINGS, STATISTICS
 from avar_verl.plugin.config import QUERY_ROLES, AgtoConfig, AvarConfig, RewardManagerConfig, VarsConfig
-from avar_verl.roles import TokenRole
 
 CONFIG_DIR = Path(__file__).parents[2] / "recipes" / "avar" / "config"
 PAPER_GRPO = ("trainer.n_gpus_per_node=8", "trainer.nnodes=2")
@@ -157,11 +156,6 @@ def test_the_edges_of_the_rules_are_allowed(config, values):
     made = config(**values)
     for name, value in values.items():
         assert getattr(made, name) == (tuple(value) if isinstance(value, list) else value)
-
-
-def test_query_roles():
-    both = (TokenRole.USER, TokenRole.RESPONSE)
-    assert QUERY_ROLES == {"user": both[:1], "response": both[1:], "both": both}
 
 
 def test_configs_are_frozen_and_named():
