@@ -75,7 +75,7 @@ def parse(words: list[str]) -> "tuple[str, Command]":
 
 
 def main() -> None:
-    """Entry point. Exit code 0 only on success; a rule that was broken is one line, not a traceback."""
+    """Entry point. Exit code 0 only on success; a ValueError is printed as one line, not a traceback."""
     name, command = parse(sys.argv[1:])
     try:
         command.run()

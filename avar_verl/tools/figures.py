@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of all tools: their style, and how they become inline SVG or a PNG file.
+"""Figures of all tools: style, and conversion to inline SVG or a PNG file.
 
 Shape suffixes: L = layers, H = query heads
 """
@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from avar_verl.tools.report import number_text, numbers
 
-# Okabe and Ito's palette, which the common kinds of colour blindness can tell apart.
+# Okabe and Ito's palette, which is distinguishable with the common kinds of colour blindness.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#222222", "#7a7a7a"
 COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY)
@@ -41,13 +41,13 @@ STYLE = {
     "svg.fonttype": "none",
 }
 MAP = {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}  # Changes of STYLE for a map of cells.
-WIDE = 10.0  # Largest over smallest value from which on a scale is logarithmic.
-FEW = 64  # Cells of a heat map that are small enough a number to be written into each.
+WIDE = 10.0  # From this ratio of largest to smallest value, a scale is logarithmic.
+FEW = 64  # With at most this many cells, a heat map has a number in each.
 
 
 @contextmanager
 def drawing(width: float, height: float, **style: Any) -> Iterator[Figure]:
-    """A figure of so many inches, drawn in STYLE with the changes `style`."""
+    """A figure of the given size in inches, drawn in STYLE with the changes `style`."""
     with matplotlib.rc_context({**STYLE, **style}):
         yield Figure(figsize=(width, height))
 
@@ -60,7 +60,7 @@ def svg(figure: Figure, name: str, alt: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # Nothing refers to groups, and every figure has the same ones.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # Nothing refers to groups, and all figures have the same ids for them.
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1))
 
 
@@ -70,19 +70,19 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def legend_above(axes: Axes, number: int) -> None:
-    """A legend over the axes, where there is more than one curve."""
+    """A legend above the axes, if there is more than one curve."""
     if number > 1:
         columns = number if number < 4 else 2
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=columns, borderaxespad=0, columnspacing=1.2)
 
 
 def heat_figure(name: str, what: str, maps: Mapping[str, tuple[Any, Any]], layers: Sequence[int]) -> Markup:
-    """Layer by head: image share above, log10 of the mean ratio image / system below, one scale a row.
+    """Layer by head: image share above, log10 of the mean ratio image / system below; one scale per row.
 
     Args:
-        what: whose attention it is, for those who do not see it.
+        what: whose attention it is, for the text alternative.
         maps: column title -> (share_LH, ratio_LH).
-        layers: numbers of the layers.
+        layers: indices of the layers.
     """
     shares = [numbers(share) for share, _ in maps.values()]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -107,7 +107,7 @@ def heat_figure(name: str, what: str, maps: Mapping[str, tuple[Any, Any]], layer
 
 
 def _draw_cells(axes, values_LH: np.ndarray, colors: str, low: float, high: float, layers: Sequence[int]):
-    """One map. A small one has its numbers in the cells, and a cell that is not finite always has its word."""
+    """One map. A small map has numbers in its cells; a non-finite cell always has a word."""
     colormap = matplotlib.colormaps[colors].with_extremes(bad="#ffffff")
     shown_LH = np.where(np.isinf(values_LH), np.sign(values_LH) * high, values_LH)
     image = axes.imshow(shown_LH, cmap=colormap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
@@ -119,7 +119,7 @@ def _draw_cells(axes, values_LH: np.ndarray, colors: str, low: float, high: floa
     for (layer, head), value in np.ndenumerate(values_LH):
         if values_LH.size > FEW and math.isfinite(value):
             continue
-        text = f"{value:.2f}" if low == 0 else f"{round(value, 1) + 0.0:.1f}"  # + 0.0: no minus zero.
+        text = f"{value:.2f}" if low == 0 else f"{round(value, 1) + 0.0:.1f}"  # + 0.0 avoids minus zero.
         text = text if math.isfinite(value) else "n/a" if math.isnan(value) else "inf" if value > 0 else "-inf"
         red, green, blue, _ = colormap(image.norm(shown_LH[layer, head])) if not math.isnan(value) else (1, 1, 1, 1)
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
@@ -129,7 +129,7 @@ def _draw_cells(axes, values_LH: np.ndarray, colors: str, low: float, high: floa
 
 @dataclass(frozen=True)
 class Line:
-    """One curve, with the interval of every point where there is one."""
+    """One curve, with the interval of every point if there is one."""
 
     label: str
     color: str
@@ -171,12 +171,12 @@ def curves_figure(
     x_ticks: Mapping | None = None,
     what: str | None = None,
 ) -> Markup | None:
-    """Curves with their intervals as bands; None where no value is finite (and positive on a log scale).
+    """Curves with their intervals as bands; None if no value is finite (and positive on a log scale).
 
     Args:
-        ratios: the scale is logarithmic where the values span a factor of WIDE.
+        ratios: the scale is logarithmic if the values span a factor of WIDE.
         x_ticks: position to label, default integers.
-        what: in place of `y_label` for those who do not see the figure.
+        what: used instead of `y_label` in the text alternative.
     """
     log_y = ratios and _is_wide(np.concatenate([line.value for line in lines]))
     drawn = []
@@ -187,7 +187,7 @@ def curves_figure(
     if not drawn:
         return None
     with drawing(3.6, 2.5) as figure:
-        # A fixed layout: matplotlib's automatic ones cost half a second a figure.
+        # A fixed layout: matplotlib's automatic layouts take half a second per figure.
         top = 0.91 if len(drawn) < 4 else 0.83  # Room for one or two lines of legend.
         axes = figure.subplots(gridspec_kw={"left": 0.17, "right": 0.98, "bottom": 0.18, "top": top})
         for line, ok in drawn:
@@ -218,9 +218,9 @@ def curves_figure(
 def points_figure(
     name: str, label: str, rows: Sequence[tuple[str, str, Mapping[str, Any]]], ratios: bool = False
 ) -> Markup | None:
-    """One number of every checkpoint with its interval, one below the other; rows: (checkpoint, color, number).
+    """One number per checkpoint with its interval, one below the other; rows: (checkpoint, color, number).
 
-    None where no value is finite (and positive on a log scale). `ratios` as in `curves_figure`.
+    None if no value is finite (and positive on a log scale). `ratios` as in `curves_figure`.
     """
     log_x = ratios and _is_wide(numbers([part["value"] for _, _, part in rows]))
     shown = []
@@ -253,7 +253,9 @@ def points_figure(
 def scatter_figure(
     name: str, x_label: str, y_label: str, points: Sequence[tuple[str, str, float, float]], ratios: bool = False
 ) -> Markup | None:
-    """Scores over a statistic, one labelled point a checkpoint: (checkpoint, color, x, y). None of fewer than two."""
+    """Scores over a statistic, one labelled point per checkpoint: (checkpoint, color, x, y). None for fewer than two
+    points.
+    """
     log_x = ratios and _is_wide(np.array([x for _, _, x, _ in points]))
     points = [point for point in points if all(map(math.isfinite, point[2:])) and (point[2] > 0 or not log_x)]
     if len(points) < 2:
@@ -262,7 +264,7 @@ def scatter_figure(
         axes = figure.subplots(gridspec_kw={"left": 0.15, "right": 0.96, "bottom": 0.17, "top": 0.96})
         for at, (title, color, x, y) in enumerate(sorted(points, key=lambda point: point[2])):
             axes.plot([x], [y], "o", markersize=5, color=color)
-            # Above and below by turns, since neighbours may have nearly the same place.
+            # Alternately above and below, because neighbours may be very close.
             axes.annotate(title, (x, y), (4, (-11, 5)[at % 2]), textcoords="offset points", fontsize=8)
         axes.margins(0.18)
         if log_x:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right or wrong, by the grader that the reward uses (`avar_verl.rewards.accuracy`).
+"""Grades answers with the reward's grader (`avar_verl.rewards.accuracy`).
 
-Multiple choice, where the options' texts are known: the right letter is accepted ("B", "(B)", "B. 12 cm"), and so is
-the text of the right option alone, unless that would be ambiguous: a text that is itself a letter of the options (a
-point named C), or one that the grader takes for another option's too (1/2 and 0.5).
+Multiple choice with known option texts: the right letter is accepted ("B", "(B)", "B. 12 cm"), and so is only the text
+of the right option, unless it is ambiguous: a text that is itself an option letter (a point named C), or one that the
+grader considers equal to another option's (1/2 and 0.5).
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ ANSWER_RULES = ("reward", "whole")
 
 
 def check_letter(letter: str, options: Sequence[str]) -> int:
-    """The number of the option that `letter` names.
+    """Index of the option that `letter` names.
 
     Raises:
-        ValueError: more than ten options, or a letter that names none of them.
+        ValueError: more than ten options, or a letter that is none of them.
     """
     if len(options) > len(LETTERS):
         raise ValueError(f"a question may have {len(LETTERS)} options; got {len(options)}. Leave it out.")
@@ -31,7 +31,7 @@ def check_letter(letter: str, options: Sequence[str]) -> int:
 
 
 def text_is_answer(letter: str, options: Sequence[str]) -> bool:
-    """Whether the text of the option that `letter` names stands for it alone.
+    """Whether the text of the option that `letter` names identifies it uniquely.
 
     Example:
         >>> text_is_answer("B", ["11 cm", "12 cm"]), text_is_answer("A", ["C", "D", "E"])
@@ -48,8 +48,8 @@ def text_is_answer(letter: str, options: Sequence[str]) -> bool:
 def find_answer(response: str, rule: str = "reward") -> str | None:
     """The answer of a response: `extract_answer`, the reward's rule.
 
-    With rule "whole", a response without any of its marks (`<think>`, `<answer>`, their ends, `\\boxed`) is an answer
-    as a whole: for models that were not trained to mark it and answer "B" alone.
+    With rule "whole", a response without any of its marks (`<think>`, `<answer>`, their ends, `\\boxed`) is the answer
+    as a whole: for models that were not trained to mark it and answer only "B".
     """
     if rule not in ANSWER_RULES:
         raise ValueError(f"the answer rule must be one of {ANSWER_RULES}; got {rule!r}. See docs/eval.md.")
@@ -61,12 +61,12 @@ def find_answer(response: str, rule: str = "reward") -> str | None:
 
 
 def is_correct(answer: str | None, ground_truth: Sequence[str], options: Sequence[str] = ()) -> bool:
-    """Whether an answer is one of the accepted ones; no answer is wrong.
+    """Whether an answer is accepted; a missing answer is wrong.
 
-    With `options` the ground truth is the letter of one of them, and its text is accepted where `text_is_answer`.
+    With `options`, the ground truth is the letter of one of them, and its text is accepted if `text_is_answer`.
 
     Raises:
-        ValueError: `options` with a ground truth that is no letter of one.
+        ValueError: `options` with a ground truth that is not one of their letters.
     """
     if answer is None:
         return False

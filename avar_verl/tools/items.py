@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One question with its images, and local data files in the layout of verl's RL data set."""
+"""Questions with their images, and local data files in the layout of verl's RL data set."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from avar_verl.rewards.accuracy import accepted_answers
 from avar_verl.tools.grade import check_letter
 
 IMAGE = "<image>"
-"""Where an image stands in the text of a message, as in verl's data."""
+"""Placeholder of an image in the text of a message, as in verl's data."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Item:
     """One question.
 
     Attributes:
-        task: name of the task it belongs to.
-        id: unique in the task, the same in every run.
-        messages: `{"role": ..., "content": text}` in order; `<image>` stands for the next image.
+        task: name of its task.
+        id: unique within the task, the same in every run.
+        messages: `{"role": ..., "content": text}` in order; `<image>` marks the next image.
         images: the exact bytes of the image files, in the order of the placeholders.
         ground_truth: accepted answers, at least one.
         options: texts of the options A, B, ... that the question gives, empty for an open question.
-        groups: names of the groups that it belongs to, by the metric that counts a group as right if all of it is.
+        groups: names of its groups, by the metric that counts a group as correct if all of its items are.
         data_source: as in verl's data.
     """
 
@@ -58,7 +58,7 @@ class Item:
             )
 
     def prompt_hash(self) -> str:
-        """SHA-256 of messages, image bytes, answers, options and groups: what a record is about."""
+        """SHA-256 of messages, image bytes, answers, options and groups, which identifies the question of a record."""
         digest = hashlib.sha256()
         for part in (self.messages, self.ground_truth, self.options, sorted(self.groups.items())):
             digest.update(repr(part).encode() + b"\0")
@@ -67,7 +67,7 @@ class Item:
         return digest.hexdigest()
 
     def chat(self) -> list[dict[str, Any]]:
-        """The messages as OpenAI's chat API takes them, images as data URIs of their exact bytes."""
+        """The messages for OpenAI's chat API, with images as data URIs of their exact bytes."""
         images = iter(self.images)
         chat = []
         for message in self.messages:
@@ -86,7 +86,7 @@ def data_uri(content: bytes) -> str:
     """`data:image/png;base64,...` of an image file.
 
     Raises:
-        ValueError: bytes that are no image that Pillow knows.
+        ValueError: bytes that are not an image that Pillow knows.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -145,8 +145,8 @@ def parquet_items(path: Path) -> Iterator[Item]:
     """The rows of a data file in verl's RL layout, one at a time; the task is named after the file.
 
     Raises:
-        ValueError: a row without a prompt or an answer, placeholders that do not match the images, an image that is
-            not here; the message names the row.
+        ValueError: a row without a prompt or an answer, placeholders that do not match the images, or a missing image;
+            the message names the row.
     """
     for row in read_rows(path):
         yield _row_item(path.stem, row)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The progress bar of all tools: a bar on a terminal, and in a log a line every few seconds and one at the end."""
+"""The progress bar of all tools: a bar on a terminal; in a log, a line every few seconds and one at the end."""
 
 import sys
 import time
@@ -12,7 +12,9 @@ LOG_SECONDS = 10.0
 
 
 class _Lines(tqdm):
-    """A bar as whole lines, at most one in LOG_SECONDS. tqdm writes a refresh over the last one, which no log can."""
+    """A bar as whole lines, at most one per LOG_SECONDS. tqdm would overwrite the previous refresh, which is impossible
+    in a log.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._next_line = time.monotonic() + LOG_SECONDS
@@ -31,18 +33,18 @@ class _Lines(tqdm):
         if not self.disable:
             self._next_line = 0.0
             self.display()
-            self.sp = None  # tqdm's sign that there is nothing to wipe away.
+            self.sp = None  # Tells tqdm that there is nothing to erase.
         super().close()
 
 
 def progress(
     items: Iterable | None = None, desc: str = "", *, total: int | None = None, unit: str = "it", **settings: Any
 ) -> tqdm:
-    """A tqdm on stderr, over `items` or to `update`. In a loop that waits, `update(0)` writes the line that is due.
+    """A tqdm on stderr, over `items` or to `update`. In a loop that waits, `update(0)` writes a line if it is due.
 
     Args:
         total: number of steps; None for the length of `items`, if it has one.
-        settings: of tqdm, such as `initial` and `leave`.
+        settings: further arguments of tqdm, such as `initial` and `leave`.
     """
     kind = tqdm if sys.stderr.isatty() else _Lines
     return kind(items, desc, total, unit=unit, file=sys.stderr, **settings)

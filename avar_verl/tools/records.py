@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of a question: the line that `avar eval` and `avar intervene sweep` write for each (`tools.runs`)."""
+"""The result of one question: the line that `avar eval` and `avar intervene sweep` write (`tools.runs`)."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from avar_verl.tools.runs import RECORDS, RecordFile, read_records
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one item."""
+    """The result of one item."""
 
     id: str
     """Of the item."""
@@ -24,28 +24,28 @@ class Record:
     """`Item.prompt_hash`."""
 
     response: str
-    """Text of the model, without the prompt."""
+    """Text written by the model, without the prompt."""
 
     answer: str | None
-    """Found in the response; null without one."""
+    """Answer found in the response, or null."""
 
     ground_truth: list[str]
     """Accepted answers."""
 
     correct: bool
-    """The grader's word."""
+    """Whether the grader accepts the answer."""
 
     prompt_tokens: int
-    """As the server counts them, image tokens included."""
+    """As counted by the server, including image tokens."""
 
     response_tokens: int
-    """As the server counts them."""
+    """As counted by the server."""
 
     finish_reason: str
-    """Of the server: "stop", or "length" for a response that was cut off."""
+    """From the server: "stop", or "length" for a response that was cut off."""
 
     seconds: float
-    """From the request to the response, waiting in the server's queue and retries included."""
+    """From the request to the response, including the server's queue and retries."""
 
     data_source: str = ""
     """As in verl's data."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows as conversations: data files in verl's layouts, or a data set of the hub.
+"""Rows as conversations: data files in verl's layouts, or a data set on the hub.
 
 Images are opened as the trainers open them (docs/data.md).
 """
@@ -17,7 +17,7 @@ from avar_verl.data.messages import as_list, images_of, marked, place_images, re
 from avar_verl.data.rows import SUFFIXES, Row, count_rows, data_files, read_rows
 from avar_verl.plugin.datasets.images import open_resized
 
-# Where a conversation stands, in the order in which a row is searched, and what may stand beside it.
+# Columns with a conversation, in the order in which a row is searched, and the columns that may accompany each.
 CONVERSATIONS = ("messages", "prompt", "question")
 COLUMNS = (*CONVERSATIONS, "images", "image", "response", "response_ids", "tools", "enable_thinking")
 
@@ -27,9 +27,9 @@ class Conversation:
     """A row as a conversation.
 
     prompt: messages with images in their blocks, up to the response.
-    response: the message that answers, or None.
+    response: the answering message, or None.
     response_ids: the answer as token ids, or None.
-    turns: every assistant turn is a response (rows of `messages`), and not only the last one.
+    turns: whether every assistant turn is a response (rows with `messages`), not only the last one.
     template_kwargs: for the chat template.
     """
 
@@ -40,18 +40,18 @@ class Conversation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def answered(self, response: str | None = None) -> list[dict]:
-        """The messages with `response`, default the conversation's own, as the answer; without one if there is none."""
+        """The messages with `response` (default: the conversation's own) as the answer, if there is one."""
         response = self.response if response is None else response
         return self.prompt if response is None else [*self.prompt, {"role": "assistant", "content": response}]
 
     @property
     def images(self) -> list[Image.Image]:
-        """In the order in which they stand."""
+        """In order of appearance."""
         return images_of(self.answered())
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of the prompt's text and pixels: equal prompts, whatever the answer."""
+        """Sixteen hex digits that identify the prompt's text and pixels, regardless of the answer."""
         digest = hashlib.sha256()
         for message in self.prompt:
             for block in message["content"]:
@@ -64,7 +64,7 @@ class Conversation:
 
 
 def is_file(data: str) -> bool:
-    """Whether `data` names files on this machine; else it is a data set of the hub."""
+    """Whether `data` names files on this machine; otherwise it is a data set on the hub."""
     return Path(data).exists() or Path(data).suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data)
 
 
@@ -74,7 +74,7 @@ def _hub_rows(name: str, split: str | None) -> Iterator[dict[str, Any]]:
     if split is None:
         raise ValueError(f"a data set of the hub has splits; got none for {name!r}. Pass --split, for example test.")
     try:
-        # Streaming: the first rows are there before the last ones are downloaded. Images come as PIL.
+        # Streaming: the first rows are available before the last ones are downloaded. Images are PIL.
         yield from load_dataset(name, split=split, streaming=True)
     except (ConnectionError, FileNotFoundError) as error:  # DatasetNotFoundError is a FileNotFoundError.
         raise ValueError(
@@ -84,7 +84,8 @@ def _hub_rows(name: str, split: str | None) -> Iterator[dict[str, Any]]:
 
 
 def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The columns that a row is read from, under their own names; `columns` maps a name of COLUMNS to that in the data.
+    """The columns that a row is read from, under their standard names; `columns` maps a name of COLUMNS to the name in
+    the data.
 
     Raises:
         ValueError: a column that the row does not have.
@@ -92,7 +93,7 @@ def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     missing = sorted(set(columns.values()) - set(values))
     if missing:
         raise ValueError(f"columns must be those of the data; got {missing} for {sorted(values)}. Mend --columns.")
-    # A column of the data that already has one of these names, but is not meant, must not be taken for it.
+    # A column that has one of these names in the data, but is not the mapped one, must not be used instead.
     out = {name: values[name] for name in COLUMNS if name in values and name not in columns.values()}
     if any(name in CONVERSATIONS for name in columns):
         out = {name: value for name, value in out.items() if name not in CONVERSATIONS}
@@ -102,11 +103,11 @@ def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
 
 
 def read(data: str, split: str | None = None, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """The rows of a file, a folder of files or a data set of the hub, in order, as they are asked for.
+    """The rows of a file, a folder of files or a data set on the hub, in order and lazily.
 
     Raises:
-        ValueError: whatever `read_rows` refuses, a split of a file, a data set that the hub does not serve, a column
-            that is not there.
+        ValueError: anything that `read_rows` refuses, a split for a file, a data set that the hub does not serve, or a
+            missing column.
     """
     if is_file(data):
         if split is not None:
@@ -119,14 +120,15 @@ def read(data: str, split: str | None = None, columns: Mapping[str, str] | None 
 
 
 def count(data: str) -> int | None:
-    """How many rows the data have, for a progress bar; None where that is not known beforehand."""
+    """Number of rows of the data, for a progress bar; None if unknown in advance."""
     return count_rows(data_files(data)) if is_file(data) else None
 
 
 def conversation(values: Mapping[str, Any], patch_size: int = 14, system: str | None = None) -> Conversation:
     """The conversation of a row.
 
-    `messages` (cold start): its last turn is the response if an assistant speaks. `prompt` (GRPO): messages or text,
+    `messages` (cold start): the last turn is the response if it is an assistant turn. `prompt` (GRPO): messages or
+        text,
     with the response as text in `response` or as token ids in `response_ids`. `question`: text, images in `images` or
     `image`, a response as for `prompt`.
 
@@ -135,7 +137,8 @@ def conversation(values: Mapping[str, Any], patch_size: int = 14, system: str | 
         system: a system turn for conversations that have none.
 
     Raises:
-        ValueError: no conversation, one that does not fit its images, two responses, or an image that cannot be opened.
+        ValueError: no conversation, one that does not match its images, two responses, or an image that cannot be
+            opened.
     """
     column = next((name for name in CONVERSATIONS if values.get(name) is not None), None)
     if column is None:

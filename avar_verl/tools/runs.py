@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: settings that two runs never mix, and records that survive a kill.
+"""The folder of a run: its settings, which must not change, and its records, which survive a kill.
 
-`settings.json` holds whatever would change a result. `records.jsonl` holds one JSON line for each finished sample,
-appended as soon as it is done, so a killed run continues where it stopped.
+`settings.json` holds everything that could change a result. `records.jsonl` holds one JSON line for each finished
+sample, appended as soon as it is done, so a killed run continues where it stopped.
 
 JSON has no inf and nan: they are the strings "inf", "-inf" and "nan", which `float` and numpy read.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS, RECORDS = "settings.json", "records.jsonl"
-# Digits that are kept: more than a float32 mass has.
+# Digits to keep: more than a float32 mass has.
 DIGITS = 9
 
 
@@ -24,7 +24,7 @@ DIGITS = 9
 
 
 def plain(value: Any) -> Any:
-    """`value` for strict JSON: floats with DIGITS digits, those that are not finite as text."""
+    """`value` for strict JSON: floats with DIGITS digits, non-finite ones as text."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -40,7 +40,7 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -50,13 +50,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def absolute(name: str) -> str:
-    """The absolute path of a local file or folder, however it was given; a name on the hub as it is."""
+    """The absolute path of a local file or folder; a name on the hub unchanged."""
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def fingerprint(path: Path) -> str | None:
-    """Sixteen hex digits of the names, sizes and times of the files of a folder, or of one file; None if there is no
-    such path. A checkpoint that further training has overwritten gets another one."""
+    """Sixteen hex digits of the names, sizes and times of the files in a folder, or of one file; None if the path does
+    not exist. It changes if training overwrites a checkpoint.
+    """
     if not path.exists():
         return None
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
@@ -72,7 +73,7 @@ def _changes(found: Any, wanted: Any, where: str = "") -> list[str]:
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a run to `path`, or compare them with those there: a folder holds the results of one.
+    """Write the settings of a run to `path`, or compare them with existing ones: a folder holds the results of one run.
 
     Raises:
         ValueError: `path` holds other settings.
@@ -94,16 +95,16 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, without a last one that a kill has cut short."""
+    """The lines of a file, without an incomplete last line after a kill."""
     with path.open("rb") as file:
         yield from (line for line in file if line.endswith(b"\n"))
 
 
 def read_records(path: Path, key: str, load: Callable[[dict], Any] = lambda record: record) -> dict[Any, Any]:
-    """The records of a file by their field `key`, each as `load` makes it; none if there is no file.
+    """The records of a file by their field `key`, converted by `load`; empty if there is no file.
 
     Raises:
-        ValueError: a line that is no record, or two records with the same `key`.
+        ValueError: a line that is not a record, or two records with the same `key`.
     """
     records: dict[Any, Any] = {}
     for number, line in enumerate(whole_lines(path) if path.exists() else (), start=1):
@@ -120,16 +121,16 @@ def read_records(path: Path, key: str, load: Callable[[dict], Any] = lambda reco
 
 
 class RecordFile:
-    """The records of a run by their field `key`, in memory as `load` makes them; `path` None: in memory only.
+    """The records of a run by their field `key`, converted by `load`; with `path` None, only in memory.
 
-    An open file is locked, so two runs cannot write into it, and `settings` are kept beside it (`check_settings`). A
-    last line that a kill has cut short is dropped.
+    An open file is locked, so two runs cannot write into it, and `settings` are stored in the same folder
+    (`check_settings`). An incomplete last line after a kill is dropped.
 
     Attributes:
         records: by `key`, in the order of the file.
 
     Raises:
-        ValueError: the file is in use, belongs to a run with other settings, or has a line that is no record.
+        ValueError: the file is in use, belongs to a run with other settings, or has a line that is not a record.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class RecordFile:
             raise
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add records. The operating system has them when this returns: a killed process does not lose them."""
+        """Add records. They are with the operating system when this returns, so a killed process does not lose them."""
         for record in records:
             name, line = record[self._key], dumps(record)
             if name in self.records:
@@ -174,7 +175,7 @@ class RecordFile:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file and let others open it."""
+        """Close the file and release its lock."""
         if self._file is not None:
             self._file.close()
 

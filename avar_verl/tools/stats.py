@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of all tools: bootstrap intervals, accuracies, comparisons of two runs on the same items, correlations.
 
-An interval is that of the percentile bootstrap (Efron): samples are drawn with replacement, as many as there are, the
-number is computed from each draw, and the ends are the quantiles 0.025 and 0.975 of these numbers.
+Intervals are percentile bootstrap intervals (Efron): as many samples as there are are drawn with replacement, the
+statistic is computed from each draw, and the ends are the quantiles 0.025 and 0.975.
 
 Shape suffixes: N = samples, D = draws, the first of which takes every sample once; X = anything
 """
@@ -22,7 +22,7 @@ LEVEL, QUANTILES = 0.95, (0.025, 0.975)
 
 
 def draw(counts_N: np.ndarray, num_draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(D, N) how often each of N kinds is drawn; `counts_N`: how many samples are of each kind."""
+    """(D, N) how often each of N kinds is drawn; `counts_N`: number of samples of each kind."""
     total = counts_N.sum()
     return rng.multinomial(int(total), counts_N / total, size=num_draws)
 
@@ -30,8 +30,7 @@ def draw(counts_N: np.ndarray, num_draws: int, rng: np.random.Generator) -> np.n
 def interval(value_DX: Any) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """Ends of the interval, (X,) each, from all draws but the first; None if these are fewer than two.
 
-    The ends are values that were drawn, with nothing between them interpolated, since a ratio may be inf. A nan in a
-    draw makes both ends nan.
+    The ends are drawn values, without interpolation, because a ratio may be inf. A nan in a draw makes both ends nan.
     """
     drawn_DX = np.asarray(value_DX)[1:]
     if len(drawn_DX) < 2:
@@ -53,7 +52,7 @@ def with_interval(value_DX: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Draws over any number of samples, the same for every number."""
+    """Draws over any number of samples, shared by all statistics."""
 
     num_draws: int = 1000
     seed: int = 0
@@ -73,12 +72,12 @@ class Bootstrap:
 
 
 def standard_error(accuracy: float, n: int) -> float:
-    """sqrt(p (1 - p) / n), the standard error of a share of right answers."""
+    """sqrt(p (1 - p) / n), the standard error of an accuracy."""
     return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def group_accuracy(correct: Sequence[bool], groups: Sequence[str]) -> float:
-    """Share of the groups all of whose items are right.
+    """Fraction of groups whose items are all right.
 
     >>> group_accuracy([True, False, True], ["a", "a", "b"])
     0.5
@@ -107,23 +106,25 @@ class Comparison:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value of McNemar's test: of the items that one run alone has right, half would be each one's.
+    """Exact two-sided p-value of McNemar's test. Null hypothesis: of the items that only one run has right, each run
+    has half.
 
     `p = min(1, 2 P[X <= min(a, b)])` for X binomial with a + b trials and probability 1/2; 1 without such items.
 
     >>> round(mcnemar(1, 5), 5)
     0.21875
     """
-    from scipy.stats import binomtest  # Takes seconds to import, and a run does not compare.
+    from scipy.stats import binomtest  # Takes seconds to import, and most runs do not compare.
 
     trials = only_a + only_b
     return 1.0 if trials == 0 else float(binomtest(only_a, trials, 0.5).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment: with k p-values, the i-th smallest times k - i + 1, never less than the one before, at most 1.
+    """Holm's adjustment: with k p-values, the i-th smallest times k - i + 1, never less than the previous one, at most
+    1.
 
-    An adjusted value below 5 % is significant with a chance of at most 5 % that any of those called so is not.
+    Calling adjusted values below 5 % significant has a chance of at most 5 % of any false positive.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -139,7 +140,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def paired_bootstrap(
     differences: Mapping[str, Sequence[float]], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of `mean over tasks of the mean over the task's items`, items resampled in each.
+    """95 % percentile interval of `mean over tasks of the mean over the task's items`, resampling items within each
+    task.
 
     Args:
         differences: by task, `correct_b - correct_a` of each item: the two runs stay paired.
@@ -151,7 +153,7 @@ def paired_bootstrap(
     rng = np.random.default_rng(seed)
     means_D = np.zeros(resamples + 1)
     for values in differences.values():
-        # An item's difference is -1, 0 or 1, so a resample is three counts: the same distribution without n draws.
+        # An item's difference is -1, 0 or 1, so a resample is three counts, with the same distribution.
         levels, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
         drawn = np.array([counts, *draw(counts, resamples, rng)])
         means_D += drawn @ levels / len(values)
@@ -168,7 +170,7 @@ def compare(
         a, b: by task, whether each item (by id) is right.
 
     Raises:
-        ValueError: tasks or items that only one of them has.
+        ValueError: tasks or items that only one of the runs has.
     """
     if not a or a.keys() != b.keys():
         raise ValueError(f"runs must have the same tasks; got {sorted(a)} and {sorted(b)}. Name those that both have.")
@@ -204,7 +206,8 @@ def compare(
 
 def correlate(x: Sequence[float], y: Sequence[float], bootstrap: Bootstrap) -> dict[str, Any]:
     """`pearson` and `spearman` with intervals over models, `num_models`, and `undefined`, the number of draws that were
-    left out. The values are nan where x or y is constant or not finite."""
+    left out. The values are nan if x or y is constant or not finite.
+    """
     x_N, y_N = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     drawn_DN = np.random.default_rng(bootstrap.seed).integers(len(x_N), size=(bootstrap.num_draws, len(x_N)))
     index_DN = np.concatenate([np.arange(len(x_N))[None], drawn_DN])
@@ -218,10 +221,10 @@ def correlate(x: Sequence[float], y: Sequence[float], bootstrap: Bootstrap) -> d
 
 
 def _pearson(x_DN: np.ndarray, y_DN: np.ndarray) -> np.ndarray:
-    """(D,) correlation of every row; nan where a row is constant or not finite."""
+    """(D,) correlation of every row; nan if a row is constant or not finite."""
     with np.errstate(all="ignore"):
         dx, dy = (values - values.mean(1, keepdims=True) for values in (x_DN, y_DN))
-        # Not exactly 0 for a constant row, by rounding.
+        # For a constant row this is not exactly 0, because of rounding.
         varies = (np.ptp(x_DN, axis=1) > 0) & (np.ptp(y_DN, axis=1) > 0)
         value = (dx * dy).sum(1) / np.sqrt((dx**2).sum(1) * (dy**2).sum(1))
     return np.where(varies, np.clip(value, -1, 1), np.nan)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Responses and numbers as the terminal shows them."""
+"""Responses and numbers in the terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,9 @@ HISTOGRAM_BINS = 10
 
 
 def histogram(values: Sequence[float]) -> list[tuple[float, float, int]]:
-    """(low, high, count) of HISTOGRAM_BINS equal bins from the least to the greatest value; one if they are equal."""
+    """(low, high, count) of HISTOGRAM_BINS equal bins from the smallest to the largest value; one bin if they are
+    equal.
+    """
     if min(values) == max(values):
         return [(min(values), max(values), len(values))]
     counts, edges = np.histogram(values, HISTOGRAM_BINS)

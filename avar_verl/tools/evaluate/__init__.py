@@ -5,9 +5,9 @@
 | --- | --- |
 | `items` | one question with its images; rows of a parquet file in verl's RL layout |
 | `benchmarks` | the seven benchmarks of the paper, `tasks/*.yaml` |
-| `grade` | right or wrong, by the reward's own grader |
-| `records` | one line for each answer; what a run needs to go on after it was killed |
-| `client`, `server` | asking a server; starting and stopping a vLLM of one's own |
+| `grade` | grades answers with the reward's grader |
+| `records` | one line per answer, from which a killed run resumes |
+| `client`, `server` | requests to a server; starting and stopping a vLLM server |
 | `statistics`, `tables` | comparisons on the same items; the paper's ablation table |
 | `run`, `command` | the command |
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seven benchmarks of the paper: where they come from, how a row becomes a question, what counts as right.
+"""The seven benchmarks of the paper: their sources, prompts and accepted answers.
 
 A benchmark is one file of `tasks/`: data set, revision, number of items and the prompt as a Jinja template. What a
-template cannot say (which columns are images, what the right answer is) is one function of `READERS`. Prompts follow
-the task definitions of lmms-eval 0.7.3, named in `upstream`; what differs is said in docs/eval.md and held by a test.
+template cannot express (image columns, the right answer) is one function of `READERS`. Prompts follow the task
+definitions of lmms-eval 0.7.3, named in `upstream`; docs/eval.md lists the differences, and a test checks them.
 """
 
 import ast
@@ -47,25 +47,25 @@ class Benchmark:
     """Of the file."""
 
     title: str
-    """Name and split, for people."""
+    """Name and split, for display."""
 
     dataset: str
     """On the Hugging Face hub."""
 
     config: str | None
-    """Of the data set; null where it has one."""
+    """Configuration of the data set; null if it has only one."""
 
     split: str
     """Of the data set."""
 
     revision: str
-    """Commit, or a branch whose commit is then looked up on the hub and kept in the results."""
+    """Commit, or a branch whose commit is looked up on the hub and stored in the results."""
 
     num_items: int
-    """Rows of the split; another number is an error."""
+    """Rows of the split; any other number is an error."""
 
     max_images: int
-    """Most images of an item."""
+    """Largest number of images of an item."""
 
     upstream: str
     """Task of lmms-eval 0.7.3 that the prompt follows."""
@@ -77,7 +77,7 @@ class Benchmark:
     """Jinja template over `doc` (the row), `options`, `lettered(list)` and `fail(reason)`; `INSTRUCTION` follows."""
 
     def prompt_id(self) -> str:
-        """Version and SHA-256 (12 digits) of all text of the prompt that does not come from the row."""
+        """Version and SHA-256 (12 digits) of all prompt text that does not come from the row."""
         return f"v{self.prompt_version}-{hashlib.sha256((self.prompt + INSTRUCTION).encode()).hexdigest()[:12]}"
 
 
@@ -85,7 +85,7 @@ def load_benchmark(name: str) -> Benchmark:
     """Read a file of `tasks/`.
 
     Raises:
-        ValueError: no such benchmark, or a file whose fields are not those of `Benchmark`.
+        ValueError: an unknown benchmark, or a file whose fields are not those of `Benchmark`.
     """
     path = TASK_DIR / f"{name}.yaml"
     known = sorted(file.stem for file in TASK_DIR.glob("*.yaml"))
@@ -112,7 +112,7 @@ def expand(names: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader finds in a row: `images` are columns, in the order of the prompt's placeholders."""
+    """Result of reading a row; `images` are columns, in the order of the prompt's placeholders."""
 
     id: str
     images: tuple[str, ...]
@@ -122,7 +122,7 @@ class Reading:
 
 
 def _options(doc: Mapping[str, Any]) -> tuple[str, ...]:
-    """Options that the data set keeps as the text of a Python list."""
+    """Options that the data set stores as the text of a Python list."""
     options = ast.literal_eval(doc["options"]) if isinstance(doc["options"], str) else doc["options"]
     return tuple(str(option) for option in options)
 
@@ -145,7 +145,7 @@ def _mathverse(doc: Mapping[str, Any]) -> Reading:
 
 
 def _numbered_images(text: str) -> tuple[str, ...]:
-    """Columns of the images in the order of `<image 1>` ... in a prompt; one that stands twice comes twice."""
+    """Image columns in the order of `<image 1>` ... in a prompt; an image that is named twice appears twice."""
     return tuple(f"image_{number}" for number in re.findall(r"<image (\d+)>", text))
 
 
@@ -213,8 +213,8 @@ def make_item(benchmark: Benchmark, doc: Mapping[str, Any]) -> Item:
     """The item of a row, whose images are `{"bytes": ...}`.
 
     Raises:
-        ValueError: an answer that no option has, images that do not match the placeholders; the message names
-            the item.
+        ValueError: an answer that is not an option, or images that do not match the placeholders; the message names the
+            item.
     """
     reading = READERS[benchmark.name](doc)
     where = f"item {reading.id} of {benchmark.name}"
@@ -265,7 +265,7 @@ def benchmark_items(benchmark: Benchmark, revision: str) -> Iterator[Item]:
     """The items of a benchmark at a commit, in the data set's order; needs the hub, or the data set in its cache.
 
     Raises:
-        ValueError: the data set cannot be loaded, or has another number of rows.
+        ValueError: the data set cannot be loaded, or has a different number of rows.
     """
     import datasets
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to an OpenAI-compatible server, a bounded number at a time."""
+"""Requests to an OpenAI-compatible server, with bounded concurrency."""
 
 import asyncio
 import ipaddress
@@ -15,7 +15,7 @@ from avar_verl.tools.evaluate.command import Sampling
 from avar_verl.tools.items import Item
 
 MAX_FAILURES_IN_A_ROW = 10
-"""Items without an answer, one after the other, that end a run: that is no bad item any more."""
+"""Consecutive items without an answer that end a run: the cause is then not a bad item."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Reply:
 
 
 def make_client(url: str, *, timeout_s: float, max_retries: int, api_key: str = "none") -> openai.AsyncOpenAI:
-    """A client that asks again after 408, 409, 429, 5xx, a lost connection and a timeout, with exponential back-off and
-    the server's Retry-After. Proxies of the environment are not used for a server on this machine.
+    """A client that retries after 408, 409, 429, 5xx, a lost connection or a timeout, with exponential back-off and the
+    server's Retry-After. For a server on this machine, it ignores proxies set in the environment.
     """
     host = urlsplit(url).hostname or ""
     try:
@@ -45,10 +45,10 @@ def make_client(url: str, *, timeout_s: float, max_retries: int, api_key: str = 
 
 
 async def served_name(client: openai.AsyncOpenAI, wanted: str) -> str:
-    """The model's name on the server: `wanted` where the server has it, else the only one it has.
+    """The model's name on the server: `wanted` if the server has it, else the only one it has.
 
     Raises:
-        ValueError: several, and none of them is `wanted`.
+        ValueError: the server has several models, and none is `wanted`.
     """
     names = [model.id async for model in client.models.list()]
     if wanted in names:
@@ -64,7 +64,7 @@ async def ask(
     """One item's response.
 
     Raises:
-        openai.APIError: the server refused, or did not answer in spite of the retries.
+        openai.APIError: the server refused, or did not answer after all retries.
         ValueError: a reply without text or counts.
     """
     begin = time.monotonic()
@@ -100,9 +100,9 @@ async def ask_all(
     """Await `answer(item)` for every item, `concurrency` at a time; the reasons of those that failed, by id.
 
     Args:
-        items: taken one by one, when one of the running ones is done.
+        items: taken one by one, whenever a running one finishes.
         answer: asks, grades and records.
-        check: called every `check_s` seconds; what it raises ends everything.
+        check: called every `check_s` seconds; an exception ends the run.
 
     Raises:
         ValueError: `concurrency` < 1.
@@ -121,7 +121,7 @@ async def ask_all(
                 await answer(item)
                 in_a_row = 0
             except openai.APIError as error:
-                check()  # A server that has died is the better reason.
+                check()  # A dead server is the better error message.
                 failures[item.id] = f"{type(error).__name__}: {error}"
                 in_a_row += 1
                 if in_a_row >= MAX_FAILURES_IN_A_ROW:

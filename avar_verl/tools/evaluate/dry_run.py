@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`avar eval --dry-run`: what would be asked, without a model, a server or the hub.
+"""`avar eval --dry-run`: shows what would be asked, without a model, a server or the hub.
 
-A benchmark's prompt is shown on one made-up row of its data set's documented columns, `tasks/examples.json`.
+The prompt of a benchmark is shown for one made-up row with the data set's documented columns (`tasks/examples.json`).
 """
 
 import io
@@ -54,10 +54,10 @@ def _show_benchmark(benchmark: Benchmark, console: Console) -> None:
 
 
 def show_tasks(tasks: str, files: Sequence[Path], console: Console) -> None:
-    """Print every task: source, revision, number of items, one prompt as it is sent, and what counts as right.
+    """Print every task: source, revision, number of items, one prompt as sent, and the accepted answers.
 
     Raises:
-        ValueError: no task, an unknown one, or a data file with a bad row.
+        ValueError: no task, an unknown task, or a data file with an invalid row.
     """
     benchmarks = [load_benchmark(name) for name in (expand(tasks) if tasks else [])]
     if not benchmarks and not files:

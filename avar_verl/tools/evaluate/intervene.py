@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How `--intervene` reaches vLLM: the only file here that knows `avar_verl.intervention`."""
+"""How `--intervene` reaches vLLM: the only file of this package that imports `avar_verl.intervention`."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import openai
 
 @dataclass(frozen=True)
 class Intervention:
-    """What an evaluation does with an intervention; the default is none."""
+    """The intervention of an evaluation; the default is none."""
 
     text: str = ""
     """The spec in its shortest form, part of the settings of the records."""
@@ -19,11 +19,11 @@ class Intervention:
     """Fields of every request."""
 
     server_arguments: tuple[str, ...] = ()
-    """Of a vLLM that this command starts."""
+    """Arguments of a vLLM that this command starts."""
 
 
 def make_intervention(text: str | None) -> Intervention:
-    """The intervention of `--intervene`; none for None.
+    """The intervention of `--intervene`; None means none.
 
     Raises:
         ValueError: not a spec.
@@ -34,7 +34,7 @@ def make_intervention(text: str | None) -> Intervention:
     from avar_verl.intervention.vllm_hook import engine_arguments, request_arguments
 
     spec = InterventionSpec.parse(text)
-    # The engine only lets requests ask: what was done is then in the request, and in the records' settings.
+    # The engine only enables interventions; the request sets one, and the records' settings have it.
     return Intervention(
         text=str(spec),
         extra_body={"vllm_xargs": request_arguments(spec)},
@@ -43,10 +43,10 @@ def make_intervention(text: str | None) -> Intervention:
 
 
 async def check_server(client: openai.AsyncOpenAI, model: str, intervention: Intervention) -> None:
-    """Make sure that a server reads the field: a vLLM without this package's plugin would ignore it without a word.
+    """Check that a server reads the field: a vLLM without this package's plugin would silently ignore it.
 
     Raises:
-        ValueError: the server answers a request whose spec is none.
+        ValueError: the server answers a request with an invalid spec.
     """
     if not intervention.text:
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`avar eval`: ask, grade, record, go on where a killed run stopped, and sum up."""
+"""`avar eval`: ask, grade, record, resume a killed run, and summarise."""
 
 import asyncio
 import contextlib
@@ -24,17 +24,17 @@ from avar_verl.tools.runs import fingerprint, write_json
 from avar_verl.tools.stats import group_accuracy, standard_error
 
 RESULTS = "results.json"
-# Changes whenever the same response would be graded otherwise.
+# Changes whenever a response would be graded differently.
 GRADER_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where the items of one task come from."""
+    """Source of the items of one task."""
 
     name: str
     source: dict[str, Any]
-    """Part of the settings: what the items depend on."""
+    """Part of the settings: everything that the items depend on."""
 
     items: Callable[[], Iterator[Item]]
 
@@ -52,7 +52,7 @@ def _benchmark_task(benchmark: Benchmark) -> Task:
 
 
 def _file_task(path: Path) -> Task:
-    # What the rows hold is in the prompt hashes of the records: a longer file with the same rows goes on.
+    # The content of rows is in the prompt hashes of the records: a longer file with the same rows can continue.
     return Task(path.stem, {"file": path.name}, lambda: parquet_items(path))
 
 
@@ -60,7 +60,7 @@ def make_tasks(settings: Eval) -> list[Task]:
     """The tasks of a run.
 
     Raises:
-        ValueError: none, two of one name, a benchmark that does not exist, or a data file with a bad row.
+        ValueError: no task, a repeated name, an unknown benchmark, or a data file with an invalid row.
     """
     benchmarks = [load_benchmark(name) for name in (expand(settings.tasks) if settings.tasks else [])]
     names = [benchmark.name for benchmark in benchmarks] + [path.stem for path in settings.data]
@@ -70,7 +70,7 @@ def make_tasks(settings: Eval) -> list[Task]:
 
 
 def local_model(settings: Eval) -> Path | None:
-    """The model's folder, fetched from the hub where `model` is a name there; None for a remote server's model."""
+    """The model's folder, downloaded from the hub if `model` is a name there; None for the model of a remote server."""
     path = Path(settings.model)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -91,7 +91,7 @@ def local_model(settings: Eval) -> Path | None:
 
 
 def record_settings(settings: Eval, task: Task, model: Path | None, intervention: Intervention) -> dict[str, Any]:
-    """What a record depends on: records of other values are not mixed with these."""
+    """Everything that a record depends on; records with different values are never mixed."""
     return {
         "model": str(model or settings.model),
         "model_files": fingerprint(model) if model else None,
@@ -109,20 +109,20 @@ class Index:
     """The items of a task, without their content."""
 
     ids: tuple[str, ...]
-    """In the task's order."""
+    """In the order of the task."""
 
     open: frozenset[str]
-    """Those without a record."""
+    """Items without a record."""
 
     num_images: int
     """Most images of an item."""
 
 
 def index_items(items: Iterable[Item], records: Records) -> Index:
-    """Read every item once, before anything is asked: a bad row is an error here, not after hours.
+    """Read every item once before asking anything, so that an invalid row is an error now, not hours later.
 
     Raises:
-        ValueError: two items of one id, or a record of another question than its item.
+        ValueError: two items with the same id, or a record whose question differs from its item.
     """
     ids: dict[str, None] = {}
     num_images = 0
@@ -145,15 +145,15 @@ async def _run_task(
     intervention: Intervention,
     check: Callable[[], None],
 ) -> dict[str, str]:
-    """Ask every open item of a task; the reasons of those without an answer, by id."""
-    # The items may be a few gigabytes of images: they are read again, one by one, as requests have room.
+    """Ask every open item of a task; returns the reasons of items without an answer, by id."""
+    # Items may have gigabytes of images, so they are read again, one by one, as requests finish.
     todo = (item for item in islice(task.items(), len(index.ids)) if item.id in index.open)
     num_done = len(index.ids) - len(index.open)
     with progress(total=len(index.ids), initial=num_done, desc=task.name, unit="item") as bar:
 
         async def answer(item: Item) -> None:
             reply = await ask(client, model, item, settings.sampling, intervention.extra_body)
-            # math-verify may take seconds; requests go on meanwhile.
+            # math-verify may take seconds; requests continue in the meantime.
             record = await asyncio.to_thread(
                 graded,
                 item,
@@ -174,7 +174,7 @@ async def _run_task(
 def _server(
     settings: Eval, model: Path | None, num_images: int, intervention: Intervention
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """(address, wanted name, check) of the given server, or of a vLLM that lives as long as the block."""
+    """(address, wanted name, check) of the given server, or of a vLLM that runs during the block."""
     if settings.server_url:
         yield settings.server_url, settings.model, lambda: None
         return
@@ -197,11 +197,11 @@ def _server(
 
 
 def run_eval(settings: Eval) -> dict[str, Any]:
-    """Run every task; returns what results.json holds.
+    """Run every task; returns the content of results.json.
 
     Raises:
-        ValueError: a setting, or a folder that was made with others.
-        RuntimeError: the server failed, or items have no answer: nothing is summed up then, the same command goes on.
+        ValueError: an invalid setting, or a folder with different settings.
+        RuntimeError: the server failed, or items have no answer. No totals are written; the same command continues.
     """
     intervention = make_intervention(settings.intervene)
     tasks, model = make_tasks(settings), local_model(settings)
@@ -270,10 +270,10 @@ async def _run_tasks(
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """Accuracy and what else a table shows, of one task's records.
+    """Accuracy and the other values of the table, from the records of one task.
 
-    `score` is what is compared with the paper: the accuracy, or the mean of the accuracy and of the group accuracies
-    where the items have groups (HallusionBench: aAcc, fAcc, qAcc).
+    `score` is compared with the paper: the accuracy, or, if the items have groups, the mean of the accuracy and the
+    group accuracies (HallusionBench: aAcc, fAcc, qAcc).
     """
     if not records:
         raise ValueError("a summary needs records; got none. Ask for one item or more.")
@@ -298,7 +298,7 @@ def read_run(folder: Path) -> dict[str, dict[str, Record]]:
     """Records of every task of a run's folder, by task and item id.
 
     Raises:
-        ValueError: no records there.
+        ValueError: no records.
     """
     tasks = {path.parent.name: read(path.parent) for path in sorted(folder.glob("*/records.jsonl"))}
     tasks = {name: records for name, records in tasks.items() if records}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's OpenAI-compatible server as a subprocess, for as long as a `with` block lasts."""
+"""vLLM's OpenAI-compatible server as a subprocess during a `with` block."""
 
 import contextlib
 import ctypes
@@ -19,27 +19,27 @@ from pathlib import Path
 from avar_verl.tools.progress import progress
 
 NAME = "avar-eval"
-"""The model's name in requests to a server of one's own."""
+"""The model's name in requests to a server started here."""
 
 LOG_LINES = 40
 STOP_SECONDS = 20.0
-# Directly: a proxy of the environment is not for this machine.
+# Without the proxies of the environment, which are not for this machine.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass
 class Server:
-    """A server that answers, at `url` (with /v1)."""
+    """A running server at `url` (with /v1)."""
 
     process: subprocess.Popen
     url: str
     log: Path
 
     def check(self) -> None:
-        """Nothing while the server runs.
+        """Raise if the server has ended.
 
         Raises:
-            RuntimeError: it has ended; the message ends with the end of its log.
+            RuntimeError: it has ended; the message shows the end of its log.
         """
         if self.process.poll() is not None:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -47,7 +47,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on now."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -56,18 +56,18 @@ def free_port() -> int:
 def server_command(
     model: Path, port: int, *, num_images: int, cpu: bool, max_model_len: int | None, extra: Sequence[str] = ()
 ) -> list[str]:
-    """The command line; `extra` comes last, so that it wins.
+    """The command line; `extra` comes last, so that it takes precedence.
 
     Args:
-        num_images: most images of a prompt.
+        num_images: largest number of images of a prompt.
         cpu: no accelerator: float32, no compilation, no profiling with the largest image (minutes there).
-        max_model_len: tokens of prompt and response together; None is what the model's config says.
+        max_model_len: tokens of prompt and response together; None uses the model's config.
     """
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
         *("--limit-mm-per-prompt", json.dumps({"image": num_images, "video": 0})),
-        *("--generation-config", "vllm", "--seed", "0"),  # The sampling is that of the request alone.
+        *("--generation-config", "vllm", "--seed", "0"),  # Only the request defines the sampling.
         *(("--dtype", "float32", "--enforce-eager", "--skip-mm-profiling") if cpu else ()),
         *(("--max-model-len", str(max_model_len)) if max_model_len else ()),
         *extra,
@@ -75,7 +75,7 @@ def server_command(
 
 
 def _die_with_parent() -> None:
-    """In the child: end when the process that started it ends, however it ends (Linux alone)."""
+    """In the child: end when the process that started it ends, for any reason (Linux only)."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -90,7 +90,7 @@ def _healthy(port: int) -> bool:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End the process group: the API server and the engines that it has started."""
+    """End the process group: the API server and its engines."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
@@ -106,10 +106,10 @@ def _stop(process: subprocess.Popen) -> None:
 def running_server(
     command: Sequence[str], port: int, log: Path, *, timeout_s: float, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """Start `command`, wait until /health answers, and end it with its children when the block ends, Ctrl-C included.
+    """Start `command`, wait until /health answers, and end it with its children when the block ends, also on Ctrl-C.
 
     Raises:
-        RuntimeError: it ended, or did not answer within `timeout_s`; the message ends with the end of its log.
+        RuntimeError: it ended, or did not answer within `timeout_s`; the message shows the end of its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -118,7 +118,7 @@ def running_server(
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
-            start_new_session=True,  # A group of its own: Ctrl-C reaches it through `_stop` alone.
+            start_new_session=True,  # Its own process group: Ctrl-C reaches it only through `_stop`.
             preexec_fn=_die_with_parent,
         )
         server = Server(process, f"http://127.0.0.1:{port}/v1", log)
@@ -141,8 +141,8 @@ def running_server(
 
 
 def cpu_environment() -> dict[str, str]:
-    """Little memory for keys and values, no pinned cores, and the worker in the engine's process, which saves the start
-    of another one, unless the environment says otherwise.
+    """Unless the environment says otherwise: little memory for keys and values, no pinned cores, and the worker in the
+    engine's process, which saves starting another one.
     """
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "1",

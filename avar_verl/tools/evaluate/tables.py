@@ -16,8 +16,8 @@ from avar_verl.tools.stats import Comparison
 from avar_verl.tools.text import numbers_table
 
 STAGES = ("base", "+VARD", "+AGTO", "+VARS")
-# arXiv 2603.03825, Qwen2.5-VL-7B. Mean over the seven benchmarks in per cent, and VAS; the benchmarks one by one are
-# published for the first and the last stage.
+# arXiv 2603.03825, Qwen2.5-VL-7B. Mean over the seven benchmarks in per cent, and VAS. Single benchmarks are published
+# only for the first and the last stage.
 PAPER_MEAN = (49.1, 51.0, 52.6, 56.1)
 PAPER_VAS = (7.5, 10.1, 13.8, 18.9)
 PAPER_BENCHMARKS = {
@@ -27,13 +27,13 @@ PAPER_BENCHMARKS = {
 
 
 def benchmark_scores(scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores by task with the parts of a benchmark (MMMU-Pro) replaced by their mean, in the order of `NAMES`.
+    """Scores by task, with the parts of a benchmark (MMMU-Pro) replaced by their mean, in the order of `NAMES`.
 
     >>> benchmark_scores({"mmmu_pro_standard": 0.4, "mmmu_pro_vision": 0.2, "mmstar": 0.5})
     {'mmmu_pro': 0.30000000000000004, 'mmstar': 0.5}
 
     Raises:
-        ValueError: one part of a benchmark without the others.
+        ValueError: only some parts of a benchmark.
     """
     out = dict(scores)
     for name, parts in PARTS.items():
@@ -47,10 +47,10 @@ def benchmark_scores(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_same_questions(a: Mapping[str, Mapping[str, Record]], b: Mapping[str, Mapping[str, Record]]) -> None:
-    """Nothing where the items that two runs share are the same questions.
+    """Check that the items shared by two runs are the same questions.
 
     Raises:
-        ValueError: an item with one id and two prompts: other data, another revision or another prompt.
+        ValueError: an item with one id but two prompts (different data, revision or prompt).
     """
     for task in a.keys() & b.keys():
         for i in a[task].keys() & b[task].keys():
@@ -66,7 +66,7 @@ def _percent(value: float, signed: bool = False) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """One row a task."""
+    """One row per task."""
     columns = ("task", "items", "accuracy %", "s.e.", "score %", "no answer", "cut off", "tokens")
     table = numbers_table(f"{results['model']}{'  ' + results['intervene'] if results['intervene'] else ''}", columns)
     for name, row in results["tasks"].items():
@@ -84,7 +84,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 
 def comparison_table(name_a: str, name_b: str, comparisons: Mapping[str, Comparison]) -> Table:
-    """One row a task, and one for the mean over several."""
+    """One row per task, and one for the mean over several."""
     columns = ("task", "items", "A %", "B %", "B - A", "interval", "only A right", "only B right", "McNemar p")
     title = f"{name_b} against {name_a}, on the same items"
     table = numbers_table(title, columns, caption="95 % interval by paired bootstrap")
@@ -104,10 +104,10 @@ def comparison_table(name_a: str, name_b: str, comparisons: Mapping[str, Compari
 
 
 def read_vas(path: Path, query: str = "user") -> float:
-    """VAS over `query` tokens in the vas.json of `avar vas`, which holds numbers that are not finite as text.
+    """VAS over `query` tokens in the vas.json of `avar vas`, where non-finite numbers are text.
 
     Raises:
-        ValueError: no such file, or no VAS for this query in it.
+        ValueError: a missing file, or one without VAS for this query.
     """
     if not path.is_file():
         raise ValueError(f"--vas must name files that avar vas has written; got no file {path}. Check the path.")
@@ -120,10 +120,10 @@ def read_vas(path: Path, query: str = "user") -> float:
 def ablation_rows(
     runs: Sequence[Mapping[str, Mapping[str, Record]]], vas: Sequence[float | None]
 ) -> list[dict[str, Any]]:
-    """The paper's ablation, measured and published, a dict a stage.
+    """The paper's ablation, measured and published, one dict per stage.
 
     Raises:
-        ValueError: not four runs, or runs of different tasks or numbers of items.
+        ValueError: not four runs, or runs with different tasks or numbers of items.
     """
     if len(runs) != len(STAGES) or len(vas) != len(STAGES):
         raise ValueError(
@@ -155,7 +155,7 @@ def ablation_rows(
 
 
 def ablation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row a stage: measured, with the paper's number in brackets where there is one."""
+    """One row per stage: measured, with the paper's number in brackets if there is one."""
     names = list(rows[0]["scores"])
     whole = set(names) == set(NAMES)
     caption = "The paper's mean is over its seven benchmarks; the measured one is over these tasks."

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy answers to prompts under an intervention, from transformers or from vLLM in this process.
 
-Both get the same ids (`avar_verl.model.render`), stop at the same tokens and, at the same dtype, give the same answers
-but for ties that rounding decides.
+Both get the same ids (`avar_verl.model.render`), stop at the same tokens and, with the same dtype, give the same
+answers except where rounding decides ties.
 """
 
 import os
@@ -27,7 +27,7 @@ from avar_verl.tools.options import default_device
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model gets it, and how many of its tokens have a role whose keys can be scaled."""
+    """A prompt as the model gets it, and the numbers of its tokens whose keys can be scaled."""
 
     rendered: Rendered
     images: list[Image.Image]
@@ -60,7 +60,7 @@ class PromptReader:
         return patch_size_of(self.processor)
 
     def __call__(self, messages: Sequence[dict], template_kwargs: dict[str, Any] | None = None) -> Prompt:
-        """The prompt of a conversation with images in its blocks, up to where the assistant speaks."""
+        """The prompt of a conversation with images in its blocks, up to the assistant's answer."""
         rendered = render(self.processor, messages, add_generation_prompt=True, template_kwargs=template_kwargs)
         ids_1S = rendered.ids_S[None]
         roles_1S = self.role_map(ids_1S, torch.ones_like(ids_1S))
@@ -68,7 +68,7 @@ class PromptReader:
         return Prompt(rendered, images_of(messages), *counts)
 
     def answer(self, ids: Sequence[int], finish_reason: str) -> Answer:
-        """The answer of generated ids, the one that ended it included."""
+        """The answer of generated ids, including the one that ended it."""
         text = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return Answer(text, len(ids), finish_reason)
 
@@ -92,7 +92,7 @@ class TransformersBackend:
             inputs,
             max_new_tokens=self.options.max_new_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # Some checkpoints have another one, which vLLM leaves to whoever asks.
+            repetition_penalty=1.0,  # Some checkpoints set one, which vLLM ignores.
         )
         return [self.reader.answer(*parts) for parts in self.checkpoint.responses(ids_BS, inputs["input_ids"].shape[1])]
 
@@ -139,7 +139,7 @@ class VllmBackend:
             for prompt in prompts
         ]
         outputs = [output.outputs[0] for output in self.llm.generate(requests, sampling, use_tqdm=False)]
-        # vLLM's own text leaves out what could become a character by one more token.
+        # vLLM's own text omits bytes that one more token could complete to a character.
         return [self.reader.answer(output.token_ids, output.finish_reason) for output in outputs]
 
 
@@ -160,13 +160,13 @@ def open_backend(options: ModelCommand, reader: PromptReader) -> Backend:
 
 
 def check_effect(spec: InterventionSpec, image_keys: int, system_keys: int) -> None:
-    """Refuse to call an intervention what had nothing to act on.
+    """Refuse an intervention without any keys to scale.
 
     Args:
-        image_keys, system_keys: in all prompts together.
+        image_keys, system_keys: numbers in all prompts together.
 
     Raises:
-        ValueError: image keys are to be scaled and no prompt has an image, or the same of system turns.
+        ValueError: image keys should be scaled but no prompt has an image, or the same for system turns.
     """
     for name, alpha, count, what in (
         ("alpha_img", spec.alpha_img, image_keys, "an image"),

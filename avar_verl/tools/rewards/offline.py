@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score recorded rollouts: try a reward before a GPU is spent on it. No verl import.
+"""Score recorded rollouts, to try a reward before spending GPU time. No verl import.
 
-Reads what verl writes with `trainer.rollout_data_dir` (jsonl with `output` and `gts`), and any jsonl or parquet file
-with a column of responses and one of ground truths.
+Reads the files that verl writes with `trainer.rollout_data_dir` (jsonl with `output` and `gts`), and any jsonl or
+parquet file with a column of responses and one of ground truths.
 """
 
 import functools
@@ -32,7 +32,7 @@ def load_reward(name: str) -> Callable[..., dict]:
     """`compute_score` of a shipped reward, of a file, or of `pkg://package.module`.
 
     Raises:
-        ValueError: neither a shipped name nor something that can be loaded.
+        ValueError: not a shipped name, and not loadable.
     """
     if name in SHIPPED:
         name = f"pkg://reward_fns.{name}"

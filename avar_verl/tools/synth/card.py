@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data card (card.md, summary.json) and the HTML browser of samples (card.html), one file that needs nothing else."""
+"""Data card (card.md, summary.json) and the HTML browser of samples (card.html), a self-contained file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from avar_verl.tools.synth.prompts import versions
 from avar_verl.tools.text import histogram
 
 PACKAGES = ("avar-verl", "verl", "ray", "math-verify", "datasketch", "py3langid")
-# Longest side of a picture in the browser, pixels.
+# Longest side of an image in the browser, in pixels.
 SHOWN_SIDE = 448
 TITLES = {
     "words": "words of the reasoning",
@@ -40,7 +40,7 @@ TITLES = {
 
 
 def read_records(folder: Path, gate: str | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of records.parquet, one at a time; `gate`: only those it rejected ("": accepted ones)."""
+    """Rows of records.parquet, one at a time; `gate`: only those rejected by it ("": accepted ones)."""
     with pq.ParquetFile(folder / "records.parquet", pre_buffer=False) as file:
         for batch in file.iter_batches(batch_size=8):
             for row in batch.to_pylist():
@@ -56,14 +56,14 @@ def read_records(folder: Path, gate: str | None = None) -> Iterator[dict[str, An
 
 
 def pick(folder: Path, n: int, gate: str | None = None) -> list[dict[str, Any]]:
-    """At most n records in the order of the file: accepted ones, and those of each gate by turns, spread over it."""
+    """At most n records in file order, spread over the file: accepted ones, and rejected ones of each gate in turn."""
     with pq.ParquetFile(folder / "records.parquet") as file:
         gates = [g for batch in file.iter_batches(columns=["gate"]) for g in batch.column(0).to_pylist()]
     groups = defaultdict(list)
     for number, name in enumerate(gates):
         if gate is None or name == gate:
             groups[name].append(number)
-    # Half of them accepted, the rest by turns over the gates.
+    # Half of them accepted, the rest from each gate in turn.
     order = ["", *(name for name in GATES if name in groups)]
     share = {name: (n + 1) // 2 if name == "" and len(groups) > 1 else n for name in order}
     queues = {name: _spread(groups[name], share[name]) for name in order if name in groups}
@@ -104,7 +104,7 @@ def mark(text: str, size: tuple[int, int] | None, coordinates: str) -> tuple[Mar
 
 
 def _html(text: str, spans: list[tuple[int, int, str, int | None]]) -> Markup:
-    """Spans may nest or cross: the text is cut at every end, and each piece gets the classes of all spans over it."""
+    """Spans may nest or overlap: the text is cut at every boundary; each piece gets the classes of all its spans."""
     cuts = sorted({0, len(text), *(cut for start, end, *_ in spans for cut in (start, end))})
     out = []
     for start, end in zip(cuts, cuts[1:], strict=False):
@@ -156,7 +156,7 @@ def _shown(record: dict[str, Any], coordinates: str) -> dict[str, Any]:
 
 
 def bars(values: list[float]) -> list[tuple[str, int, float]]:
-    """(label, count, share of the greatest count) of the bins of a histogram; few whole numbers one by one."""
+    """(label, count, fraction of the largest count) of the bins of a histogram; few integers get one bin each."""
     if all(value == int(value) for value in values) and max(values) - min(values) <= 12:
         bins = [(str(int(v)), values.count(v)) for v in range(int(min(values)), int(max(values)) + 1)]
     else:
@@ -166,7 +166,7 @@ def bars(values: list[float]) -> list[tuple[str, int, float]]:
 
 
 def write_browser(folder: Path, summary: dict, path: Path, n: int, gate: str | None = None) -> int:
-    """Write the HTML browser; the number of samples in it."""
+    """Write the HTML browser; returns its number of samples."""
     samples = [_shown(record, summary["config"]["output"]["coordinates"]) for record in pick(folder, n, gate)]
     text = page(
         "synth/browser.html.j2",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three stages of one item, each call looked up before it is made. asyncio, no Ray.
+"""The three stages of one item; every call is looked up in the cache first. asyncio, no Ray.
 
-The cache is the pipeline's only state: what a stage needs of an earlier one, it takes from there. So a stage that some
-other process runs (a local engine) fits in between, and a second run makes the calls that are missing.
+The cache is the only state of the pipeline: a stage takes the results of earlier stages from there. So another process
+can run a stage (a local engine), and a second run makes only the missing calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESERVE_POLL_S = 0.05
 
 
 class AsyncStore(Protocol):
-    """What the chain needs of `store.Store`."""
+    """The part of `store.Store` that the chain needs."""
 
     async def get(self, key: str) -> Call | Failure | None: ...
 
@@ -35,7 +35,7 @@ class AsyncStore(Protocol):
 
 
 class BudgetSpentError(Exception):
-    """The next call might cost more than is left."""
+    """The next call might exceed the budget."""
 
 
 @dataclass
@@ -53,11 +53,11 @@ class Request:
 
     @property
     def worst_usd(self) -> float:
-        """Dollars if the answer is as long as it may be."""
+        """Cost in dollars if the answer has the maximum length."""
         return self.model.cost(self.input_tokens, self.sampling["max_tokens"])
 
     def body(self) -> dict[str, Any]:
-        """The body of a chat completion; the item's images stand in front of the user's text."""
+        """The body of a chat completion; the item's images come before the user's text."""
         messages: list[dict[str, Any]] = [dict(message) for message in self.messages]
         if self.sees_images:
             images = [
@@ -70,7 +70,7 @@ class Request:
 
 @dataclass
 class Progress:
-    """What the cache knows of an item: answers by stage, then a failure, an early end, or a request that is open."""
+    """State of an item in the cache: answers by stage, then a failure, an early end, or an open request."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     failure: Failure | None = None
@@ -93,9 +93,9 @@ def make_request(config: SynthConfig, stage: str, item: Item, earlier: dict[str,
 
 
 def outcome(stage: str, call: Call, item: Item, earlier: dict[str, str]) -> str:
-    """Add what a stage has written to `earlier`; the name of a gate if the next stage could not mend it, else "".
+    """Add the output of a stage to `earlier`; returns the name of a gate if no later stage could fix a fault, else "".
 
-    Money is saved here, no more: the gates look at everything again.
+    This only saves money: the gates check everything again.
     """
     if call.finish == "content_filter":
         return "refused"
@@ -117,8 +117,9 @@ async def advance(
     get: Callable[[str], Awaitable[Call | Failure | None]],
     answer: Callable[[Request], Awaitable[Call | Failure | None]] | None = None,
 ) -> Progress:
-    """Take an item through the stages. Calls that are not in the cache are left to `answer`; without it, or where it
-    gives None, the progress ends with the open request."""
+    """Take an item through the stages. `answer` makes the calls that are not in the cache; without it, or if it returns
+    None, the progress ends with the open request.
+    """
     progress, earlier = Progress(), {}
     for stage in STAGES:
         request = make_request(config, stage, item, earlier)
@@ -139,7 +140,7 @@ async def advance(
 
 
 class Worker:
-    """Makes the calls of items to endpoints, in one event loop; the limits are those of the endpoints."""
+    """Makes the calls of items to endpoints in one event loop, within the limits of the endpoints."""
 
     def __init__(self, config: SynthConfig, store: AsyncStore):
         self.config, self.store = config, store
@@ -150,7 +151,7 @@ class Worker:
         self.stopped: str | None = None
 
     async def process(self, item: Item) -> str:
-        """Take an item as far as endpoints can; "", or why the run must stop."""
+        """Take an item as far as endpoints can; returns "", or why the run must stop."""
         if self.stopped is None and not item.problem:
             try:
                 await advance(self.config, item, self.store.get, self._answer)
@@ -200,7 +201,7 @@ class Worker:
 
 
 def make_call(config: SynthConfig, request: Request, reply: Reply) -> Call:
-    """The record of an answer; tokens that the server does not report are estimated."""
+    """The record of an answer; token counts that the server does not report are estimated."""
     model = request.model
     tokens_in = reply.input_tokens if reply.input_tokens is not None else request.input_tokens
     tokens_out = reply.output_tokens if reply.output_tokens is not None else len(reply.text) / model.chars_per_token
@@ -223,7 +224,9 @@ def make_call(config: SynthConfig, request: Request, reply: Reply) -> Call:
 
 
 def groups(config: SynthConfig) -> list[tuple[str, ...]]:
-    """The stages in passes over the items: neighbours that have endpoints go together, each engine's alone."""
+    """Group the stages into passes over the items: consecutive stages with endpoints form one pass, each engine its
+    own.
+    """
     out: list[tuple[str, ...]] = []
     for stage in STAGES:
         remote = config.model(stage).endpoint is not None

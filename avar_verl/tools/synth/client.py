@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One OpenAI-compatible endpoint: limits, retries with back-off, and the moment it counts as dead. asyncio, no Ray."""
+"""One OpenAI-compatible endpoint: limits, retries with back-off, and detection of a dead endpoint. asyncio, no Ray."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from aiolimiter import AsyncLimiter
 
 from avar_verl.tools.synth.config import EndpointConfig
 
-# The same request would get the same answer: its item has failed.
+# The same request would get the same response, so its item has failed.
 FINAL_STATUS = {400, 413, 422}
-# No request will be answered: the run cannot go on.
+# No request will be answered, so the run must stop.
 FATAL_STATUS = {401, 402, 403, 404, 405}
 
 
@@ -44,11 +44,11 @@ class CallFailedError(Exception):
 
 
 class EndpointDownError(Exception):
-    """The endpoint answers nobody; the run must stop."""
+    """The endpoint is dead; the run must stop."""
 
 
 class _RetryError(Exception):
-    """An attempt that may be repeated; `wait_s` is what the server asked for."""
+    """An attempt that may be repeated; `wait_s` is the server's Retry-After."""
 
     def __init__(self, reason: str, wait_s: float | None = None):
         super().__init__(reason)
@@ -56,7 +56,7 @@ class _RetryError(Exception):
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which is a number or a date; None without one that can be read.
+    """Seconds of a Retry-After header (a number or a date); None if missing or unreadable.
 
     >>> retry_after("1.5"), retry_after("soon"), retry_after(None)
     (1.5, None, None)
@@ -91,7 +91,7 @@ def parse_reply(body: Any) -> tuple[str, str, int | None, int | None]:
 
 
 class Endpoint:
-    """Calls to one server. To be made and used in one event loop.
+    """Calls to one server. Create and use it in a single event loop.
 
     `share` is the number of processes that share the server's limits in equal parts.
     """
@@ -107,7 +107,7 @@ class Endpoint:
                 )
             self.headers["Authorization"] = f"Bearer {os.environ[config.api_key_env]}"
         self.slots = asyncio.Semaphore(config.in_flight // share)
-        # A limit a minute is kept a second where a second has room for a request, so that there are no bursts.
+        # A limit per minute is applied per second, if a second has room for a request, to avoid bursts.
         self.requests = _limiter(config.requests_per_minute, share, smooth=True)
         self.tokens = _limiter(config.tokens_per_minute, share, smooth=False)
         self.session: aiohttp.ClientSession | None = None
@@ -116,11 +116,11 @@ class Endpoint:
         self.resume_at = 0.0
 
     async def chat(self, body: dict[str, Any], num_tokens: int = 0) -> Reply:
-        """The answer to a request; `num_tokens` is what it counts against tokens_per_minute.
+        """The answer to a request; `num_tokens` counts against tokens_per_minute.
 
         Raises:
             CallFailedError: no attempt got an answer, or the request was refused.
-            EndpointDownError: too many calls in a row have failed, or the server refuses all.
+            EndpointDownError: too many calls in a row have failed, or the server refuses every request.
         """
         data = json.dumps(body).encode()
         reason, wait_s = "", None
@@ -152,7 +152,7 @@ class Endpoint:
 
     @contextlib.asynccontextmanager
     async def _turn(self, num_tokens: int) -> AsyncIterator[None]:
-        """Wait for the limits and for a free place."""
+        """Wait for the rate limits and a free slot."""
         if self.requests is not None:
             await self.requests.acquire()
         if self.tokens is not None:

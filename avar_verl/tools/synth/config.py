@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config of `avar synth` as validated dataclasses; recipes/avar/synth/*.yaml are written next to them.
+"""Config of `avar synth` as validated dataclasses; recipes/avar/synth/*.yaml have the same fields.
 
-The string under a field gives meaning, unit and range, and what disables it.
+The string under each field gives its meaning, unit and range, and the value that disables it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 STAGES = ("describe", "reason", "integrate")
-"""Section 1 to 3 of the pipeline, in order."""
+"""The stages of the pipeline, in order."""
 
 COORDINATES = ("absolute", "relative_1000")
 RL_FROM = ("accepted", "inputs")
@@ -22,7 +22,7 @@ GATES = (
     *("input", "overlap", "call", "refused", "truncated", "format", "answer", "anchors", "boxes", "reflection"),
     *("leak_description", "leak_answer", "length", "language", "near_duplicate"),
 )
-"""Gates in the order in which they are looked at; an item is rejected under the first that it fails."""
+"""Gates in the order in which they run; an item is rejected by the first one that it fails."""
 
 ALWAYS = ("input", "call", "format", "answer")
 """Gates that cannot be switched off: without them there is no sample, or a wrong one."""
@@ -41,8 +41,9 @@ class InputConfig:
     """Parquet, jsonl or json files, or folders of them."""
 
     question: str = "question"
-    """Column of the question; dots go into structs (extra_info.question). A list of messages stands for its last user
-    turn. `<image>` in it says where the images stand; without it they stand first."""
+    """Column of the question, with dots for struct fields (extra_info.question). From a list of messages, the last user
+    turn is used. `<image>` marks the places of images; without it, images come first.
+    """
 
     answer: str = "answer"
     """Column of the accepted answer, or a list of them (`rewards.accuracy.accepted_answers`)."""
@@ -51,13 +52,13 @@ class InputConfig:
     """Column of the images, one or a list, in any layout of docs/data.md."""
 
     boxes: Optional[str] = None
-    """Column of reference boxes: for every image a list of (x1, y1, x2, y2) in its pixels; null: there are none."""
+    """Column of reference boxes: for every image a list of (x1, y1, x2, y2) in its pixels; null if there are none."""
 
     data_source: str = "avar/synth"
     """Name of the data set in the RL parquet."""
 
     root: Optional[str] = None
-    """Folder that relative image paths start from; null: the working folder."""
+    """Folder for relative image paths; null: the working folder."""
 
     allow_urls: bool = False
     """true: fetch images from http(s)."""
@@ -68,7 +69,7 @@ class InputConfig:
 
 @dataclass(kw_only=True)
 class EndpointConfig:
-    """One OpenAI-compatible server. Its limits hold for all stages that use it together."""
+    """One OpenAI-compatible server. Its limits apply to all stages that use it together."""
 
     url: str
     """Base URL, up to and with /v1; requests go to URL/chat/completions."""
@@ -77,13 +78,13 @@ class EndpointConfig:
     """Environment variable with the key; null sends none."""
 
     in_flight: int = 64
-    """Most requests at a time, >= 1."""
+    """Maximum number of concurrent requests, >= 1."""
 
     requests_per_minute: Optional[int] = None
-    """Most requests a minute, >= 1; null disables the limit."""
+    """Maximum requests per minute, >= 1; null disables the limit."""
 
     tokens_per_minute: Optional[int] = None
-    """Most tokens a minute, prompt (estimated) and max_tokens together, >= 1; null disables the limit."""
+    """Maximum tokens per minute, counting estimated prompt tokens and max_tokens, >= 1; null disables the limit."""
 
     timeout_s: float = 300.0
     """Seconds after which an attempt counts as failed, > 0."""
@@ -92,15 +93,17 @@ class EndpointConfig:
     """Attempts of a call before its item is recorded as failed, >= 1; 1 disables retries."""
 
     backoff_s: float = 1.0
-    """Wait before attempt k is backoff_s * 2^(k - 2) seconds, times a random 0.5 to 1, >= 0; 0 disables waiting. A
-    server's Retry-After holds in its place, for all calls to this endpoint."""
+    """The wait before attempt k is backoff_s * 2^(k - 2) seconds, times a random 0.5 to 1; >= 0, 0 disables waiting. A
+    server's Retry-After replaces it, for all calls to this endpoint.
+    """
 
     max_backoff_s: float = 60.0
-    """Longest of these waits, Retry-After included, seconds, >= backoff_s."""
+    """Longest of these waits in seconds, including Retry-After, >= backoff_s."""
 
     max_failed_in_row: int = 8
-    """The endpoint counts as dead, and the run stops, when so many calls have failed for good with no answer in
-    between, >= 1."""
+    """The endpoint counts as dead, and the run stops, after this many calls in a row have failed in every attempt, >=
+    1.
+    """
 
     def __post_init__(self):
         where = f"endpoint {self.url}"
@@ -124,27 +127,29 @@ class EngineConfig:
     """Hugging Face folder or name."""
 
     engine_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of vLLM's engine, such as tensor_parallel_size. max_model_len must be among them: an answer that ends
-    there is cut, which Ray does not tell."""
+    """Arguments of vLLM's engine, such as tensor_parallel_size. max_model_len is required: an answer that reaches it is
+    cut off, which Ray does not report.
+    """
 
     batch_size: int = 32
     """Rows of a batch, >= 1."""
 
     concurrency: int = 1
-    """Engines side by side, >= 1."""
+    """Number of parallel engines, >= 1."""
 
     accelerator_type: Optional[str] = None
-    """Kind of GPU in a Ray cluster, such as H100; null: any."""
+    """GPU type in a Ray cluster, such as H100; null: any."""
 
     placement_group_config: Optional[dict[str, Any]] = None
-    """Ray resources of an engine: bundles, or bundle_per_worker; null: a GPU for each of its workers.
-    {bundle_per_worker: {CPU: 1}} is a CPU."""
+    """Ray resources of an engine: bundles, or bundle_per_worker; null: one GPU per worker. {bundle_per_worker: {CPU:
+    1}} runs on a CPU.
+    """
 
     chat_template_content_format: str = "openai"
-    """How the chat template takes a message with images: openai (a list of parts, as nearly all do) or string."""
+    """Message format of the chat template for images: openai (a list of parts, as in most templates) or string."""
 
     max_restarts: int = 2
-    """An engine that has died is started again so many times, >= 0; then the run stops. 0 disables it."""
+    """Number of times that a dead engine is restarted before the run stops, >= 0; 0 disables restarts."""
 
     def __post_init__(self):
         where = f"of {self.model_source}"
@@ -163,7 +168,7 @@ class EngineConfig:
         _check(ok, rule, self.chat_template_content_format, "See the model's chat template.")
 
     def resources(self) -> dict[str, float]:
-        """What one engine takes of Ray's resources, such as {"GPU": 2.0, "CPU": 2.0}."""
+        """Ray resources of one engine, such as {"GPU": 2.0, "CPU": 2.0}."""
         kwargs = self.engine_kwargs
         workers = kwargs.get("tensor_parallel_size", 1) * kwargs.get("pipeline_parallel_size", 1)
         group = self.placement_group_config or {"bundle_per_worker": {"GPU": 1, "CPU": 1}}
@@ -171,17 +176,17 @@ class EngineConfig:
         for bundle in group.get("bundles") or [group["bundle_per_worker"]] * workers:
             total.update(bundle)
         if self.accelerator_type:
-            # As Ray names and counts it for every worker.
+            # Name and amount that Ray uses for every worker.
             total[f"accelerator_type:{self.accelerator_type}"] = 0.001
         return {name: float(number) for name, number in total.items() if number}
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """A model: what it is called, where it is, what it costs."""
+    """A model: its name, location and prices."""
 
     model: str = ""
-    """Name in the request, and of the engine's model in reports; part of the cache key."""
+    """Name in requests and reports; part of the cache key."""
 
     endpoint: Optional[str] = None
     """Name under endpoints; null: a local engine."""
@@ -190,16 +195,16 @@ class ModelConfig:
     """Local engine; null: an endpoint."""
 
     input_usd: float = 0.0
-    """US dollars for a million prompt tokens, >= 0."""
+    """US dollars per million prompt tokens, >= 0."""
 
     output_usd: float = 0.0
-    """US dollars for a million generated tokens, >= 0."""
+    """US dollars per million generated tokens, >= 0."""
 
     chars_per_token: float = 3.5
-    """Characters of text a token stands for in estimates, > 0; reported usage takes its place where there is any."""
+    """Characters per token for estimates, > 0; reported usage is used if available."""
 
     pixels_per_token: int = 784
-    """Pixels of an image a token stands for in estimates, >= 1. 784 is Qwen2.5-VL's 28 x 28."""
+    """Image pixels per token for estimates, >= 1. 784 is Qwen2.5-VL's 28 x 28."""
 
     def __post_init__(self):
         one = (self.endpoint is None) != (self.engine is None)
@@ -228,7 +233,7 @@ class StageConfig:
     """Name under models."""
 
     prompt: str
-    """A prompt of avar_verl/tools/synth/prompts (describe_v1), or the path of a .jinja file of your own."""
+    """A prompt of avar_verl/tools/synth/prompts (describe_v1), or the path of your own .jinja file."""
 
     temperature: float = 0.7
     """Sampling temperature, >= 0; 0 is greedy."""
@@ -237,19 +242,19 @@ class StageConfig:
     """Nucleus, in (0, 1]; 1 disables it."""
 
     max_tokens: int = 4096
-    """Most tokens of an answer, >= 1."""
+    """Maximum number of answer tokens, >= 1."""
 
     seed: int = 0
-    """Seed of the sampling, also where an endpoint ignores it: another one is another cache entry."""
+    """Seed of the sampling. A different seed is a different cache entry, even if the endpoint ignores it."""
 
     sees_images: bool = False
     """Whether the model gets the images. Stages 2 and 3 of the paper do not."""
 
     expected_tokens: int = 600
-    """Tokens of a typical answer, for estimates before there are answers to measure, >= 1."""
+    """Tokens of a typical answer, for estimates while the cache is empty, >= 1."""
 
     extra: dict[str, Any] = field(default_factory=dict)
-    """More fields of the request body (endpoint) or of vLLM's SamplingParams (engine); part of the cache key."""
+    """Additional fields of the request body (endpoint) or of vLLM's SamplingParams (engine); part of the cache key."""
 
     def __post_init__(self):
         _check(self.temperature >= 0, "temperature must be >= 0", self.temperature, "0 is greedy.")
@@ -287,7 +292,7 @@ class GatesConfig:
     """What a sample must be to be kept."""
 
     disabled: list[str] = field(default_factory=list)
-    """Gates that are not looked at; [] looks at all. input, call, format and answer stay."""
+    """Gates that are switched off; [] keeps all. input, call, format and answer cannot be switched off."""
 
     min_anchors: int = 2
     """Distinct references to the image in the reasoning (`rewards.anchors`), >= 0; 0 disables it."""
@@ -296,30 +301,31 @@ class GatesConfig:
     """Quarters of the reasoning with a new reference, 0 to 4; 0 disables it."""
 
     min_box_iou: float = 0.5
-    """Where reference boxes are known: IoU that every box of the reasoning must have with one of them, in [0, 1]; 0
-    disables it."""
+    """If there are reference boxes: smallest IoU that every box of the reasoning must have with one of them, in [0, 1];
+    0 disables it.
+    """
 
     min_reflections: int = 1
-    """Sentences that check something again, the first sentence not counted, >= 0; 0 disables it."""
+    """Sentences that check something again, not counting the first sentence, >= 0; 0 disables it."""
 
     min_words: int = 30
-    """Least words of the reasoning, >= 0; 0 disables it. Chinese counts two characters as a word."""
+    """Minimum words of the reasoning, >= 0; 0 disables it. Two Chinese characters count as a word."""
 
     max_words: int = 3000
-    """Most words of the reasoning, >= 1."""
+    """Maximum words of the reasoning, >= 1."""
 
     languages: list[str] = field(default_factory=lambda: ["en"])
     """Languages (ISO 639-1) that the reasoning may be in; [] disables it."""
 
     min_language: float = 0.5
-    """Probability that these languages must have together, in [0, 1]."""
+    """Minimum total probability of these languages, in [0, 1]."""
 
     duplicate_jaccard: float = 0.8
     """Estimated Jaccard similarity of question and reasoning (word 3-grams) from which two samples with the same
     picture are near-duplicates, in (0, 1]."""
 
     duplicate_distance: int = 4
-    """Bits, of 64, in which the difference hashes of the same picture may differ, 0 to 64."""
+    """Bits of 64 in which the difference hashes of the same picture may differ, 0 to 64."""
 
     overlap_lists: list[str] = field(default_factory=list)
     """Hash lists of test sets (`avar synth hashes`); [] disables the gate."""
@@ -348,17 +354,18 @@ class OutputConfig:
     """What is written."""
 
     system: Optional[str] = None
-    """System turn of every row; null writes none. Qwen3-VL, InternVL and LLaVA-OneVision need one (docs/data.md)."""
+    """System turn of every row; null for none. Qwen3-VL, InternVL and LLaVA-OneVision need one (docs/data.md)."""
 
     coordinates: str = "absolute"
-    """System in which reference boxes are shown to the models, and read in their reasoning: absolute (pixels,
-    Qwen2.5-VL) or relative_1000 (Qwen3-VL, Qwen2-VL, InternVL)."""
+    """Coordinate system of boxes in prompts and in the models' reasoning: absolute (pixels, Qwen2.5-VL) or
+    relative_1000 (Qwen3-VL, Qwen2-VL, InternVL).
+    """
 
     rl_from: str = "accepted"
-    """Rows of the RL parquet: accepted, or inputs: every question that could be read and is in no test set."""
+    """Rows of the RL parquet: accepted, or inputs (every readable question that is not in a test set)."""
 
     browser_samples: int = 120
-    """Samples in the HTML browser, accepted and rejected by turns over the gates, >= 0; 0 writes none."""
+    """Samples in the HTML browser, accepted and rejected ones of all gates, >= 0; 0 writes none."""
 
     def __post_init__(self):
         ok = self.coordinates in COORDINATES
@@ -375,12 +382,13 @@ class RayConfig:
     """local starts Ray on this machine; auto, or an address, joins a cluster."""
 
     num_cpus: Optional[int] = None
-    """CPUs that a local Ray counts with, >= 1; null: those of the machine. A local engine raises it to what its pass
-    needs."""
+    """Logical CPUs of a local Ray, >= 1; null: those of the machine. A local engine raises it to what its pass needs.
+    """
 
     workers: int = 1
-    """Processes that make calls, >= 1; they share an endpoint's limits in equal parts. One does about 500 calls a
-    second; more are for several fast endpoints."""
+    """Processes that make calls, >= 1; they share an endpoint's limits in equal parts. One process makes about 500
+    calls per second; use more for several fast endpoints.
+    """
 
     def __post_init__(self):
         _check(self.workers >= 1, "ray.workers must be >= 1", self.workers, "1 is enough for most endpoints.")
@@ -393,7 +401,7 @@ class SynthConfig:
     """A run of `avar synth`."""
 
     out: str
-    """Folder of the run: the cache and everything that is written."""
+    """Folder of the run: the cache and all output files."""
 
     input: InputConfig
     """Images, questions and answers."""
@@ -417,8 +425,9 @@ class SynthConfig:
     """Where it runs."""
 
     budget_usd: Optional[float] = None
-    """US dollars that the folder may cost, all its runs together, > 0; a call that might exceed it is not made, and the
-    run stops. null disables it."""
+    """Budget of the folder in US dollars, over all its runs, > 0; before a call that might exceed it, the run stops.
+    null disables it.
+    """
 
     def __post_init__(self):
         for name in STAGES:
@@ -454,7 +463,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SynthConfig:
     """Read a YAML file; `overrides` are `key.path=value`, as for hydra.
 
     Raises:
-        ValueError: no such file, an unknown key, a wrong type or a broken rule; the message names the key.
+        ValueError: a missing file, an unknown key, a wrong type or an invalid value; the message names the key.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Near-duplicates among samples, and questions of test sets. No Ray.
 
-Two samples are of the same picture if they have as many pictures, each with the same pixels or with difference hashes
-that differ in at most `distance` bits. Words alone decide nothing: questions of one template about different pictures
-are what a data set is made of.
+Two samples show the same if they have the same number of pictures, each with the same pixels or with difference hashes
+that differ in at most `distance` bits. Equal words are not enough, because data sets often use one question template
+for many pictures.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def minhash(text: str) -> MinHash:
 
 
 class NearDuplicates:
-    """Samples that were kept so far."""
+    """The samples accepted so far."""
 
     def __init__(self, jaccard: float, distance: int):
         from datasketch import MinHashLSH
@@ -54,7 +54,7 @@ class NearDuplicates:
         self.kept: dict[str, tuple[tuple[Picture, ...], MinHash]] = {}
 
     def find(self, item: Item, text: str) -> str:
-        """The kept sample that this one nearly repeats, as "SOURCE row N"; "" if none, and then it is kept itself."""
+        """The accepted sample that this one nearly repeats, as "SOURCE row N"; if none, "", and this one is added."""
         signature = minhash(f"{item.words} {text}")
         name = f"{item.source} row {item.row}"
         for other in sorted(self.lsh.query(signature)):
@@ -71,7 +71,7 @@ class NearDuplicates:
 
 
 def hash_record(item: Item) -> dict:
-    """A line of a hash list: {"text", "pixels": [...], "dhash": [...]}, from which nothing can be read back."""
+    """A line of a hash list: {"text", "pixels": [...], "dhash": [...]}, which does not reveal the content."""
     return {
         "text": text_hash(item.question),
         "pixels": [picture.pixels for picture in item.pictures],
@@ -80,7 +80,7 @@ def hash_record(item: Item) -> dict:
 
 
 def write_hashes(items: Iterable[Item], path: str | Path) -> tuple[int, int]:
-    """Write a hash list as json lines; (questions written, rows left out because they cannot be read)."""
+    """Write a hash list as json lines; returns (questions written, unreadable rows left out)."""
     written = left_out = 0
     with open(path, "w", encoding="utf-8") as file:
         for item in items:
@@ -95,12 +95,12 @@ def write_hashes(items: Iterable[Item], path: str | Path) -> tuple[int, int]:
 class Overlap:
     """Hash lists of test sets.
 
-    A question is of a test set if one of its pictures has the pixels of a picture there, or if one is nearly such a
-    picture (`distance` bits) and the words of the question are those of a question there: hashes of line drawings come
-    close to each other, words of templates repeat, both together do not.
+    A question is in a test set if one of its pictures has the same pixels as a picture there, or if one is nearly equal
+    (`distance` bits) and the question has the same words as a question there. Line drawings can have similar hashes,
+    and templates repeat words, but both together are unlikely by chance.
 
     Raises:
-        ValueError: no such file, or a line that is no record.
+        ValueError: a missing file, or a line that is not a record.
     """
 
     def __init__(self, paths: Sequence[str], distance: int):
@@ -130,7 +130,7 @@ class Overlap:
         self.dhash = np.unique(np.array(hashes, dtype=np.uint64))
 
     def find(self, item: Item) -> str:
-        """Why an item is of a test set, "" if it is not."""
+        """Why an item is in a test set, "" if it is not."""
         for picture in item.pictures:
             if picture.pixels in self.pixels:
                 return f"a picture of {self.pixels[picture.pixels]}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`avar synth estimate`: calls, tokens and dollars of a run before anything is spent. No Ray, no network.
 
-Stage 1 is counted exactly: every prompt is rendered. What a later stage gets is written by the one before; where that
-is not in the cache yet, its length is `expected_tokens`, or the mean of the answers that are.
+Stage 1 is counted exactly: every prompt is rendered. Later stages get the output of the previous one; if it is not in
+the cache yet, its length is the mean of the cached answers, or `expected_tokens`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from avar_verl.tools.text import numbers_table
 
 @dataclass
 class StageEstimate:
-    """Of the calls that are still to be made: number, tokens, dollars; `most_usd` if every answer is as long as
-    max_tokens allows; `cached` calls that are not made; `measured` answers that the length is the mean of."""
+    """Of the calls still to be made: number, tokens, dollars; `most_usd` if every answer has max_tokens tokens;
+    `cached`: calls not made; `measured`: answers that the mean length is based on.
+    """
 
     calls: int = 0
     cached: int = 0
@@ -37,7 +38,7 @@ class StageEstimate:
 
 @dataclass
 class Estimate:
-    """Of a run. `skipped`: inputs that cannot be used or are of a test set; `ended`: those that are done already."""
+    """Estimate of a run. `skipped`: unusable inputs, or inputs in a test set; `ended`: inputs that are already done."""
 
     stages: dict[str, StageEstimate]
     inputs: int = 0
@@ -51,7 +52,7 @@ class Estimate:
 
 
 def estimate(config: SynthConfig, items: Iterable[Item], store: Store, overlap: Overlap | None = None) -> Estimate:
-    """Count what a run over these items would call. An item is taken to pass every stage."""
+    """Count the calls of a run over these items, assuming that every item passes every stage."""
     means = store.means()
     out = Estimate({stage: StageEstimate() for stage in STAGES})
     lengths = {}

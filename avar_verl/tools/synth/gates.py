@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sample must be to be kept. Pure functions; near-duplicates and overlap, which look beyond a sample, are in
-`duplicates`."""
+"""The gates that a sample must pass. Pure functions; near-duplicates and overlap, which compare samples, are in
+`duplicates`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from avar_verl.tools.synth.config import GATES, STAGES, SynthConfig
 from avar_verl.tools.synth.items import Item
 from avar_verl.tools.synth.prompts import parse_chain, parse_description
 
-# Words by which a text says that it was written from a description.
+# Words that show that a text was written from a description.
 LEAK_DESCRIPTION = re.compile(
     r"\b(?:the|this|that|your|given|provided|above) (?:\w+ )?(?:description|descriptions|caption|captions)\b"
     r"|\b(?:description|caption) (?:says|states|mentions|notes|tells|gives|lists|of the (?:image|picture|figure))\b"
@@ -31,7 +32,7 @@ LEAK_DESCRIPTION = re.compile(
     r"|描述(?:中|里|说|提到|显示|指出)|根据(?:图片的?|图像的?)?描述|如描述",
     re.IGNORECASE,
 )
-# Words by which a text says that it knew the answer.
+# Words that show that a text knew the answer.
 LEAK_ANSWER = re.compile(
     r"\b(?:the|this|that) (?:given|known|provided|correct|reference|expected|stated) (?:final )?answer\b"
     r"|\bground[- ]truth\b|\b(?:the|an) answer (?:that )?(?:was|is) (?:given|known|provided|stated)\b"
@@ -39,7 +40,7 @@ LEAK_ANSWER = re.compile(
     r"|(?:给定|已知|提供|标准|正确)的?答案(?:是|为|已)",
     re.IGNORECASE,
 )
-# A sentence that goes back over something.
+# Markers of a sentence that checks something again.
 REFLECTION = re.compile(
     r"\bwait\b|\bhold on\b|\b(?:double|re)[- ]?check(?:ing)?\b|\blet(?:'s| me| us) (?:\w+ )?(?:check|verify|confirm|"
     r"re-?examine|re-?consider|re-?count|look (?:back|again))\b|\b(?:check|checking|look|looking|count|counting|"
@@ -48,7 +49,7 @@ REFLECTION = re.compile(
     r"|等等|等一下|再(?:检查|确认|看|核对|验证)|重新(?:检查|审视|看|核对|计算)|回头看|验证一下|仔细核对",
     re.IGNORECASE,
 )
-# What a check must have besides its marker: "Wait. Let me check." checks nothing.
+# A check needs content besides its marker: "Wait. Let me check." checks nothing.
 MIN_REFLECTION_WORDS = 6
 _HAN = re.compile(r"[㐀-䶿一-鿿]")
 _NOT_PROSE = re.compile(r"\[[\d.,\s-]+\]|\$[^$]*\$|\\[a-zA-Z]+|[\d_^{}\[\]()=+*/<>|-]+")
@@ -56,7 +57,7 @@ _NOT_PROSE = re.compile(r"\[[\d.,\s-]+\]|\$[^$]*\$|\\[a-zA-Z]+|[\d_^{}\[\]()=+*/
 
 @dataclass
 class Verdict:
-    """What became of an item. `failed`: gate -> why, in the order of GATES; it was accepted if there are none."""
+    """The result of an item. `failed`: gate -> reason, in the order of GATES; empty if accepted."""
 
     failed: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class Verdict:
 
 
 def count_words(text: str) -> int:
-    """Words; two Chinese characters are one.
+    """Number of words; two Chinese characters count as one.
 
     >>> count_words("a box at [0, 1]"), count_words("左上角有猫")
     (5, 3)
@@ -87,8 +88,8 @@ def count_words(text: str) -> int:
 
 
 def reflections(text: str) -> list[str]:
-    """Sentences of a reasoning that go back over something: with a marker, not the first, and with something checked in
-    it or in the sentence behind it.
+    """Sentences of the reasoning that check something again: with a marker, not the first sentence, and with content in
+    it or in the next sentence.
 
     >>> reflections("There is a cat. Wait, let me look again at the top left: it shows a dog.")
     ['Wait, let me look again at the top left: it shows a dog.']
@@ -161,7 +162,7 @@ def _anchors(verdict: Verdict, item: Item, config: SynthConfig) -> str:
 
 
 def _boxes(verdict: Verdict, item: Item, config: SynthConfig) -> str:
-    # With several images the text does not say of which one a box is.
+    # With several images, the text does not say which one a box refers to.
     if len(item.pictures) != 1 or not item.boxes or not item.boxes[0] or not config.gates.min_box_iou:
         return ""
     size = (item.pictures[0].width, item.pictures[0].height)
@@ -223,7 +224,7 @@ _SAMPLE_GATES: dict[str, Callable[[Verdict, Item, SynthConfig], str]] = {
 
 
 def judge(config: SynthConfig, item: Item, progress: Progress) -> Verdict:
-    """Verdict of an item by its own content; every gate that can be looked at is, and counted under its name."""
+    """Verdict on an item from its own content; every gate that can run does, and is recorded under its name."""
     verdict = Verdict()
     for stage, call in progress.calls.items():
         verdict.numbers[f"{stage}_tokens"] = call.output_tokens
@@ -250,7 +251,7 @@ def judge(config: SynthConfig, item: Item, progress: Progress) -> Verdict:
 
 
 def _ended(verdict: Verdict, progress: Progress, chains: dict, item: Item, config: SynthConfig) -> None:
-    """A stage whose answer is of no use to the next one."""
+    """Record a stage whose answer the next one cannot use."""
     stage = next(reversed(progress.calls))
     if chains.get(stage):
         verdict.reasoning, verdict.answer = chains[stage]

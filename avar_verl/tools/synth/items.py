@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs: rows of any data file as items with a name of their own, made of their content. No Ray.
+"""Inputs: rows of any data file as items, with ids derived from their content. No Ray.
 
-A row that cannot be used becomes an item too, with a `problem`: nothing is lost.
+An unusable row becomes an item with a `problem`, so no row is lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from avar_verl.data.rows import data_files, read_rows
 from avar_verl.rewards.accuracy import accepted_answers
 from avar_verl.tools.synth.config import InputConfig
 
-# Formats that endpoints read as they are; others are sent as PNG.
+# Formats that endpoints read; others are sent as PNG.
 SENT_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 MARKER = "<image>"
 
@@ -32,7 +32,7 @@ Box = Sequence[float]
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of an item: the bytes that are sent and stored, and what it is recognised by.
+    """An image of an item: the bytes that are sent and stored, and its hashes.
 
     `pixels` is SHA-256 of size and RGB values, 32 hexadecimal digits of it; `dhash` the difference hash, 64 bits.
     """
@@ -49,8 +49,8 @@ class Picture:
 class Item:
     """One question about pictures.
 
-    `source` and `row` say where it stands; `question` has a marker for every picture; `boxes` a list for every
-    picture, or none at all; `problem` why the item cannot be used, "" if it can.
+    `source` and `row` locate it; `question` has a marker for every picture; `boxes` has a list for every picture, or is
+    empty; `problem` says why the item cannot be used, "" if it can.
     """
 
     source: str
@@ -68,7 +68,7 @@ class Item:
 
     @property
     def id(self) -> str:
-        """Name made of content alone: the same question about the same pixels is the same item."""
+        """Id derived only from the content: the same question about the same pixels is the same item."""
         content = [self.question, self.answers, [picture.pixels for picture in self.pictures], self.boxes]
         if self.problem:
             content += [self.source, self.row]
@@ -96,7 +96,7 @@ def text_hash(text: str) -> str:
 
 
 def make_picture(value: Any, *, root: str | None = None, allow_urls: bool = False) -> Picture:
-    """A row's image, decoded once to see that it can be, its own bytes kept where an endpoint reads them.
+    """A row's image, decoded once as a check; its original bytes are kept if endpoints can read them.
 
     Raises:
         ValueError: what `open_image` refuses.
@@ -113,7 +113,7 @@ def make_picture(value: Any, *, root: str | None = None, allow_urls: bool = Fals
 
 
 def _own_bytes(value: Any, root: str | None) -> tuple[bytes, str]:
-    """The encoded file of an image and its format, as far as it is at hand; (b"", "") if not."""
+    """The encoded file of an image and its format, if available; else (b"", "")."""
     held = (
         next((value[key] for key in ("bytes", "image", "path") if value.get(key) is not None), None)
         if (isinstance(value, Mapping))
@@ -126,7 +126,7 @@ def _own_bytes(value: Any, root: str | None) -> tuple[bytes, str]:
     if not isinstance(held, bytes):
         return b"", ""
     with Image.open(io.BytesIO(held)) as image:
-        # RGB alone: endpoints differ in what they make of transparency, and open_image has decided on white.
+        # Only RGB: endpoints treat transparency differently, and open_image makes it white.
         return (held, image.format) if image.mode in ("RGB", "L") else (b"", "")
 
 
@@ -134,7 +134,7 @@ def _own_bytes(value: Any, root: str | None) -> tuple[bytes, str]:
 
 
 def _field(values: Mapping[str, Any], path: str) -> Any:
-    """Value at a dotted path; None where a part of it is missing."""
+    """Value at a dotted path; None if a part of the path is missing."""
     for name in path.split("."):
         if not isinstance(values, Mapping):
             return None
@@ -171,7 +171,7 @@ def _boxes(value: Any, pictures: Sequence[Picture]) -> tuple[tuple[Box, ...], ..
 
 
 def make_item(source: str, row: int, values: Mapping[str, Any], config: InputConfig) -> Item:
-    """The item of a row; what is wrong with the row stands in `problem`."""
+    """The item of a row; `problem` says what is wrong with the row."""
     try:
         question = _question(_field(values, config.question))
         answers = tuple(accepted_answers(_field(values, config.answer), "this row"))
@@ -197,7 +197,7 @@ def read_items(config: InputConfig, files: Sequence[str] | None = None, limit: i
     """Items of `files` (default: all of the config), in order.
 
     Raises:
-        ValueError: a file that is not there or cannot be read (`data.rows`).
+        ValueError: a missing or unreadable file (`data.rows`).
     """
     for number, row in enumerate(read_rows(config.files if files is None else files)):
         if limit and number >= limit:
@@ -206,7 +206,7 @@ def read_items(config: InputConfig, files: Sequence[str] | None = None, limit: i
 
 
 def input_files(config: InputConfig) -> list[str]:
-    """The files of the config, folders looked into."""
+    """The files of the config, including those in folders."""
     return [str(path) for path in data_files(config.files)]
 
 
@@ -214,7 +214,7 @@ def input_files(config: InputConfig) -> list[str]:
 
 
 def pack(item: Item) -> dict[str, Any]:
-    """The item as a row of plain text and bytes, which Arrow leaves as it is."""
+    """The item as a row of plain text and bytes, which Arrow does not change."""
     values = asdict(item)
     blobs = [picture.pop("data") for picture in values["pictures"]]
     return {"id": item.id, "item": json.dumps(values), "blobs": blobs}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of a run: records.parquet (every input with its verdict), sft.parquet, rl.parquet, summary.json. No Ray.
 
-Rows are written as they come, to temporary names; `close` renames them, so a run that stops leaves the files of the
-one before.
+Rows are written as they arrive, under temporary names; `close` renames the files, so a run that stops keeps the files
+of the previous run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SCHEMAS = {
         ]
     ),
 }
-# Inputs that no model of the pipeline has to do with.
+# Inputs that no model has seen.
 INPUT_GATES = ("input", "overlap")
 
 
@@ -97,7 +97,7 @@ class _Table:
 
 
 class Writer:
-    """Takes items with their verdicts in the order of the inputs, and writes the files of a run into `folder`."""
+    """Takes items with their verdicts, in input order, and writes the files of a run into `folder`."""
 
     def __init__(self, folder: Path, config: SynthConfig):
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ class Writer:
         self.total = 0
 
     def add(self, item: Item, verdict: Verdict) -> None:
-        """One item. Near-duplicates are found here, among those that pass all other gates."""
+        """Add one item. Near-duplicates are found here, among items that pass all other gates."""
         if not verdict.failed and "near_duplicate" not in self.config.gates.disabled:
             other = self.near.find(item, verdict.reasoning)
             if other:
@@ -145,7 +145,7 @@ class Writer:
             for name, value in verdict.numbers.items():
                 self.numbers.setdefault(name, []).append(value)
             answer = {"role": "assistant", "content": verdict.response}
-            # No boxes at all, or for an image, is the whole image to RegionSFTDataset.
+            # For RegionSFTDataset, no boxes means the whole image.
             shown = boxes or [[] for _ in item.pictures]
             self.tables["sft"].add({"messages": [*prompt, answer], "images": images, "boxes": shown, "id": item.id})
         usable = not any(gate in verdict.failed for gate in INPUT_GATES)
@@ -173,7 +173,7 @@ class Writer:
         )
 
     def close(self, keep: bool) -> dict[str, Any]:
-        """Close the files; without `keep` they are dropped. Returns what summary.json is made of."""
+        """Close the files; without `keep` they are deleted. Returns the content of summary.json."""
         for table in self.tables.values():
             table.close(keep)
         return {
@@ -181,7 +181,7 @@ class Writer:
             "accepted": self.first[""],
             "rejected": self.total - self.first[""],
             "rl_rows": self.tables["rl"].count,
-            # The first gate that an item fails, and all that it fails.
+            # The first gate that an item fails, and all gates that it fails.
             "gates": {gate: {"first": self.first[gate], "any": self.any[gate]} for gate in GATES},
             "sources": [
                 {"file": file, "accepted": self.sources[file, "accepted"], "rejected": self.sources[file, "rejected"]}

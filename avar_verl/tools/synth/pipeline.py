@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`avar synth run` on Ray Data: passes over the items that fill the cache, then one that judges and writes.
+"""`avar synth run` on Ray Data: passes over the items that fill the cache, then one that applies the gates and writes.
 
     files --read--> items --(map_batches: CallStages, one event loop a worker)--> cache       endpoints
     files --read--> items --open requests--> build_processor(vLLM) --> cache                   a local engine
     files --read--> items --(map_batches: Judge)--> driver, in order --> records, sft, rl
 
-The cache is one actor on the driver's node with the folder's database. Endpoints are called by an actor of ours, not by
-`HttpRequestProcessorConfig`: docs/synth.md says what that one lacks.
+The cache is one actor on the driver's node with the folder's database. Our own actor calls the endpoints instead of
+`HttpRequestProcessorConfig`: docs/synth.md says why.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from avar_verl.tools.synth.prompts import load_prompt
 from avar_verl.tools.synth.store import JOURNAL, Call, Failure, Journal, Store
 
 BLOCK_ROWS = 32
-# Batches of BLOCK_ROWS items that a worker has begun; calls are limited by the endpoints, this only feeds them.
+# Batches of BLOCK_ROWS items in progress per worker; the endpoints limit the calls, this only feeds them.
 BATCHES = 32
 JUDGE_ROWS = 64
 POLL_S = 1.0
-# Attempts of a local engine in a run: it is not asked again, since the same request fails the same way.
+# Attempts of a local engine in a run: no retries, because the same request fails the same way.
 ENGINE_ATTEMPTS = 1
-# CPUs that Ray Data counts beside an engine: reading, images, chat template, tokenizer, post-processing.
+# Logical CPUs that Ray Data needs in addition to an engine: reading, images, chat template, tokenizer, post-processing.
 ENGINE_CPUS = 5
 
 
 class StoppedError(RuntimeError):
-    """The run cannot go on; what is paid for is in the cache."""
+    """The run cannot continue; everything paid for is in the cache."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ _SCHEMA = pa.schema([("id", pa.string()), ("item", pa.string()), ("blobs", pa.li
 
 
 class ItemSource(Datasource):
-    """Items of a config as a Ray data source, a read task for each file."""
+    """Items of a config as a Ray data source, one read task per file."""
 
     def __init__(self, config: SynthConfig, limit: int = 0):
         super().__init__()
@@ -72,7 +72,7 @@ class ItemSource(Datasource):
         return sum(os.path.getsize(file) for file in input_files(self.config.input))
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        """One task a file; with a limit one for all of them."""
+        """One task per file; with a limit, one for all files."""
         files = input_files(self.config.input)
         parts = [files] if self.limit else [[file] for file in files]
         config, limit = self.config, self.limit
@@ -152,7 +152,7 @@ class RemoteStore:
         return [found.get(key) for key in keys]
 
     async def put(self, record: Call | Failure, released: float) -> None:
-        """Write a record; it is on the disk when this returns."""
+        """Write a record; it is on disk when this returns."""
         if self.journal is not None and isinstance(record, Call):
             self.journal.add(record)
         await self.puts.add((record, released))
@@ -170,7 +170,7 @@ class RemoteStore:
 
 
 class CallStages:
-    """Async actor of a pass over endpoints: every item of a batch goes through its stages by itself."""
+    """Async actor of a pass over endpoints: each item of a batch goes through its stages independently."""
 
     def __init__(self, config: SynthConfig, store: Any, overlap: Overlap | None):
         self.config, self.actor, self.overlap = config, store, overlap
@@ -187,7 +187,7 @@ class CallStages:
 
 
 class Judge:
-    """Actor of the last pass: verdicts by the cache."""
+    """Actor of the last pass: verdicts from the cache."""
 
     def __init__(self, config: SynthConfig, store: Any, overlap: Overlap | None):
         self.config, self.actor, self.overlap = config, store, overlap
@@ -218,7 +218,7 @@ class Run:
     """A run of `avar synth run` in its folder."""
 
     def __init__(self, config: SynthConfig, limit: int, console: Console):
-        # Workers may start in another folder.
+        # Workers may start in a different folder.
         self.config = dataclasses.replace(config, out=str(Path(config.out).absolute()))
         self.limit, self.console = limit, console
         self.folder = Path(config.out)
@@ -237,7 +237,7 @@ class Run:
         self.overlap = Overlap(lists, config.gates.duplicate_distance) if lists else None
 
     def run(self) -> dict[str, Any]:
-        """All passes. Returns the summary; what it is written to is in `commands`.
+        """Run all passes; returns the summary.
 
         Raises:
             StoppedError: a dead endpoint, or a budget that is spent.
@@ -271,7 +271,7 @@ class Run:
                 ray.shutdown()
 
     def _check_resources(self) -> None:
-        """Before anything is paid for: an engine that does not fit is waited for, without a word and for ever."""
+        """Check that engines fit before anything is paid for: Ray would silently wait forever for one that does not."""
         there = ray.cluster_resources()
         for stage, engine in local_engines(self.config).items():
             needs = engine.resources()
@@ -312,7 +312,7 @@ class Run:
         self._line(", ".join(stages), begin, before)
 
     def _engine(self, stage: str) -> None:
-        """A pass of a local engine over the requests that are open."""
+        """A pass of a local engine over the open requests."""
         from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
         engine = self.config.model(stage).engine
@@ -343,13 +343,13 @@ class Run:
                     "enabled": self.config.stage(stage).sees_images,
                     "chat_template_content_format": engine.chat_template_content_format,
                 },
-                # vLLM does it, as stop strings need.
+                # vLLM detokenizes, because stop strings need it.
                 detokenize_stage=False,
             ),
             preprocess=_engine_request,
             postprocess=_engine_answer,
         )
-        # Ray Data would start a dead engine again for ever.
+        # Ray Data would restart a dead engine forever.
         processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_restarts"] = engine.max_restarts
         done = processor(open_rows).map_batches(
             StoreAnswers,
@@ -372,7 +372,7 @@ class Run:
         self._line(stage, begin, before)
 
     def _judge(self) -> dict[str, Any]:
-        """The last pass: verdicts in the order of the inputs, into the files."""
+        """The last pass: write verdicts in input order."""
         dataset = self._items().map_batches(
             Judge,
             fn_constructor_args=(self.config, self.store, self.overlap),
@@ -403,7 +403,7 @@ class Run:
         return ray.get(self.store.totals.remote())
 
     def _line(self, name: str, begin: float, before: dict[str, Any]) -> None:
-        """One line on a pass; `before` are the totals at its begin."""
+        """One line about a pass; `before` are the totals at its start."""
         after = self._totals()
         new, hits, failed = (after[key] - before[key] for key in ("new_calls", "hits", "failures"))
         self.console.print(
@@ -414,7 +414,7 @@ class Run:
 
     @contextlib.contextmanager
     def _bar(self, name: str, total: int | None = 0) -> Iterator[Callable[[int], None]]:
-        """A progress bar over items, with the counters of the cache beside it."""
+        """A progress bar over items, with the counters of the cache."""
         next_poll = 0.0
         with progress(total=self.total if total == 0 else total, desc=name, unit="item") as bar:
 
@@ -431,11 +431,11 @@ class Run:
 
 
 def _cause(error: ray.exceptions.RayError) -> str:
-    """What a Ray error says, without the frames of the process that it comes from."""
+    """The message of a Ray error, without the stack frames of its process."""
     lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
     if frames:
-        # Frames are followed by their source, indented further.
+        # Stack frames are followed by their source, indented further.
         lines = [line for line in lines[frames[-1] + 1 :] if not line.startswith("    ")]
     return " ".join(line.strip() for line in lines)[:500]
 
@@ -452,8 +452,8 @@ def start_ray(config: SynthConfig) -> None:
         # Ray's core prints an error for every actor of Ray Data (ray-project/ray#53727); errors that stop anything come
         # as exceptions.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # CPUs are what Ray counts with, not cores. Two let a read task and a judge run; an engine has more processes around
-    # it, each of which is counted, and with too few the pass would wait for ever.
+    # These are logical CPUs, not cores. Two are enough for a read task and a judge. An engine has more processes, each
+    # of which is counted; with too few CPUs the pass would wait forever.
     engines = [ENGINE_CPUS + engine.resources().get("CPU", 0) for engine in local_engines(config).values()]
     cpus = {"num_cpus": max(2, config.ray.num_cpus or os.cpu_count() or 1, *engines)} if local else {}
     ray.init(
@@ -465,7 +465,7 @@ def start_ray(config: SynthConfig) -> None:
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # It logs the frames of an error that it raises as well.
+    # Ray Data also logs the stack frames of errors that it raises.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
@@ -473,7 +473,7 @@ def start_ray(config: SynthConfig) -> None:
 
 
 class OpenRequests:
-    """Actor that gives the open requests of a stage, each key once."""
+    """Actor that returns the open requests of a stage, each key once."""
 
     def __init__(self, config: SynthConfig, store: Any, overlap: Overlap | None, stage: str):
         self.config, self.actor, self.overlap, self.stage = config, store, overlap, stage
@@ -543,7 +543,7 @@ class StoreAnswers:
         if error:
             return Failure(row["key"], row["id"], self.stage, str(error)[:500], ENGINE_ATTEMPTS, False)
         settings, model = self.config.stage(self.stage), self.config.model(self.stage)
-        # Ray hands on no finish reason; these are the lengths at which vLLM cuts.
+        # Ray does not pass on the finish reason; these are the lengths at which vLLM cuts off.
         tokens = int(row["output_tokens"])
         whole = int(row["input_tokens"]) + tokens
         cut = tokens >= settings.max_tokens or whole >= model.engine.engine_kwargs["max_model_len"]

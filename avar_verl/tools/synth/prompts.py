@@ -2,9 +2,8 @@
 """Prompts: jinja files with the blocks `system` and `user`, rendered to the messages of a request.
 
 Variables: `question` (without image markers), `answer` (accepted answers, joined by " or "), `num_images`, `boxes`
-(texts "[x1, y1, x2, y2]", with the number of the image in front where there are several), `coordinates`, and what the
-stages before have written: `description`, `reasoning`, `final_answer`. The stage's images stand in front of the user
-text.
+(texts "[x1, y1, x2, y2]", preceded by the number of the image if there are several), `coordinates`, and the outputs of
+earlier stages: `description`, `reasoning`, `final_answer`. The stage's images come before the user text.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class Prompt(NamedTuple):
 
 @functools.cache
 def load_prompt(name: str) -> Prompt:
-    """A shipped prompt by name, or a file of one's own.
+    """A shipped prompt by name, or your own file.
 
     Raises:
-        ValueError: no such prompt, one that jinja cannot read, or one without the block `user`.
+        ValueError: an unknown prompt, one that jinja cannot parse, or one without the block `user`.
     """
     path = Path(name) if name.endswith(".jinja") else FOLDER / f"{name}.jinja"
     if not path.is_file():
@@ -55,7 +54,7 @@ def load_prompt(name: str) -> Prompt:
 
 
 def box_texts(item: Item, coordinates: str) -> list[str]:
-    """Reference boxes of an item as the models read and write them."""
+    """Reference boxes of an item in the format of prompts and answers."""
     out = []
     for number, boxes in enumerate(item.boxes):
         picture = item.pictures[number]
@@ -69,7 +68,7 @@ def box_texts(item: Item, coordinates: str) -> list[str]:
 
 
 def render(stage: StageConfig, item: Item, coordinates: str, earlier: dict[str, str]) -> list[dict[str, str]]:
-    """`[{"role", "content"}]` of a request, text alone.
+    """`[{"role", "content"}]` of a request, only text.
 
     Raises:
         ValueError: a variable that does not exist at this stage.
@@ -99,9 +98,10 @@ def render(stage: StageConfig, item: Item, coordinates: str, earlier: dict[str, 
 
 
 def parse_chain(text: str) -> tuple[str, str] | None:
-    """(reasoning, answer) of an answer of stage 2 or 3, None if it has another form.
+    """(reasoning, answer) of an answer of stage 2 or 3, None if it has a different form.
 
-    What a model thinks of its own in front, up to `</think>`, is left out; tags inside the reasoning are another form.
+    The model's own thinking, up to `</think>`, is removed; an answer with tags inside the reasoning has a different
+    form.
 
     >>> parse_chain("<think>hm</think><reasoning>One and one.</reasoning> <answer>2</answer>")
     ('One and one.', '2')
@@ -116,7 +116,7 @@ def parse_chain(text: str) -> tuple[str, str] | None:
 
 
 def parse_description(text: str) -> str:
-    """A description without what the model thought of its own in front."""
+    """A description without the model's own thinking."""
     return text.rpartition("</think>")[2].strip()
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every answer that was paid for, on disk before it is used. SQLite, one writer, no Ray.
+"""The cache of answers, on disk before they are used. SQLite, one writer, no Ray.
 
-A row of `calls` is an answer under the hash of all that it depends on. `failures` holds why calls failed in the latest
-run; those that would fail again (`final`) stay and are not made again, the others are tried again by the next run.
+A row of `calls` is an answer under the hash of everything it depends on. `failures` has the reasons of calls that
+failed in the latest run. Failures that would happen again (`final`) are kept and not repeated; the next run retries the
+others.
 
-The database is locked as a whole while it is open, so two runs of one folder cannot overlap, and a run that was killed
-leaves no lock. WAL with `synchronous=FULL` syncs the file at every commit; `put` commits what it is given at once.
+The whole database is locked while it is open, so two runs of one folder cannot overlap, and a killed run leaves no
+lock. WAL with `synchronous=FULL` syncs the file at every commit; `put` commits immediately.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from avar_verl.tools.runs import whole_lines
 
 JOURNAL = "journal"
-"""Folder of the journals, beside the database."""
+"""Folder of the journals, in the folder of the database."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
@@ -36,7 +37,7 @@ CREATE TABLE IF NOT EXISTS failures (
 
 @dataclass(frozen=True)
 class Call:
-    """An answer. `finish` is the server's finish_reason; tokens as reported; `usd` what it cost."""
+    """An answer. `finish` is the server's finish_reason; tokens as reported; `usd` its cost."""
 
     key: str
     item: str
@@ -68,17 +69,19 @@ class Failure:
 def call_key(
     model: str, prompt: str, messages: Sequence[dict[str, str]], pictures: Sequence[str], sampling: dict
 ) -> str:
-    """Hash of what an answer depends on: model, prompt version, the messages (so the input and what earlier stages have
-    written), hashes of the pictures that are sent, sampling parameters."""
+    """Hash of everything an answer depends on: model, prompt version, the messages (which contain the input and the
+    output of earlier stages), hashes of the images sent, sampling parameters.
+    """
     content = [model, prompt, messages, list(pictures), sampling]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Journal:
-    """Answers of one process as they arrive: a line each, given to the system at once, without waiting for the disk.
+    """Answers of one process as they arrive, one line each, passed to the operating system at once, without waiting for
+    the disk.
 
-    The commit of the cache takes some milliseconds, which a process that is killed may not have; a line that was
-    written outlives it. `Store.begin` takes the lines into the cache.
+    A commit of the cache takes a few milliseconds, in which the process may be killed; a written line survives that.
+    `Store.begin` adds the lines to the cache.
     """
 
     def __init__(self, folder: Path):
@@ -91,7 +94,7 @@ class Journal:
 
 
 def read_journal(folder: Path) -> list[Call]:
-    """The answers in the journals of a folder; a line that a kill has cut off is none."""
+    """The answers in the journals of a folder, without lines that a kill cut off."""
     return [Call(**json.loads(line)) for path in sorted(folder.glob("*.jsonl")) for line in whole_lines(path)]
 
 
@@ -125,7 +128,7 @@ class Store:
         return self.db.execute("SELECT COALESCE(SUM(usd), 0) FROM calls").fetchone()[0]
 
     def adopt(self) -> None:
-        """Take in what processes that were killed have left in their journals beside the database, and delete these."""
+        """Add the answers that killed processes left in their journals, and delete the journals."""
         folder = Path(self.path).parent / JOURNAL
         calls = read_journal(folder)
         known = self.get([call.key for call in calls])
@@ -135,12 +138,12 @@ class Store:
         self.spent, self.new_calls, self.hits = self._sum(), 0, 0
 
     def begin(self) -> None:
-        """Start of a run: journals are taken in, and what may have failed by chance is forgotten."""
+        """Start a run: add the journals, and forget failures that may have been by chance."""
         self.adopt()
         self.db.execute("DELETE FROM failures WHERE final = 0")
 
     def get(self, keys: Sequence[str]) -> dict[str, Call | Failure]:
-        """Answers, and failures of this run or final ones, by key."""
+        """Answers and failures (of this run, or final ones) by key."""
         out: dict[str, Call | Failure] = {}
         for start in range(0, len(keys), 500):
             chunk = list(keys[start : start + 500])
@@ -153,8 +156,9 @@ class Store:
         return out
 
     def put(self, records: Sequence[Call | Failure], released: float = 0.0) -> None:
-        """Write answers and failures; they are on the disk when this returns. `released` are dollars that had been
-        reserved for them."""
+        """Write answers and failures; they are on disk when this returns. `released` are dollars that had been reserved
+        for them.
+        """
         self.db.execute("BEGIN IMMEDIATE")
         for record in records:
             values = list(asdict(record).values())
@@ -167,7 +171,7 @@ class Store:
         self.reserved = max(0.0, self.reserved - released)
 
     def reserve(self, usd: float) -> str:
-        """Ask for the dollars of a call: "yes", "no", or "wait" while calls on their way may leave enough."""
+        """Reserve the dollars of a call: "yes", "no", or "wait" while calls in flight may leave enough."""
         if self.budget is None or self.spent + self.reserved + usd <= self.budget:
             self.reserved += usd
             return "yes"
@@ -192,5 +196,5 @@ class Store:
         return list(self.db.execute(query))
 
     def close(self) -> None:
-        """Close the database and give up its lock."""
+        """Close the database and release its lock."""
         self.db.close()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instrument: VAS of any checkpoint on any data, its report, and checkpoints beside each other (docs/vas.md)."""
+"""`avar vas`: VAS of any checkpoint on any data, reports, and comparisons of checkpoints (docs/vas.md)."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`avar vas compare`: checkpoints beside each other, and VAS against benchmark scores.
+"""`avar vas compare`: compares checkpoints, and correlates VAS with benchmark scores.
 
-Differences are paired where two measurements share samples (same row, same prompt): both are computed from the same
-draws of the shared samples, so what a sample does to both cancels. A correlation is over checkpoints; its interval is
-the percentile bootstrap over them. Draws in which it is not defined, since they hold one distinct value, are left out
-and counted. Of a handful of checkpoints such an interval is too narrow: where they stand in order, so does every draw.
+Differences are paired if two measurements share samples (same row, same prompt): both use the same draws of the shared
+samples, so effects of a sample on both cancel. A correlation is over checkpoints; its interval is the percentile
+bootstrap over them. Draws in which it is undefined, because they have only one distinct value, are left out and
+counted. With few checkpoints such an interval is too narrow: if they are in order, every draw is.
 
 Shape suffixes: N = samples or checkpoints, D = draws, the first of which takes each once
 """
@@ -30,7 +30,7 @@ from avar_verl.tools.vas.score import SUMS
 from avar_verl.tools.vas.show import estimate
 from avar_verl.tools.vas.statistics import MEAN_STATISTICS, means
 
-# What is correlated with scores; the others are functions of these or say the same.
+# Statistics that are correlated with scores; the others are functions of these or redundant.
 CORRELATED = ("vas", "log_ratio", "image_share")
 MIN_MODELS = 3
 MEAN = "mean"
@@ -38,17 +38,17 @@ MEAN = "mean"
 
 @dataclass(frozen=True)
 class Measurement:
-    """A `vas.json` under the name that it has in the comparison."""
+    """A `vas.json` with its name in the comparison."""
 
     name: str
     summary: Mapping[str, Any]
 
 
 def read_measurements(files: Sequence[str]) -> list[Measurement]:
-    """`[NAME=]FILE`; without a name a file is named after its folder.
+    """Parse `[NAME=]FILE`; the default name is that of the folder.
 
     Raises:
-        ValueError: fewer than two files, one that is no `vas.json`, two of one name, or no query role in common.
+        ValueError: fewer than two files, a file that is not a `vas.json`, a repeated name, or no common query role.
     """
     if len(files) < 2:
         raise ValueError(f"a comparison needs at least two files; got {len(files)}. Name another vas.json.")
@@ -75,7 +75,7 @@ def read_measurements(files: Sequence[str]) -> list[Measurement]:
 
 
 def common_queries(measurements: Sequence[Measurement]) -> list[str]:
-    """Query roles that every measurement has."""
+    """Query roles that all measurements have."""
     first, *others = (one.summary["queries"] for one in measurements)
     return [name for name in first if all(name in other for other in others)]
 
@@ -84,7 +84,7 @@ def common_queries(measurements: Sequence[Measurement]) -> list[str]:
 
 
 def shared_samples(one: Measurement, other: Measurement, query: str) -> tuple[list[int], list[int]]:
-    """Indices of the samples that both measured for a query role, in either."""
+    """Indices, in either measurement, of the samples that both measured for a query role."""
 
     def keys(measurement: Measurement) -> dict[tuple, int]:
         samples = measurement.summary["samples"]
@@ -97,7 +97,7 @@ def shared_samples(one: Measurement, other: Measurement, query: str) -> tuple[li
 
 
 def _statistics(measurement: Measurement, query: str, indices: Sequence[int], counts_DN: torch.Tensor) -> dict:
-    """(D,) of MEAN_STATISTICS over chosen samples."""
+    """(D,) of MEAN_STATISTICS over selected samples."""
     columns = measurement.summary["samples"][query]
     chosen = {key: torch.from_numpy(numbers(columns[key])[list(indices)]) for key in ("queries", *SUMS)}
     sums = {key: chosen[key][:, None, None] for key in SUMS}
@@ -108,7 +108,7 @@ def _statistics(measurement: Measurement, query: str, indices: Sequence[int], co
 def differences(one: Measurement, reference: Measurement, query: str, bootstrap: Bootstrap) -> dict[str, Any] | None:
     """`one` minus `reference` in MEAN_STATISTICS, paired, with `num_samples`; None without a shared sample.
 
-    The median over heads needs sums by head, which `vas.json` does not have for every sample.
+    The median over heads would need sums by head, which `vas.json` does not have per sample.
     """
     mine, theirs = shared_samples(one, reference, query)
     if not mine:
@@ -123,7 +123,7 @@ def differences(one: Measurement, reference: Measurement, query: str, bootstrap:
 
 
 def read_scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
-    """Benchmark -> score of every checkpoint in the order of `names`; `mean` of them where there are several.
+    """Benchmark -> score of every checkpoint in the order of `names`; plus `mean` if there are several benchmarks.
 
     Raises:
         ValueError: no column `name`, a checkpoint without a row, or a score that is not a finite number.
@@ -165,7 +165,7 @@ def read_scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
 def compare(
     measurements: Sequence[Measurement], scores: Mapping[str, list[float]] | None, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """What `compare.json` holds.
+    """Content of `compare.json`.
 
     Raises:
         ValueError: scores of fewer than MIN_MODELS checkpoints.
@@ -231,7 +231,8 @@ def print_comparison(result: Mapping[str, Any], console: Console) -> None:
 
 
 def run_compare(options: Compare, console: Console) -> dict[str, Any]:
-    """Compare, print, and with a folder `out` write `compare.json` and `compare.html`; returns what the first holds.
+    """Compare, print, and with a folder `out` write `compare.json` and `compare.html`; returns the content of the
+    first.
 
     Raises:
         ValueError: files or scores that cannot be compared.

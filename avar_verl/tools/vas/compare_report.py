@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`compare.html`: checkpoints beside each other, one file that needs nothing else."""
+"""`compare.html`: a comparison of checkpoints in one self-contained file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def curve_figures(measurements: Sequence[Measurement], query: str) -> list[Marku
     ]
     figures = [curves_figure(f"layers-{query}", by_layer, "image share", "layer")]
     if query == "response":
-        # Bins are the same in all measurements; a longer response has more of them.
+        # All measurements have the same bins; longer responses reach more of them.
         longest = max((part["positions"] for _, part in parts), key=lambda positions: positions[-1]["first"])
         starts = {one["first"]: at for at, one in enumerate(longest)}
         for key, ratios in (("image_share", False), ("ratio_of_means", True)):
@@ -59,7 +59,7 @@ def curve_figures(measurements: Sequence[Measurement], query: str) -> list[Marku
 
 
 def scatter_figures(result: Mapping[str, Any], query: str) -> list[dict[str, Any]]:
-    """For every correlated statistic the scatter plot with the last benchmark: the mean, where there are several."""
+    """For every correlated statistic, a scatter plot with the last benchmark (the mean, if there are several)."""
     if result["scores"] is None:
         return []
     entry, colors = result["queries"][query], _colors(result["names"])
@@ -118,7 +118,7 @@ def query_section(result: Mapping[str, Any], measurements: Sequence[Measurement]
 
 
 def write_compare_report(path: Path, result: Mapping[str, Any], measurements: Sequence[Measurement]) -> None:
-    """Write the report of what `compare.json` holds."""
+    """Write the report of the content of `compare.json`."""
     text = page(
         "vas/compare.html.j2",
         names=result["names"],

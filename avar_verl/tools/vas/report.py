@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a measurement, one HTML file that needs nothing else, from `vas.json` and `words.json`."""
+"""The report of a measurement, a self-contained HTML file, from `vas.json` and `words.json`."""
 
 import math
 import re
@@ -33,20 +33,20 @@ DIGITS = {"log_ratio": 3, "image_share": 3, "image_mass": 3, "system_mass": 3, "
 
 
 def estimate_text(part: Mapping[str, Any], digits: int = 2) -> str:
-    """`value [low, high]`, without the interval where there is none. The spaces in the interval do not break."""
+    """`value [low, high]`, or only the value if there is no interval. The spaces in the interval do not break."""
     value, low, high = (float(numbers(part[key])) for key in ("value", "low", "high"))
     text = number_text(value, digits)
     return text if part["low"] is None else f"{text} [{number_text(low, digits)},\u00a0{number_text(high, digits)}]"
 
 
 def cell(part: Mapping[str, Any], digits: int = 2) -> Markup:
-    """`estimate_text` with the interval in a line of its own."""
+    """`estimate_text` with the interval on its own line."""
     value, found, rest = estimate_text(part, digits).partition(" [")
     return escape(value) + (Markup("<small>[") + escape(rest) + Markup("</small>") if found else Markup())
 
 
 def band_text(part: Mapping[str, Any]) -> str:
-    """The paper's band of a VAS, and those that its interval reaches."""
+    """The paper's band of a VAS, and the bands that its interval reaches."""
     names = [band(float(numbers(part[key]))) for key in ("value", "low", "high")]
     if names[0] is None:
         return "none"
@@ -55,7 +55,7 @@ def band_text(part: Mapping[str, Any]) -> str:
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
-    """The paragraph at the top, from the numbers alone."""
+    """The paragraph at the top, written from the numbers."""
     out = [f"{summary['name']} on {summary['num_rows']} samples of {Path(summary['data']).name}."]
     for name, query in summary["queries"].items():
         share = query["overall"]["image_share"]
@@ -76,7 +76,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
 
 
 def query_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table of headline numbers, a row a query role."""
+    """The table of headline numbers, one row per query role."""
     rows = []
     for name, query in summary["queries"].items():
         cells = {key: cell(query["overall"][key], DIGITS.get(key, 2)) for key in STATISTICS}
@@ -85,7 +85,7 @@ def query_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What was left out, and what to read with care."""
+    """Notes: samples that were left out, and numbers to read with care."""
     out = []
     for name, query in summary["queries"].items():
         for reason, count in query["skipped"].items():
@@ -102,7 +102,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def image_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for every image position and query role, where samples have several images."""
+    """One row per image position and query role, if samples have several images."""
     rows = []
     for name, query in summary["queries"].items():
         for index, part in enumerate(query["images"], start=1):
@@ -115,7 +115,7 @@ def image_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def bin_ticks(positions: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Labels of the bins by their number: the first position of each, of every other one where there are many."""
+    """Labels of the bins by their number: their first position; every other one if there are many."""
     step = 1 if len(positions) <= 8 else 2
     return {index: f"{one['first']:,}" for index, one in enumerate(positions) if index % step == 0}
 
@@ -166,7 +166,7 @@ def heat_maps(summary: Mapping[str, Any]) -> Markup:
 
 
 def sample_rows(shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Shown samples: pictures, texts with the words marked, an overlay a word."""
+    """Shown samples: images, texts with the words marked, one overlay per word."""
     rows = []
     for sample in shown:
         images = [decode_image(image, f"sample {sample['row']}") for image in sample["images"]]
@@ -197,7 +197,7 @@ def sample_rows(shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def marked(text: str, words: Sequence[str]) -> Markup:
-    """The text as HTML, with the first place of every word marked."""
+    """The text as HTML, with the first occurrence of every word marked."""
     out, at = Markup(), 0
     for word in words:
         match = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)").search(text, at)
@@ -220,7 +220,7 @@ def setting_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def write_report(path: Path, summary: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> None:
-    """Write the report of what `vas.json` and `words.json` hold."""
+    """Write the report of the content of `vas.json` and `words.json`."""
     positions = summary["queries"].get("response", {}).get("positions", [])
     text = page(
         "vas/report.html.j2",

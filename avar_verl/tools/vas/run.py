@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`avar vas`: measure, summarize, report.
 
-A folder holds one measurement: `settings.json`, `records.jsonl` (a line a sample, appended as it is measured), and,
-made from these at the end, `vas.json`, `words.json` and `report.html`.
+A folder holds one measurement: `settings.json`, `records.jsonl` (one line per sample, appended as it is measured), and,
+written from these at the end, `vas.json`, `words.json` and `report.html`.
 """
 
 import importlib.metadata
@@ -48,7 +48,7 @@ def work_of(settings: Vas) -> Work:
 
 
 def identity(settings: Vas) -> dict[str, Any]:
-    """What records of one folder have in common: whatever changes a number of a sample. `n` may grow."""
+    """Settings that all records of a folder share: everything that changes the numbers of a sample. `n` may grow."""
     return {
         "model": absolute(settings.model),
         "model_files": fingerprint(Path(settings.model)),
@@ -65,7 +65,7 @@ def identity(settings: Vas) -> dict[str, Any]:
 
 
 def _compact(value: Any) -> Any:
-    """Nested lists of numbers as float64 arrays, a quarter of their memory; the rest as it is."""
+    """Nested lists of numbers as float64 arrays, which take a quarter of the memory; other values unchanged."""
     if isinstance(value, dict):
         return {key: _compact(item) for key, item in value.items()}
     is_matrix = isinstance(value, list) and value and isinstance(value[0], list)
@@ -79,7 +79,7 @@ def open_records(settings: Vas) -> RecordFile:
 
 
 def model_name(model: str) -> str:
-    """A model's name in a report: the end of its path, without the folders that every checkpoint of verl has.
+    """A model's name in a report: the end of its path, without the folders that all verl checkpoints have.
 
     >>> model_name("checkpoints/avar/global_step_18/actor/huggingface")
     'avar/global_step_18'
@@ -88,7 +88,7 @@ def model_name(model: str) -> str:
 
 
 def check_report_packages() -> None:
-    """Before the model runs, not after.
+    """Check the packages of the report before the model runs.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -98,7 +98,7 @@ def check_report_packages() -> None:
 
 
 def _check_model(settings: Vas) -> tuple[int, ...]:
-    """The layers that will be measured, before any weight is loaded."""
+    """The layers to measure, determined before loading weights."""
     unknown = sorted(set(settings.columns) - set(data_rows.COLUMNS))
     if unknown:
         raise ValueError(f"columns must name some of {data_rows.COLUMNS}; got {unknown}. Write NAME=COLUMN.")
@@ -107,7 +107,7 @@ def _check_model(settings: Vas) -> tuple[int, ...]:
 
 
 def measure(settings: Vas, records: RecordFile, workers) -> None:
-    """Add the records of all rows that have none."""
+    """Add records for all rows that have none."""
     rows = data_rows.read(settings.data, settings.split, settings.columns)
     rows = islice(rows, settings.n) if settings.n else rows
     total = data_rows.count(settings.data)
@@ -127,7 +127,7 @@ def measure(settings: Vas, records: RecordFile, workers) -> None:
 
 
 def look(settings: Vas, records: Sequence[dict[str, Any]], workers) -> list[dict[str, Any]]:
-    """Where the model looks as it writes words, of the first `show` samples with a measured response."""
+    """Where the model looks as it writes words, for the first `show` samples with a measured response."""
     wanted = {record["row"]: record.get("generated_ids") for record in records if "response" in record}
     wanted = dict(islice(wanted.items(), settings.show))
     if not wanted:
@@ -143,7 +143,7 @@ def summarize(
     """What `vas.json` holds.
 
     Raises:
-        ValueError: a query role of which no sample has VAS.
+        ValueError: no sample has VAS for a query role.
     """
     bootstrap = Bootstrap(settings.resamples, settings.seed)
     return {
@@ -165,7 +165,7 @@ def run_vas(settings: Vas) -> dict[str, Any]:
     """Measure and, with a folder `settings.out`, keep records and write the report; returns what `vas.json` holds.
 
     Raises:
-        ValueError: naming the row, the file or the setting that cannot be measured.
+        ValueError: names the row, file or setting that cannot be measured.
     """
     started, out = time.monotonic(), settings.out
     work = work_of(settings)
@@ -189,7 +189,7 @@ def run_vas(settings: Vas) -> dict[str, Any]:
 
 
 def _words(settings: Vas, records, workers, path: Path) -> list[dict[str, Any]]:
-    """`words.json`, made once for the same choice of samples and words."""
+    """`words.json`, written once for each choice of samples and words."""
     choice = {"show": settings.show, "words": settings.words, "n": len(records)}
     choice = json.loads(dumps(choice))
     if path.exists():

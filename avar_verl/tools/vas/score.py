@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From conversations to records: one forward pass a batch, masses reduced to sums in the layer they come from.
+"""From conversations to records: one forward pass per batch, with masses reduced to sums in each layer.
 
 Shape suffixes:
     B = samples, S = positions, Q = selected queries, L = measured layers, H = query heads, I = images of a sample,
@@ -21,7 +21,8 @@ from avar_verl.model.roles import TokenRole
 from avar_verl.tools.rows import Conversation
 
 QUERIES = {"user": TokenRole.USER, "response": TokenRole.RESPONSE}
-# First positions of the bins of a response, two an octave, the last one open: attention to the image fades with length.
+# First positions of the bins of a response, two per octave, the last one open: attention to the image fades with
+# length.
 BIN_STARTS = (0, 4, *(edge for power in range(3, 18) for edge in (2**power, 3 * 2 ** (power - 1))))
 SUMS = ("ratio", "share", "image", "system")
 NO_IMAGE, NO_SYSTEM = "no image", "no system turn"
@@ -59,8 +60,8 @@ def measurable_layers(family: Family, config, layers: Sequence[int] | None) -> t
 class LabelledSample:
     """A rendered conversation and the roles of its tokens.
 
-    `tokens_I` are the image tokens of every image; `response_ids` those generated or given as ids, None where the
-    response is text.
+    `tokens_I` are the numbers of image tokens per image; `response_ids` the response if generated or given as ids, None
+    if it is text.
     """
 
     rendered: Rendered
@@ -70,18 +71,18 @@ class LabelledSample:
 
     @property
     def skipped(self) -> str | None:
-        """Why the sample has no VAS for any query; None where it may have one."""
+        """Why the sample has no VAS for any query; None if it may have one."""
         roles = set(self.roles_S.tolist())
         return NO_IMAGE if TokenRole.IMAGE not in roles else NO_SYSTEM if TokenRole.SYSTEM not in roles else None
 
 
 def tokens_by_image(checkpoint: Checkpoint, conversation: Conversation, rendered: Rendered, total: int) -> list[int]:
-    """How many of the `total` image tokens belong to each image, in order.
+    """Number of the `total` image tokens that belong to each image, in order.
 
-    From the family's places where it has them; else every image is rendered alone.
+    Computed from the family's places, or else by rendering every image separately.
 
     Raises:
-        ValueError: the images' tokens are not those of the conversation.
+        ValueError: the counts do not add up to the tokens of the conversation.
     """
     images, family = conversation.images, checkpoint.family
     if len(images) < 2:
@@ -110,8 +111,8 @@ class Scorer:
     Args:
         queries: of QUERIES.
         layers: default all, see `measurable_layers`.
-        max_new_tokens: None measures the response that a conversation has; a number generates one first.
-        padding_side: of the measured batches. The numbers do not depend on it.
+        max_new_tokens: None measures the response in the conversation; a number generates one first.
+        padding_side: of the measured batches; the numbers do not depend on it.
     """
 
     def __init__(
@@ -137,10 +138,10 @@ class Scorer:
         )
 
     def prepare(self, conversations: Sequence[Conversation]) -> list[LabelledSample]:
-        """Conversations as samples, with responses generated in one batch if that is asked for.
+        """Conversations as samples; with `max_new_tokens`, responses are generated in one batch.
 
         Raises:
-            ValueError: a response of ids with image placeholders in it; whatever cannot be rendered.
+            ValueError: a response of ids that contains image placeholders, or anything that cannot be rendered.
         """
         if self.max_new_tokens is None:
             return [self._given(conversation) for conversation in conversations]
@@ -160,7 +161,7 @@ class Scorer:
         return self._sample(conversation, rendered, roles_S, None)
 
     def _with_ids(self, conversation: Conversation, prompt: Rendered, response_ids: list[int]) -> LabelledSample:
-        """The response is what was generated, whatever these ids are."""
+        """The response is whatever was generated, whatever its ids."""
         placeholders = sorted(set(response_ids) & set(self.checkpoint.role_map.image_token_ids))
         if placeholders:
             raise ValueError(
@@ -184,7 +185,7 @@ class Scorer:
     # ---- masses ------------------------------------------------------------------------------------------------
 
     def score(self, samples: Sequence[LabelledSample]) -> list[dict[str, Any]]:
-        """For every sample what its record holds (`_parts`), from one forward pass over those that can be measured."""
+        """Record content (`_parts`) of every sample, from one forward pass over those that can be measured."""
         wanted = [int(QUERIES[name]) for name in self.queries]
         measured = [
             index
@@ -195,7 +196,7 @@ class Scorer:
         return [self._parts(sample, sums.get(index)) for index, sample in enumerate(samples)]
 
     def _padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(B, S) as `Checkpoint.collate` pads ids; 0 is OTHER, and no group of its own."""
+        """(B, S), padded like the ids of `Checkpoint.collate`; 0 is OTHER, which has no group."""
         sides = {"padding_side": self.padding_side, "batch_first": True, "padding_value": 0}
         return torch.nn.utils.rnn.pad_sequence(list(rows), **sides)
 
@@ -220,7 +221,7 @@ class Scorer:
             stats_BHQK = torch.stack(parts, dim=-1)
             stats_BHQK = torch.cat([stats_BHQK, images_BHQI, images_BHQI / system_BHQ[..., None]], dim=-1)
             B, H, Q, K = stats_BHQK.shape
-            # One more group takes the filling, whose ratios are 0 / 0. It is added to nothing else.
+            # An extra group takes the padding, whose ratios are 0 / 0.
             out_BHGK = stats_BHQK.new_zeros(B, H, len(BIN_STARTS) + 2, K)
             index = groups_BQ[:, None, :, None].expand(-1, H, -1, K)
             return out_BHGK.scatter_add_(2, index, stats_BHQK)[:, :, :-1]
@@ -259,7 +260,7 @@ class Scorer:
 
 
 def _without_earlier_turns(roles_S: torch.Tensor, answered: bool) -> torch.Tensor:
-    """Roles in which the last assistant turn alone is RESPONSE, as in a rollout; none without an answer."""
+    """Roles in which only the last assistant turn is RESPONSE, as in a rollout; none without an answer."""
     is_response_S = roles_S == TokenRole.RESPONSE
     earlier_S = is_response_S
     if answered and bool(is_response_S.any()):
@@ -278,25 +279,24 @@ def _key_groups(sample: LabelledSample) -> torch.Tensor:
 
 
 def _query_groups(roles_BS: torch.Tensor) -> torch.Tensor:
-    """(B, S) group of a query: 0 for user, 1 plus its bin for a response's; of no meaning for others."""
+    """(B, S) group of a query: 0 for user, 1 plus its bin for response; meaningless for others."""
     position_BS = ((roles_BS == TokenRole.RESPONSE).long().cumsum(1) - 1).clamp(min=0)
     bins_BS = torch.bucketize(position_BS, torch.tensor(BIN_STARTS, device=roles_BS.device), right=True)
     return bins_BS.masked_fill(roles_BS == TokenRole.USER, 0)
 
 
 def _query_part(name: str, sums_LHGK: torch.Tensor, counts_G: torch.Tensor, blind: int, num_images: int) -> dict:
-    """What a record holds for a query role.
+    """Content of a record for a query role.
 
-    `queries`: how many; `before_image`: those of them that see no image, whose ratio is 0; SUMS: sums over queries by
-    layer and head; `image_mass`, `image_ratio`: sums over queries of every image, mean over layers and heads;
-    `positions` (response): for the bins that there are up to the last one, `queries` and SUMS by layer, mean over
-    heads.
+    `queries`: their number; `before_image`: number of queries that see no image, whose ratio is 0; SUMS: sums over
+    queries by layer and head; `image_mass`, `image_ratio`: sums over queries per image, mean over layers and heads;
+    `positions` (response): for each bin up to the last one reached, `queries` and SUMS by layer, mean over heads.
     """
     groups = slice(0, 1) if name == "user" else slice(1, None)
     sums_LHGK, counts_G = sums_LHGK[:, :, groups], counts_G[groups]
     total_LHK = sums_LHGK.sum(2)
     means_K = total_LHK.mean((0, 1))
-    most = (total_LHK.shape[-1] - len(SUMS)) // 2  # Images of the batch; this sample may have fewer.
+    most = (total_LHK.shape[-1] - len(SUMS)) // 2  # Largest number of images in the batch; this sample may have fewer.
     start = len(SUMS)
     out = {
         "queries": int(counts_G.sum()),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A measurement on the terminal."""
+"""Print a measurement in the terminal."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +12,18 @@ from avar_verl.tools.text import numbers_table
 
 
 def number(value: float | str, digits: int = 4) -> str:
-    """A number of any size, in few characters."""
+    """A number of any size in few characters."""
     return f"{float(value):.{digits}g}"
 
 
 def estimate(part: Mapping[str, Any]) -> str:
-    """The value and, in a second line, its interval where there is one; for rich, which reads a bare bracket."""
+    """The value and, on a second line, its interval if there is one; the bracket is escaped for rich."""
     text = number(part["value"])
     return text if part["low"] is None else f"{text}\n\\[{number(part['low'], 3)}, {number(part['high'], 3)}]"
 
 
 def print_summary(summary: Mapping[str, Any], out: Path | None, console: Console) -> None:
-    """A column for every query role, a row for every statistic, and where the files are."""
+    """One column per query role, one row per statistic, and the paths of the files."""
     queries = summary["queries"]
     columns = ["\\[95 % interval]", *(f"{name} tokens" for name in queries)]
     table = numbers_table(f"VAS of {summary['model']}", columns, title_justify="left")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records to numbers with intervals: VAS and its companions, overall and by layer, head, position and image.
+"""From records to statistics with intervals: VAS and its companions, overall and by layer, head, position and image.
 
-Every number is a function of sums over the queries of all samples that count. Its interval is the bootstrap of
-`tools.stats`, from the sums of each draw. Queries of a sample depend on each other, so samples are drawn, not queries.
-One sample gives no interval.
+Every number is a function of sums over the queries of all counted samples. Its interval is the bootstrap of
+`tools.stats`, from the sums of each draw. Samples are drawn, not queries, because queries of one sample are dependent.
+A single sample has no interval.
 
 Shape suffixes: N = samples, D = draws, the first of which takes every sample once; L = layers, H = query heads,
     P = bins of positions, X = anything
@@ -21,17 +21,17 @@ from avar_verl.objectives.vas import STATISTICS, band, vas_statistics
 from avar_verl.tools.stats import Bootstrap, with_interval
 from avar_verl.tools.vas.score import BIN_STARTS, SUMS
 
-# What has a meaning for means over the heads of a layer: a median over heads needs the heads.
+# Statistics that can be computed from means over heads; the median over heads cannot.
 MEAN_STATISTICS = tuple(name for name in STATISTICS if name != "vas_median")
 HEAD_STATISTICS = ("vas", "image_share", "image_mass", "system_mass")
 
 
 def totals(counts_DN: torch.Tensor, values_NX: torch.Tensor) -> torch.Tensor:
-    """(D, ...) sums of the samples in each draw; values may be inf or nan, which stay in their draws."""
+    """(D, ...) sums of the samples in each draw; inf and nan affect only the draws that contain them."""
     flat_NX = values_NX.reshape(len(values_NX), -1)
     finite_NX = torch.isfinite(flat_NX)
     out_DX = counts_DN @ flat_NX.where(finite_NX, 0.0)
-    if not bool(finite_NX.all()):  # 0 times inf is nan, so what is not finite is counted and put back.
+    if not bool(finite_NX.all()):  # 0 times inf is nan, so non-finite values are counted separately and put back.
         for is_special_NX, special in ((flat_NX == math.inf, math.inf), (flat_NX.isnan(), math.nan)):
             out_DX = out_DX.masked_fill(counts_DN @ is_special_NX.double() > 0, special)
     return out_DX.reshape(len(counts_DN), *values_NX.shape[1:])
@@ -40,7 +40,7 @@ def totals(counts_DN: torch.Tensor, values_NX: torch.Tensor) -> torch.Tensor:
 def means(
     counts_DN: torch.Tensor, queries_N: torch.Tensor, sums: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """(D, ...) mean over the queries of each draw, of every one of `sums` (N, ...)."""
+    """(D, ...) mean over the queries of each draw, for each of `sums` (N, ...)."""
     queries_D = counts_DN @ queries_N.double()
     return {
         name: totals(counts_DN, sum_NX) / queries_D.reshape(-1, *[1] * (sum_NX.dim() - 1))
@@ -49,7 +49,7 @@ def means(
 
 
 def _stacked(parts: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(N,) queries and SUMS (N, L, H) of records of one query role."""
+    """(N,) queries and SUMS (N, L, H) of the records of one query role."""
     queries_N = torch.tensor([part["queries"] for part in parts])
     return queries_N, {name: _tensor([part[name] for part in parts]) for name in SUMS}
 
@@ -75,7 +75,7 @@ def bin_range(index: int) -> tuple[int, int | None]:
 def summarize_query(
     name: str, records: Sequence[Mapping[str, Any]], layers: Sequence[int], bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """What `vas.json` holds of one query role.
+    """Content of `vas.json` for one query role.
 
     Raises:
         ValueError: no sample has VAS for it.
@@ -115,7 +115,7 @@ def summarize_query(
 def by_position(positions: Sequence[Mapping[str, Any]], bootstrap: Bootstrap) -> list[dict[str, Any]]:
     """For every bin that a response reaches: `first`, `last`, `num_samples`, `num_queries` and MEAN_STATISTICS.
 
-    The samples of a bin are those whose response reaches it, so later bins are about longer responses.
+    A bin has the samples whose response reaches it, so later bins describe longer responses.
     """
     out = []
     for index in range(max(len(one["queries"]) for one in positions)):
@@ -166,8 +166,9 @@ def by_image(records: Sequence[Mapping[str, Any]], name: str, bootstrap: Bootstr
 
 
 def by_sample(records: Sequence[Mapping[str, Any]], queries: Sequence[str]) -> dict[str, Any]:
-    """Columns with an entry for every record, for `avar vas compare`: `row`, `sample`, and by query role `queries` and
-    SUMS, mean over layers and heads; None where the sample has no VAS."""
+    """Columns with one entry per record, for `avar vas compare`: `row`, `sample`, and by query role `queries` and SUMS,
+    mean over layers and heads; None if the sample has no VAS.
+    """
     out: dict[str, Any] = {key: [record[key] for record in records] for key in ("row", "sample")}
     for name in queries:
         parts = [record.get(name) for record in records]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the model looks as it writes a word: attention to every image token, as rasters over the images.
 
-A token is written by the query before it. So the queries of a word are those before each of its tokens, as in the
-demo's report. (The word's own queries look ahead: they write what comes next.)
+The query before a token predicts it. So the queries of a word are those before each of its tokens, as in the demo's
+report. (The queries at the word's own tokens predict what comes next.)
 
 Shape suffixes: S = positions, T = response tokens, I = image tokens, N = tokens of one image, Y = rows, X = columns,
     B = samples, H = query heads, Q = queries, G = key groups
@@ -26,16 +26,16 @@ from avar_verl.tools.vas.score import LabelledSample
 
 NUM_WORDS = 4
 MIN_LETTERS = 3
-# Longest side of a picture in the report, in pixels.
+# Longest side of an image in the report, in pixels.
 SIDE = 320
-# Response tokens that are looked at: the masses of all image tokens of each are in memory at a time.
+# Most response tokens per pass: the masses of all image tokens for each are in memory at once.
 MAX_TOKENS = 512
 
 
 def words_of(tokenizer, ids_T: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """(word, its tokens' indices) of a response, in order; neither special tokens nor tags such as <think> are words.
+    """(word, indices of its tokens) of a response, in order; special tokens and tags such as <think> are not words.
 
-    A token belongs to the word to which it adds a character, since tokenizers differ in where they write spaces.
+    A token belongs to the word to which it adds a character, because tokenizers differ in where they put spaces.
     """
     text, owners = "", []
     for index in range(len(ids_T)):
@@ -54,10 +54,10 @@ def words_of(tokenizer, ids_T: Sequence[int]) -> list[tuple[str, list[int]]]:
 def choose_words(
     words: Sequence[tuple[str, list[int]]], mass_T: torch.Tensor, wanted: Sequence[str] | None
 ) -> list[tuple[str, list[int]]]:
-    """Those of `wanted` (their first place, whatever the case), or the NUM_WORDS distinct ones of MIN_LETTERS letters
-    that were written with most mass on the image; in the order of the text.
+    """The words in `wanted` (first occurrence, ignoring case), or the NUM_WORDS distinct words of at least MIN_LETTERS
+    letters that were written with the most mass on the image; in text order.
 
-    mass_T: mass on the image of the query that has written each token.
+    mass_T: mass on the image of the query that predicts each token.
     """
     first: dict[str, tuple[str, list[int]]] = {}
     for word, tokens in words:
@@ -72,8 +72,8 @@ def choose_words(
 
 
 def raster(places_N4: torch.Tensor, values_N: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """(Y, X) density of `values_N` on a picture of `size` (width, height): every token's value, spread evenly over the
-    pixels of its place. Tiles and a thumbnail add up. The sum is that of the values.
+    """(Y, X) density of `values_N` on an image of `size` (width, height): every token's value is spread evenly over the
+    pixels of its place. Tiles and a thumbnail add up. The sum equals the sum of the values.
 
     >>> raster(torch.tensor([[0.0, 0.0, 0.5, 1.0]]), torch.tensor([8.0]), (4, 2)).tolist()
     [[2.0, 2.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]]
@@ -82,7 +82,7 @@ def raster(places_N4: torch.Tensor, values_N: torch.Tensor, size: tuple[int, int
     out_YX = np.zeros((height, width))
     scale = torch.tensor([width, height, width, height], dtype=torch.float64)
     for (x1, y1, x2, y2), value in zip((places_N4 * scale).round().long().tolist(), values_N.tolist(), strict=True):
-        # A place smaller than a pixel has the pixel in which it starts.
+        # A place smaller than a pixel gets the pixel in which it starts.
         x1, y1 = min(x1, width - 1), min(y1, height - 1)
         x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
         out_YX[y1:y2, x1:x2] += value / ((x2 - x1) * (y2 - y1))
@@ -90,7 +90,7 @@ def raster(places_N4: torch.Tensor, values_N: torch.Tensor, size: tuple[int, int
 
 
 def shrunk(image: Image.Image) -> Image.Image:
-    """At most SIDE pixels a side."""
+    """Shrink to at most SIDE pixels per side."""
     factor = min(1.0, SIDE / max(image.size))
     return image.resize([max(1, round(side * factor)) for side in image.size]) if factor < 1 else image
 
@@ -103,14 +103,14 @@ def attention_to_image_tokens(
     chosen_S: torch.Tensor,
     layers: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Attention of every chosen query to every image token of one sample, (Q, I) float32, mean over layers and heads.
+    """Attention of every selected query to every image token of one sample, (Q, I) float32, mean over layers and heads.
 
     Args:
         chosen_S: bool, the queries.
         layers: default all.
 
     Raises:
-        ValueError: nothing chosen, or no image.
+        ValueError: no selected query, or no image.
     """
     image_S = roles_S == TokenRole.IMAGE
     num_image = int(image_S.sum())
@@ -119,7 +119,7 @@ def attention_to_image_tokens(
             f"image attention needs image tokens and selected queries; got {num_image} and {int(chosen_S.sum())}. "
             "Check the sample and the queries that were chosen."
         )
-    # One key group for every image token, group 0 for all other keys.
+    # One key group per image token, group 0 for all other keys.
     groups_S = image_S.long().cumsum(0) * image_S
     query_roles_S = torch.where(chosen_S, TokenRole.RESPONSE, TokenRole.OTHER)
     device = checkpoint.model.device
@@ -143,12 +143,12 @@ def where_words_look(
     layers: Sequence[int],
     wanted: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What the report shows of one sample.
+    """Content of the report for one sample.
 
     Returns:
         `question`, `response` (of the measured tokens); `images`, base64 PNG of each; `note`, why there are no words;
-        `words`: for each `word`, the mean over its queries of `mass` on all images, the `image` that gets most of it,
-        and `tokens_mass`, the attention to each token of this image, whose rectangles stand in `places`.
+        `words`: for each `word`, means over its queries: `mass` on all images, the `image` that gets most of it, and
+        `tokens_mass`, the attention to each token of this image, whose rectangles are `places`.
     """
     tokenizer = checkpoint.processor.tokenizer
     is_response_S = sample.roles_S == TokenRole.RESPONSE

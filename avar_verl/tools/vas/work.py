@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who measures: a worker with a checkpoint, one in this process or several as Ray actors, which do the same."""
+"""Workers that measure with a checkpoint: one in this process, or several Ray actors, with the same results."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from avar_verl.tools.rows import Conversation, conversation
 from avar_verl.tools.vas.score import Scorer
 from avar_verl.tools.vas.words import where_words_look
 
-# Batches that wait at an actor: one is measured while the next one travels.
+# Batches queued per actor: one is measured while the next one is sent.
 BATCHES_PER_ACTOR = 2
 
 
@@ -33,7 +33,7 @@ class Work:
 
 
 class Worker:
-    """Turns rows into records. Loads the checkpoint when it is made."""
+    """Turns rows into records. The constructor loads the checkpoint."""
 
     def __init__(self, work: Work):
         self.work = work
@@ -49,7 +49,7 @@ class Worker:
         """The conversation of a row.
 
         Raises:
-            ValueError: naming the row, whatever `conversation` refuses, and a row without what is to be measured.
+            ValueError: names the row; anything that `conversation` refuses, or a row without the response to measure.
         """
         with naming(row.where):
             out = conversation(row.values, self.patch_size, self.work.system)
@@ -92,7 +92,7 @@ class Worker:
 
 
 class LocalWorkers:
-    """One worker in this process, made when it is first needed: a finished measurement loads no model."""
+    """One worker in this process, created on first use: a finished measurement loads no model."""
 
     def __init__(self, work: Work):
         self._work = work
@@ -118,15 +118,15 @@ class LocalWorkers:
 
 
 class RayWorkers:
-    """`num_workers` Ray actors, each with the checkpoint on a GPU or core of its own.
+    """`num_workers` Ray actors, each with the checkpoint on its own GPU or core.
 
-    Rows travel as they are stored and are opened by the actors. The batches are those of one process, so the records
-    are too; they come in the order in which they are done. Joins the cluster at RAY_ADDRESS or the one that runs on
-    this machine, else starts Ray here.
+    Rows are sent as stored, and the actors open the images. Batches are the same as in one process, so records are too;
+    they arrive in order of completion. Joins the cluster at RAY_ADDRESS or one running on this machine, or else starts
+    Ray here.
 
     Raises:
-        ValueError: fewer than one worker, or, with the first batch, more than the cluster has places for, for which it
-            would wait for ever.
+        ValueError: fewer than one worker, or (with the first batch) more workers than the cluster can place, which
+            would wait forever.
     """
 
     def __init__(self, work: Work, num_workers: int):
@@ -154,7 +154,7 @@ class RayWorkers:
 
     @property
     def actors(self) -> list:
-        """Made when they are first needed."""
+        """Create the actors on first use."""
         import ray
 
         if not self._actors:
@@ -179,7 +179,7 @@ class RayWorkers:
             if batch is not None:
                 running[actor.measure.remote(batch)] = actor
 
-        first = next(batches, None)  # Without a batch no actor is made.
+        first = next(batches, None)  # Without a batch, no actor is created.
         if first is None:
             return
         batches = itertools.chain([first], batches)
@@ -195,7 +195,7 @@ class RayWorkers:
 
     @staticmethod
     def _get(reference) -> Any:
-        """The result; a broken rule in an actor is that rule here."""
+        """The result of an actor; its ValueError is raised here."""
         import ray
 
         try:
