@@ -116,20 +116,12 @@ class Settings:
         ValueError: an unknown kind, or a limit that would not be used.
     """
 
+    # auto: a file with a column `messages` is for SFT, one with `prompt` for RL.
     kind: Literal["sft", "rl", "auto"] = "auto"
-    """auto: a file with a column `messages` is for SFT, one with `prompt` for RL."""
-
-    model: str | None = None
-    """Hugging Face folder or name, whose processor renders every row; without it rows are not rendered."""
-
-    max_length: int | None = None
-    """Most tokens of an SFT row, as data.max_length; needs a model."""
-
-    max_prompt_length: int | None = None
-    """Most tokens of an RL prompt, as data.max_prompt_length; needs a model."""
-
-    allow_urls: bool = False
-    """Fetch images from http(s)."""
+    model: str | None = None  # Hugging Face folder or name, whose processor renders every row.
+    max_length: int | None = None  # Most tokens of an SFT row, as data.max_length; needs a model.
+    max_prompt_length: int | None = None  # Most tokens of an RL prompt, as data.max_prompt_length; needs a model.
+    allow_urls: bool = False  # Fetch images from http(s).
 
     def __post_init__(self):
         if self.kind not in (*COLUMN, "auto"):

@@ -2,7 +2,7 @@
 """What the options of commands have in common: how text becomes a value, which values are refused.
 
 A command is a frozen dataclass derived from `Command`. Each field is an option of `avar`: name, type and default of the
-field are those of the option, the text under it is the help.
+field are those of the option, the comment beside or above it is the help.
 """
 
 import json

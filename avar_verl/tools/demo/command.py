@@ -12,14 +12,10 @@ from avar_verl.tools.options import Command, Json
 class Demo(Command):
     """The whole recipe on a tiny model, on this machine, with a report."""
 
-    out: Path = Path("outputs/demo")
-    """Folder of the run. A killed run goes on in it."""
-
-    fresh: bool = False
-    """Delete the folder and start over."""
-
+    out: Path = Path("outputs/demo")  # Folder of the run. A killed run goes on in it.
+    fresh: bool = False  # Delete the folder and start over.
+    # Fields of `tools.demo.run.DemoSettings` to replace, such as {"grpo_steps": 6}.
     settings: Json = field(default_factory=dict)
-    """Fields of `tools.demo.run.DemoSettings` to replace, such as {"grpo_steps": 6}."""
 
     def run(self) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

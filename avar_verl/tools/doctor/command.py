@@ -13,32 +13,15 @@ from avar_verl.tools.options import Command, Size, Words
 class Doctor(Command):
     """Examine a model before GPU time is spent on it; exit code 1 if a check fails (docs/doctor.md)."""
 
-    model: str | None = None
-    """Hugging Face folder. This or --env."""
-
-    env: bool = False
-    """No model: the installed packages beside the tested ones."""
-
-    data: Path | None = None
-    """File of training rows, rendered by this model as by `avar data check`."""
-
-    rollout: bool = False
-    """Really start vLLM and compare it with transformers."""
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the model runs."""
-
-    gpus: Size = 1
-    """GPUs that share the training."""
-
-    gpu_memory: float | None = None
-    """GiB of each GPU: warn if the training needs more."""
-
-    only: Words = None
-    """Names of checks to run, with those that they need; without it all."""
-
-    out: Path | None = None
-    """Write the results to this JSON file."""
+    model: str | None = None  # Hugging Face folder. This or --env.
+    env: bool = False  # No model: the installed packages beside the tested ones.
+    data: Path | None = None  # File of training rows, rendered by this model as by `avar data check`.
+    rollout: bool = False  # Really start vLLM and compare it with transformers.
+    device: Literal["cpu", "cuda"] = "cpu"  # Where the model runs.
+    gpus: Size = 1  # GPUs that share the training.
+    gpu_memory: float | None = None  # GiB of each GPU: warn if the training needs more.
+    only: Words = None  # Names of checks to run, with those that they need; without it all.
+    out: Path | None = None  # Write the results to this JSON file.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,17 +20,10 @@ if TYPE_CHECKING:
 class Sampling(Command):
     """Sampling: what a request says beside its messages."""
 
-    temperature: Annotated[float, AtLeast(0)] = 0.0
-    """0 is greedy."""
-
-    max_tokens: Size = 2048
-    """Most tokens of a response."""
-
-    seed: int = 0
-    """Of the sampling; without effect at temperature 0."""
-
-    top_p: float = 1.0
-    """Above 0 and at most 1, which keeps every token; without effect at temperature 0."""
+    temperature: Annotated[float, AtLeast(0)] = 0.0  # 0 is greedy.
+    max_tokens: Size = 2048  # Most tokens of a response.
+    seed: int = 0  # Of the sampling; without effect at temperature 0.
+    top_p: float = 1.0  # Above 0 and at most 1, which keeps every token; without effect at temperature 0.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,53 +38,24 @@ class Eval(Command):
     Asks every question over a vLLM server that this command starts and stops. A killed run goes on.
     """
 
-    model: str | None = None
-    """Hugging Face folder, or a name on the hub; with --server-url whatever the server calls it. A --dry-run
-    needs none."""
-
-    tasks: str = ""
-    """Benchmarks, separated by commas; all: the paper's."""
-
+    model: str | None = None  # Hugging Face folder or name; with --server-url whatever the server calls it.
+    tasks: str = ""  # Benchmarks, separated by commas; all: the paper's.
+    # Data files in verl's RL layout; a task is named after its file.
     data: Annotated[tuple[Path, ...], arg(metavar="FILE ...")] = ()
-    """Data files in verl's RL layout; a task is named after its file."""
-
-    out: Path | None = None
-    """Folder of the records, with a folder for each task; without it outputs/eval/<name of the model>."""
-
-    n: Count = 0
-    """First items of each task; 0: all."""
-
-    intervene: str | None = None
-    """Training-free intervention, such as alpha_img=0.15,alpha_sys=0.4,layers=8-20 (docs/intervention.md)."""
-
-    dry_run: bool = False
-    """Show data sets, revisions and prompts; ask nothing."""
-
+    out: Path | None = None  # Folder of the records; without it outputs/eval/<name of the model>.
+    n: Count = 0  # First items of each task; 0: all.
+    intervene: str | None = None  # Such as alpha_img=0.15,alpha_sys=0.4,layers=8-20 (docs/intervention.md).
+    dry_run: bool = False  # Show data sets, revisions and prompts; ask nothing.
+    # reward: what the reward takes for the answer. whole: a response without any mark is an answer as a whole.
     answers: Literal["reward", "whole"] = "reward"
-    """reward: what the reward takes for the answer. whole: a response without any mark is an answer as a whole."""
-
     sampling: OmitArgPrefixes[Sampling] = Sampling()
-
-    server_url: str | None = None
-    """A running OpenAI-compatible server, with /v1; without it vLLM is started here and stopped at the end."""
-
-    server_args: str = ""
-    """Further arguments of vLLM as one text, such as --server-args='--dtype half'."""
-
-    server_timeout: float = 900.0
-    """Seconds until vLLM must answer."""
-
-    max_model_len: Size | None = None
-    """Tokens of prompt and response in a vLLM started here; without it the model's own."""
-
-    concurrency: Size = 64
-    """Requests at a time."""
-
-    request_timeout: float = 1800.0
-    """Seconds until a request is asked again."""
-
-    max_retries: Count = 6
-    """Times that a request is asked again, with exponential back-off."""
+    server_url: str | None = None  # Of a running OpenAI-compatible server, with /v1; without it vLLM is started.
+    server_args: str = ""  # Further arguments of vLLM as one text, such as --server-args='--dtype half'.
+    server_timeout: float = 900.0  # Seconds until vLLM must answer.
+    max_model_len: Size | None = None  # Tokens of prompt and response in vLLM; without it the model's own.
+    concurrency: Size = 64  # Requests at a time.
+    request_timeout: float = 1800.0  # Seconds until a request is asked again.
+    max_retries: Count = 6  # Times that a request is asked again, with exponential back-off.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,17 +99,11 @@ def _console() -> "Console":
 class Compare(Command):
     """Runs on the same items: paired bootstrap and McNemar's test (docs/eval.md)."""
 
+    # Folders of runs; the others are compared with the first one.
     runs: Annotated[Positional[tuple[str, ...]], AtLeast(2), arg(metavar="FOLDER ...")]
-    """Folders of runs; the first one is what the others are compared with."""
-
-    resamples: Size = 10_000
-    """Bootstrap draws of the intervals."""
-
-    seed: Count = 0
-    """Of the bootstrap."""
-
-    json: Path | None = None
-    """Write the numbers to this file too."""
+    resamples: Size = 10_000  # Bootstrap draws of the intervals.
+    seed: Count = 0  # Of the bootstrap.
+    json: Path | None = None  # Write the numbers to this file too.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,17 +135,12 @@ class Compare(Command):
 class Ablation(Command):
     """The paper's ablation table, measured and published (docs/eval.md)."""
 
+    # Folders of four runs.
     runs: Annotated[Positional[tuple[Path, Path, Path, Path]], arg(metavar="BASE VARD AGTO VARS")]
-    """Folders of four runs."""
-
+    # Files of `avar vas --out` of each; without it FOLDER/vas.json where there is one.
     vas: Annotated[tuple[Path, Path, Path, Path] | None, arg(metavar="BASE VARD AGTO VARS")] = None
-    """Files of `avar vas --out` of each; without it FOLDER/vas.json where there is one."""
-
-    query: Literal["user", "response"] = "user"
-    """Whose attention VAS is of."""
-
-    json: Path | None = None
-    """Write the numbers to this file too."""
+    query: Literal["user", "response"] = "user"  # Whose attention VAS is of.
+    json: Path | None = None  # Write the numbers to this file too.
 
     def run(self) -> None:
         from avar_verl.tools.evaluate.run import read_run

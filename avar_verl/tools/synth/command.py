@@ -18,14 +18,10 @@ from avar_verl.tools.synth.config import GATES, STAGES, InputConfig, SynthConfig
 class ConfigCommand(Command):
     """A command on a config."""
 
-    config: Path
-    """YAML, as recipes/avar/synth/*.yaml."""
-
-    limit: Count = 0
-    """First inputs; 0: all."""
-
+    config: Path  # YAML, as recipes/avar/synth/*.yaml.
+    limit: Count = 0  # First inputs; 0: all.
+    # Fields of the config to replace, such as gates.min_anchors=3.
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...")] = ()
-    """Fields of the config to replace, such as gates.min_anchors=3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +31,7 @@ class Run(ConfigCommand):
     What an earlier run of the folder has paid for is not paid for again.
     """
 
-    dry_run: bool = False
-    """Check everything, print a prompt, call nobody."""
+    dry_run: bool = False  # Check everything, print a prompt, call nobody.
 
     def run(self) -> None:
         config = load_config(self.config, self.overrides)
@@ -66,17 +61,10 @@ class Estimate(ConfigCommand):
 class Inspect(Command):
     """Numbers and samples of a run, in the terminal or as an HTML browser (docs/synth.md)."""
 
-    out: Positional[Path]
-    """Folder of the run."""
-
-    n: Count = 3
-    """Samples to show; 0: the tables only."""
-
-    gate: Literal[("accepted", *GATES)] | None = None
-    """Samples rejected by this gate, or accepted ones; without it both."""
-
-    html: Path | None = None
-    """Write the samples, --n of them, to an HTML browser in this file."""
+    out: Positional[Path]  # Folder of the run.
+    n: Count = 3  # Samples to show; 0: the tables only.
+    gate: Literal[("accepted", *GATES)] | None = None  # Only samples that this gate rejects, or accepted ones.
+    html: Path | None = None  # Write the samples, --n of them, to an HTML browser in this file.
 
     def run(self) -> None:
         from avar_verl.tools.synth.card import read_records, write_browser
@@ -113,20 +101,11 @@ class Inspect(Command):
 class Hashes(Command):
     """Hash list of a test set, for gates.overlap_lists (docs/synth.md)."""
 
-    files: Files
-    """Parquet, jsonl or json files, or folders of them."""
-
-    out: Path
-    """jsonl file to write."""
-
-    question: str = "question"
-    """Column of the question."""
-
-    images: str = "images"
-    """Column of the images."""
-
-    root: str | None = None
-    """Folder that relative image paths start from."""
+    files: Files  # Parquet, jsonl or json files, or folders of them.
+    out: Path  # jsonl file to write.
+    question: str = "question"  # Column of the question.
+    images: str = "images"  # Column of the images.
+    root: str | None = None  # Folder that relative image paths start from.
 
     def run(self) -> None:
         from avar_verl.data.rows import count_rows, data_files
