@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,10 @@ from avar_verl.tools.stats import LEVEL, Bootstrap
 from avar_verl.tools.vas.command import Vas
 from avar_verl.tools.vas.score import measurable_layers
 from avar_verl.tools.vas.statistics import by_sample, summarize_query
-from avar_verl.tools.vas.work import LocalWorkers, RayWorkers, Work
+from avar_verl.tools.vas.work import LocalWorkers, RayWorkers
 
 FORMAT = 1
 VERSIONS = ("avar-verl", "torch", "transformers", "verl")
-
-
-def work_of(settings: Vas) -> Work:
-    """What the workers have to know."""
-    return Work(
-        settings.model,
-        settings.queries,
-        settings.layers,
-        settings.response_tokens,
-        settings.system,
-        settings.device or default_device(),
-        settings.dtype,
-    )
 
 
 def identity(settings: Vas) -> dict[str, Any]:
@@ -54,13 +42,8 @@ def identity(settings: Vas) -> dict[str, Any]:
         "model_files": fingerprint(Path(settings.model)),
         "data": absolute(settings.data),
         "data_files": fingerprint(Path(settings.data)),
-        "split": settings.split,
-        "columns": dict(sorted(settings.columns.items())),
-        "queries": list(settings.queries),
-        "layers": None if settings.layers is None else list(settings.layers),
         "max_new_tokens": settings.response_tokens,
-        "system": settings.system,
-        "dtype": settings.dtype,
+        **{name: getattr(settings, name) for name in ("split", "columns", "queries", "layers", "system", "dtype")},
     }
 
 
@@ -150,7 +133,7 @@ def summarize(
         "format": FORMAT,
         **identity(settings),
         "name": model_name(settings.model),
-        "device": settings.device or default_device(),
+        "device": settings.device,
         "layers": list(layers),
         "num_rows": len(records),
         "bootstrap": {"draws": bootstrap.num_draws, "seed": bootstrap.seed, "level": LEVEL},
@@ -168,12 +151,12 @@ def run_vas(settings: Vas) -> dict[str, Any]:
         ValueError: names the row, file or setting that cannot be measured.
     """
     started, out = time.monotonic(), settings.out
-    work = work_of(settings)
+    settings = replace(settings, device=settings.device or default_device())
     if out is not None:
         check_report_packages()
     layers = _check_model(settings)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    workers = RayWorkers(work, settings.ray) if settings.ray else LocalWorkers(work)
+    workers = RayWorkers(settings) if settings.ray else LocalWorkers(settings)
     with open_records(settings) as store, workers:
         measure(settings, store, workers)
         records = [store.records[row] for row in sorted(store.records) if not settings.n or row < settings.n]

@@ -3,7 +3,6 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from avar_verl.data.rows import Row, naming
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.plugin.datasets.images import patch_size_of
 from avar_verl.tools.rows import Conversation, conversation
+from avar_verl.tools.vas.command import Vas
 from avar_verl.tools.vas.score import Scorer
 from avar_verl.tools.vas.words import where_words_look
 
@@ -19,26 +19,13 @@ from avar_verl.tools.vas.words import where_words_look
 BATCHES_PER_ACTOR = 2
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a worker has to know, see `avar_verl.tools.vas.command.Vas`."""
-
-    model: str
-    queries: tuple[str, ...]
-    layers: tuple[int, ...] | None
-    max_new_tokens: int | None
-    system: str | None
-    device: str
-    dtype: str
-
-
 class Worker:
     """Turns rows into records. The constructor loads the checkpoint."""
 
-    def __init__(self, work: Work):
-        self.work = work
-        self.checkpoint = Checkpoint.load(work.model, work.device, getattr(torch, work.dtype))
-        self.scorer = Scorer(self.checkpoint, work.queries, work.layers, work.max_new_tokens)
+    def __init__(self, settings: Vas):
+        self.settings = settings
+        self.checkpoint = Checkpoint.load(settings.model, settings.device, getattr(torch, settings.dtype))
+        self.scorer = Scorer(self.checkpoint, settings.queries, settings.layers, settings.response_tokens)
         self.patch_size = patch_size_of(self.checkpoint.processor)
 
     @property
@@ -52,9 +39,9 @@ class Worker:
             ValueError: names the row; anything that `conversation` refuses, or a row without the response to measure.
         """
         with naming(row.where):
-            out = conversation(row.values, self.patch_size, self.work.system)
+            out = conversation(row.values, self.patch_size, self.settings.system)
             answered = out.response is not None or out.response_ids is not None
-            if "response" in self.work.queries and self.work.max_new_tokens is None and not answered:
+            if "response" in self.settings.queries and self.settings.response_tokens is None and not answered:
                 raise ValueError(
                     "response queries need a response; got a row without one. Pass --generate to have the model "
                     "answer, or --query user."
@@ -69,7 +56,7 @@ class Worker:
         records = []
         for row, one, sample, parts in zip(rows, conversations, samples, self.scorer.score(samples), strict=True):
             record = {"row": row.index, "sample": one.digest, **parts}
-            if self.work.max_new_tokens is not None:
+            if self.settings.response_tokens is not None:
                 tokenizer = self.checkpoint.processor.tokenizer
                 record["generated"] = tokenizer.decode(sample.response_ids, skip_special_tokens=True)
                 record["generated_ids"] = sample.response_ids
@@ -88,14 +75,14 @@ class Worker:
         }
 
     def _rescorer(self) -> Scorer:
-        return Scorer(self.checkpoint, self.work.queries, self.work.layers)
+        return Scorer(self.checkpoint, self.settings.queries, self.settings.layers)
 
 
 class LocalWorkers:
     """One worker in this process, created on first use: a finished measurement loads no model."""
 
-    def __init__(self, work: Work):
-        self._work = work
+    def __init__(self, settings: Vas):
+        self._settings = settings
         self._worker: Worker | None = None
 
     def __enter__(self) -> "LocalWorkers":
@@ -107,7 +94,7 @@ class LocalWorkers:
     @property
     def worker(self) -> Worker:
         if self._worker is None:
-            self._worker = Worker(self._work)
+            self._worker = Worker(self._settings)
         return self._worker
 
     def measure(self, batches: Iterable[list[Row]]) -> Iterator[list[dict[str, Any]]]:
@@ -118,21 +105,18 @@ class LocalWorkers:
 
 
 class RayWorkers:
-    """`num_workers` Ray actors, each with the checkpoint on its own GPU or core.
+    """`ray` Ray actors, each with the checkpoint on its own GPU or core.
 
     Rows are sent as stored, and the actors open the images. Batches are the same as in one process, so records are too;
     they arrive in order of completion. Joins the cluster at RAY_ADDRESS or one running on this machine, or else starts
     Ray here.
 
     Raises:
-        ValueError: fewer than one worker, or (with the first batch) more workers than the cluster can place, which
-            would wait forever.
+        ValueError: with the first batch, more actors than the cluster has places for: it would wait forever.
     """
 
-    def __init__(self, work: Work, num_workers: int):
-        if num_workers < 1:
-            raise ValueError(f"--ray is a number of workers; got {num_workers}. Use 1 or more, or leave it out.")
-        self._work, self._num_workers = work, num_workers
+    def __init__(self, settings: Vas):
+        self._settings = settings
         self._actors: list = []
 
     def __enter__(self) -> "RayWorkers":
@@ -158,15 +142,15 @@ class RayWorkers:
         import ray
 
         if not self._actors:
-            kind = "GPU" if self._work.device.startswith("cuda") else "CPU"
+            kind = "GPU" if self._settings.device.startswith("cuda") else "CPU"
             places = int(ray.cluster_resources().get(kind, 0))
-            if places < self._num_workers:
+            if places < self._settings.ray:
                 raise ValueError(
-                    f"every worker takes one {kind} of the Ray cluster; got --ray {self._num_workers} for {places}. "
+                    f"every worker takes one {kind} of the Ray cluster; got --ray {self._settings.ray} for {places}. "
                     "Use fewer, or start more nodes."
                 )
             remote = ray.remote(**{f"num_{kind.lower()}s": 1})(Worker)
-            self._actors = [remote.remote(self._work) for _ in range(self._num_workers)]
+            self._actors = [remote.remote(self._settings) for _ in range(self._settings.ray)]
         return self._actors
 
     def measure(self, batches: Iterable[list[Row]]) -> Iterator[list[dict[str, Any]]]:

@@ -18,7 +18,6 @@ from avar_verl.tools.vas import run as vas_run
 from avar_verl.tools.vas import work
 from avar_verl.tools.vas.command import Vas
 from avar_verl.tools.vas.run import run_vas
-from avar_verl.tools.vas.work import RayWorkers
 from tests.model.families.tiny import sample_messages
 from tests.tools.vas.conftest import assert_same
 
@@ -276,11 +275,6 @@ def test_a_broken_row_is_named_and_what_was_measured_stays(tiny_model_path, tmp_
     with pytest.raises(ValueError, match=r"row 2 of .*rows.jsonl: an image file must exist; got '.*missing.png'"):
         run_vas(Vas(str(tiny_model_path), str(data), batch_size=1, out=out))
     assert len((out / "records.jsonl").read_text().splitlines()) == 2
-
-
-def test_ray_needs_a_worker():
-    with pytest.raises(ValueError, match="a number of workers; got 0"):
-        RayWorkers(None, 0)
 
 
 def test_batches():
