@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from avar_verl.tools.options import Command
 
-# Command -> its module under `avar_verl.tools`, and the class that holds its options and runs it.
+# Command -> its module under `avar_verl.tools`, and the class with its options and its `run`.
 COMMANDS = {
     "demo": ("demo.command", "Demo"),
     "doctor": ("doctor.command", "Doctor"),
@@ -38,7 +38,9 @@ def load(name: str) -> "type[Command]":
 
 
 def summary(name: str) -> str:
-    """First line of a command's docstring, without the page of the documentation. Read, not imported: it is quick."""
+    """First line of a command's docstring, without the reference to the docs. Parsed instead of imported, which is
+    faster.
+    """
     module, cls = COMMANDS[name]
     tree = ast.parse(Path(importlib.util.find_spec(f"avar_verl.tools.{module}").origin).read_text())
     (node,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls]
@@ -46,15 +48,15 @@ def summary(name: str) -> str:
 
 
 def overview(names: list[str]) -> str:
-    """One line for each command."""
+    """One line per command."""
     return "\n".join(f"  avar {name:16} {summary(name)}" for name in names)
 
 
 def parse(words: list[str]) -> "tuple[str, Command]":
-    """The command of a command line, by its name and with its options.
+    """The name and the parsed command of a command line.
 
     Raises:
-        SystemExit: 0 for `--help`, 2 for what is no command or no value of an option.
+        SystemExit: 0 for `--help`, 2 for an unknown command or an invalid option.
     """
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), "")
     inner = [known for known in COMMANDS if known.startswith(f"{name or ' '.join(words[:1])} ")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `avar generate` and `avar intervene sweep` do."""
+"""Implementation of `avar generate` and `avar intervene sweep`."""
 
 import hashlib
 import itertools
@@ -48,7 +48,8 @@ def generate(options: Generate) -> None:
     """Print the answers, or write them to a file.
 
     Raises:
-        ValueError: naming the row or the option that cannot be answered, or an intervention that acts on nothing.
+        ValueError: a row or option that cannot be answered (named in the message), or an intervention without keys to
+            scale.
     """
     spec = InterventionSpec.of(options.intervene)
     reader = PromptReader(options.model)
@@ -61,7 +62,7 @@ def generate(options: Generate) -> None:
             yield number, prompt
 
     pending = prompts()
-    first = next(pending)  # What is wrong with the arguments is said before a model is loaded.
+    first = next(pending)  # Report invalid arguments before a model is loaded.
     backend = open_backend(options, reader)
     total = 1 if options.data is None else rows.count(options.data)
     total = min(options.n, total or options.n) if options.n else total

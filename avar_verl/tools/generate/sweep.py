@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A grid of interventions on the same questions: accuracy of each, against doing nothing, with significance.
+"""A grid of interventions on the same questions: accuracy of each, compared with no intervention, with significance.
 
-Every cell of the grid is a folder of records (`avar_verl.tools.records`), written answer by answer, so a
-killed sweep goes on, and a grid can be widened later. `run_sweep` asks, `cell_results` compares, the rest shows.
+Every cell of the grid is a folder of records (`avar_verl.tools.records`), written answer by answer, so a killed sweep
+can continue and a grid can be extended later. `run_sweep` asks, `cell_results` compares, and the rest displays.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from avar_verl.tools.text import numbers_table
 
 LEVEL = 0.05
 TASK = "sweep"
-# `ask(items, spec)` yields a record for every item as its answer is there, in any order.
+# `ask(items, spec)` yields a record for every item as soon as it is answered, in any order.
 Ask = Callable[[Sequence[Item], InterventionSpec], Iterator[Record]]
 
 
@@ -31,10 +31,10 @@ def grid(
     layers: tuple[int, ...] | None = None,
     heads: tuple[int, ...] | None = None,
 ) -> list[InterventionSpec]:
-    """Every pair of alphas, doing nothing first.
+    """Every pair of alphas, starting with no intervention.
 
     Raises:
-        ValueError: an alpha twice, or a grid without (0, 0), with which the others are compared.
+        ValueError: a repeated alpha, or a grid without (0, 0), which is the baseline.
     """
     for name, alphas in (("alpha_img", alphas_img), ("alpha_sys", alphas_sys)):
         if len(set(alphas)) != len(alphas) or 0 not in alphas:
@@ -47,7 +47,7 @@ def grid(
 
 
 def cell_folder(out: Path, spec: InterventionSpec) -> Path:
-    """Where the records of a cell are; doing nothing is the same in any layer."""
+    """Path of the records of a cell; no intervention is the same for all layers."""
     return out / (str(InterventionSpec()) if spec.is_identity else str(spec))
 
 
@@ -59,14 +59,14 @@ def run_sweep(
     settings: dict[str, Any],
     progress: Callable[[InterventionSpec, int], None] = lambda spec, done: None,
 ) -> dict[InterventionSpec, dict[str, bool]]:
-    """Ask every cell what it has not answered yet.
+    """Ask all unanswered questions of every cell.
 
     Args:
-        settings: whatever else would change an answer or its grade; kept beside the records.
-        progress: called with how many answers a cell has so far.
+        settings: everything else that could change an answer or its grade; stored with the records.
+        progress: called with the number of answers of a cell so far.
 
     Returns:
-        For every cell whether each item, by id, is right.
+        For every cell, whether each item (by id) is right.
 
     Raises:
         ValueError: `out` holds answers of other settings, or of other questions under the same id.
@@ -88,10 +88,10 @@ def run_sweep(
 
 @dataclass(frozen=True)
 class CellResult:
-    """One cell against doing nothing.
+    """One cell compared with no intervention.
 
     comparison: B is the cell; difference of accuracies with a paired bootstrap interval, and McNemar's exact p.
-    adjusted_p: that p by Holm over the cells of the grid.
+    adjusted_p: that p, adjusted by Holm over the cells of the grid.
     """
 
     spec: InterventionSpec
@@ -108,7 +108,7 @@ class CellResult:
 
 
 def cell_results(correct: dict[InterventionSpec, dict[str, bool]]) -> list[CellResult]:
-    """Every cell but the first, which does nothing, against it."""
+    """Every cell except the first (no intervention), compared with the first."""
     (nothing, baseline), *others = correct.items()
     assert nothing.is_identity
     comparisons = [compare({TASK: baseline}, {TASK: cell})[TASK] for _, cell in others]
@@ -117,10 +117,10 @@ def cell_results(correct: dict[InterventionSpec, dict[str, bool]]) -> list[CellR
 
 
 def results_table(results: Sequence[CellResult]) -> Table:
-    """The grid as a table, doing nothing first."""
+    """The grid as a table, starting with no intervention."""
     first = results[0].comparison
     table = numbers_table(
-        f"{first.n} questions; doing nothing: {100 * first.accuracy_a:.1f} %",
+        f"{first.n} questions; no intervention: {100 * first.accuracy_a:.1f} %",
         ("alpha_img", "alpha_sys", "accuracy", "difference", "interval", "won", "lost", "p", "adjusted p"),
         caption="difference in points with a 95 % interval (paired bootstrap); p: McNemar, adjusted by Holm",
     )
@@ -147,7 +147,7 @@ def write_results(results: Sequence[CellResult], settings: dict[str, Any], out: 
 
 
 def plot(results: Sequence[CellResult], path: Path) -> None:
-    """Accuracy by alpha_img and alpha_sys, coloured by the difference to doing nothing; `*` where it is significant."""
+    """Accuracy by alpha_img and alpha_sys, coloured by the difference from no intervention; `*` if significant."""
     from avar_verl.tools.figures import MAP, drawing, save_png  # Takes a second to import.
 
     first = results[0].comparison

@@ -138,7 +138,7 @@ def test_what_is_shown(tmp_path):
     console = Console(width=120, record=True)
     console.print(results_table(results))
     text = console.export_text()
-    assert "doing nothing: 50.0 %" in text and "+25.0" in text and "0.00586 *" in text and "-25.0" in text
+    assert "no intervention: 50.0 %" in text and "+25.0" in text and "0.00586 *" in text and "-25.0" in text
     write_results(results, {"model": "a"}, tmp_path)
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert [cell["accuracy_b"] for cell in written["cells"]] == [0.75, 0.25, 0.525]
