@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the options of commands have in common: how text becomes a value, which values are refused.
+"""Shared parts of command options: parsing and validation.
 
-A command is a frozen dataclass derived from `Command`. Each field is an option of `avar`: name, type and default of the
-field are those of the option, the comment beside or above it is the help.
+A command is a frozen dataclass derived from `Command`. Each field is an option of `avar`: it
+defines the name, type and default of the option, and the comment after or above it is the help.
 """
 
 import json
@@ -18,7 +18,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Least value of a number, or least length of a tuple: `Annotated[int, AtLeast(1)]`."""
+    """Smallest value of a number, or smallest length of a tuple: `Annotated[int, AtLeast(1)]`."""
 
     value: float
 
@@ -30,7 +30,7 @@ Words = Annotated[tuple[str, ...] | None, AtLeast(1), arg(metavar="WORD ...")]
 
 
 def _check(name: str, hint: Any, value: Any) -> None:
-    """Refuse a value that does not fit its type hint; None fits any."""
+    """Refuse a value that does not match its type hint; None is always allowed."""
     if value is None:
         return
     if typing.get_origin(hint) in (types.UnionType, Union):
@@ -60,7 +60,7 @@ class Command:
             _check(name, hint, getattr(self, name))
 
     def run(self) -> None:
-        """Do it. Whatever takes time to import is imported here, so that `--help` is quick."""
+        """Run the command. Slow imports are here, so that `--help` is fast."""
         raise NotImplementedError
 
 
@@ -91,7 +91,7 @@ Json = Annotated[
         str_from_instance=lambda value: [json.dumps(value)],
     ),
 ]
-"""A JSON object in one word."""
+"""A JSON object as one word."""
 
 Pairs = Annotated[
     dict[str, str],
@@ -115,11 +115,11 @@ Numbers = Annotated[
         str_from_instance=lambda value: [",".join(f"{number:g}" for number in value)],
     ),
 ]
-"""Numbers in one word, separated by commas."""
+"""Numbers as one word, separated by commas."""
 
 
 def default_device() -> str:
-    """The GPU where this process sees one, else the CPU."""
+    """The GPU if this process sees one, else the CPU."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

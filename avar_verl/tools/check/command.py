@@ -12,11 +12,11 @@ from avar_verl.tools.options import Command, Count, Files, Size
 
 @dataclass(frozen=True, kw_only=True)
 class Check(Settings, Command):
-    """Find every row that would break a training or falsify it; exit code 1 if there is one (docs/data.md)."""
+    """Find rows that would break or falsify training; exit code 1 if there are any (docs/data.md)."""
 
     files: Files  # Parquet, jsonl or json files, or folders of them.
-    n: Count = 0  # First rows to check, of all files together; 0: all.
-    processes: Size = 1  # How many check at the same time.
+    n: Count = 0  # Check only the first N rows of all files together; 0: all.
+    processes: Size = 1  # Number of parallel processes.
     out: Path | None = None  # Write every finding to this JSON file.
 
     def __post_init__(self) -> None:

@@ -10,9 +10,9 @@ from avar_verl.tools.options import Command, Json
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
-    """The whole recipe on a tiny model, on this machine, with a report."""
+    """Run the whole recipe on a tiny model on this machine, and write a report."""
 
-    out: Path = Path("outputs/demo")  # Folder of the run. A killed run goes on in it.
+    out: Path = Path("outputs/demo")  # Folder of the run. A killed run continues in it.
     fresh: bool = False  # Delete the folder and start over.
     # Fields of `tools.demo.run.DemoSettings` to replace, such as {"grpo_steps": 6}.
     settings: Json = field(default_factory=dict)

@@ -11,16 +11,16 @@ from avar_verl.tools.options import Command, Size, Words
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Command):
-    """Examine a model before GPU time is spent on it; exit code 1 if a check fails (docs/doctor.md)."""
+    """Check a model before spending GPU time on it; exit code 1 if a check fails (docs/doctor.md)."""
 
-    model: str | None = None  # Hugging Face folder. This or --env.
-    env: bool = False  # No model: the installed packages beside the tested ones.
+    model: str | None = None  # Hugging Face folder. Give this or --env.
+    env: bool = False  # Compare the installed packages with the tested ones, without a model.
     data: Path | None = None  # File of training rows, rendered by this model as by `avar data check`.
-    rollout: bool = False  # Really start vLLM and compare it with transformers.
+    rollout: bool = False  # Start vLLM and compare it with transformers.
     device: Literal["cpu", "cuda"] = "cpu"  # Where the model runs.
-    gpus: Size = 1  # GPUs that share the training.
-    gpu_memory: float | None = None  # GiB of each GPU: warn if the training needs more.
-    only: Words = None  # Names of checks to run, with those that they need; without it all.
+    gpus: Size = 1  # Number of GPUs for training.
+    gpu_memory: float | None = None  # GiB per GPU: warn if training needs more.
+    only: Words = None  # Names of checks to run, together with the ones they need (default: all).
     out: Path | None = None  # Write the results to this JSON file.
 
     def __post_init__(self) -> None:

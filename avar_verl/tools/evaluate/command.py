@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling(Command):
-    """Sampling: what a request says beside its messages."""
+    """Sampling parameters of a request."""
 
     temperature: Annotated[float, AtLeast(0)] = 0.0  # 0 is greedy.
-    max_tokens: Size = 2048  # Most tokens of a response.
-    seed: int = 0  # Of the sampling; without effect at temperature 0.
-    top_p: float = 1.0  # Above 0 and at most 1, which keeps every token; without effect at temperature 0.
+    max_tokens: Size = 2048  # Maximum number of response tokens.
+    seed: int = 0  # Seed of the sampling; no effect at temperature 0.
+    top_p: float = 1.0  # Above 0 and at most 1, which keeps every token; no effect at temperature 0.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,27 +35,27 @@ class Sampling(Command):
 class Eval(Command):
     """Accuracy of a checkpoint on benchmarks and local files, item by item (docs/eval.md).
 
-    Asks every question over a vLLM server that this command starts and stops. A killed run goes on.
+    Asks every question over a vLLM server that this command starts and stops. A killed run can be continued.
     """
 
-    model: str | None = None  # Hugging Face folder or name; with --server-url whatever the server calls it.
-    tasks: str = ""  # Benchmarks, separated by commas; all: the paper's.
+    model: str | None = None  # Hugging Face folder or name; with --server-url, the name on the server.
+    tasks: str = ""  # Benchmarks, separated by commas; all: the paper's benchmarks.
     # Data files in verl's RL layout; a task is named after its file.
     data: Annotated[tuple[Path, ...], arg(metavar="FILE ...")] = ()
-    out: Path | None = None  # Folder of the records; without it outputs/eval/<name of the model>.
-    n: Count = 0  # First items of each task; 0: all.
+    out: Path | None = None  # Folder of the records (default: outputs/eval/<name of the model>).
+    n: Count = 0  # Ask only the first N items of each task; 0: all.
     intervene: str | None = None  # Such as alpha_img=0.15,alpha_sys=0.4,layers=8-20 (docs/intervention.md).
-    dry_run: bool = False  # Show data sets, revisions and prompts; ask nothing.
-    # reward: what the reward takes for the answer. whole: a response without any mark is an answer as a whole.
+    dry_run: bool = False  # Show data sets, revisions and prompts, without asking anything.
+    # reward: the answer that the reward finds. whole: a response without any mark is the answer as a whole.
     answers: Literal["reward", "whole"] = "reward"
     sampling: OmitArgPrefixes[Sampling] = Sampling()
-    server_url: str | None = None  # Of a running OpenAI-compatible server, with /v1; without it vLLM is started.
-    server_args: str = ""  # Further arguments of vLLM as one text, such as --server-args='--dtype half'.
-    server_timeout: float = 900.0  # Seconds until vLLM must answer.
-    max_model_len: Size | None = None  # Tokens of prompt and response in vLLM; without it the model's own.
-    concurrency: Size = 64  # Requests at a time.
-    request_timeout: float = 1800.0  # Seconds until a request is asked again.
-    max_retries: Count = 6  # Times that a request is asked again, with exponential back-off.
+    server_url: str | None = None  # A running OpenAI-compatible server, with /v1 (default: start vLLM).
+    server_args: str = ""  # Additional arguments of vLLM as one text, such as --server-args='--dtype half'.
+    server_timeout: float = 900.0  # Seconds within which vLLM must answer.
+    max_model_len: Size | None = None  # Tokens of prompt and response in vLLM (default: the model's limit).
+    concurrency: Size = 64  # Number of concurrent requests.
+    request_timeout: float = 1800.0  # Seconds before a request is retried.
+    max_retries: Count = 6  # Number of retries of a request, with exponential back-off.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +64,7 @@ class Eval(Command):
 
     @property
     def folder(self) -> Path:
-        """Of the records."""
+        """Folder of the records."""
         return self.out or Path("outputs") / "eval" / Path(self.model).resolve().name
 
     @property
@@ -97,13 +97,13 @@ def _console() -> "Console":
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Command):
-    """Runs on the same items: paired bootstrap and McNemar's test (docs/eval.md)."""
+    """Compare runs on the same items: paired bootstrap and McNemar's test (docs/eval.md)."""
 
     # Folders of runs; the others are compared with the first one.
     runs: Annotated[Positional[tuple[str, ...]], AtLeast(2), arg(metavar="FOLDER ...")]
-    resamples: Size = 10_000  # Bootstrap draws of the intervals.
-    seed: Count = 0  # Of the bootstrap.
-    json: Path | None = None  # Write the numbers to this file too.
+    resamples: Size = 10_000  # Number of bootstrap draws for the intervals.
+    seed: Count = 0  # Seed of the bootstrap.
+    json: Path | None = None  # Also write the numbers to this file.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,10 +137,10 @@ class Ablation(Command):
 
     # Folders of four runs.
     runs: Annotated[Positional[tuple[Path, Path, Path, Path]], arg(metavar="BASE VARD AGTO VARS")]
-    # Files of `avar vas --out` of each; without it FOLDER/vas.json where there is one.
+    # vas.json of each run, written by `avar vas --out` (default: FOLDER/vas.json if it exists).
     vas: Annotated[tuple[Path, Path, Path, Path] | None, arg(metavar="BASE VARD AGTO VARS")] = None
-    query: Literal["user", "response"] = "user"  # Whose attention VAS is of.
-    json: Path | None = None  # Write the numbers to this file too.
+    query: Literal["user", "response"] = "user"  # Whose attention to use for VAS.
+    json: Path | None = None  # Also write the numbers to this file.
 
     def run(self) -> None:
         from avar_verl.tools.evaluate.run import read_run

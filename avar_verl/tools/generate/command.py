@@ -12,15 +12,15 @@ from avar_verl.tools.options import Command, Count, Numbers, Size
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCommand(Command):
-    """A command that has a model answer."""
+    """A command in which a model answers."""
 
     model: str  # Hugging Face folder or name.
-    backend: Literal["transformers", "vllm"] = "transformers"  # What runs the model.
-    max_new_tokens: Size = 512  # Most tokens of an answer.
-    batch_size: Size = 8  # Prompts at a time.
-    max_model_len: Size | None = None  # Tokens of prompt and answer in vLLM; without it the model's own.
-    device: str | None = None  # torch device; without it cuda where this process sees a GPU, else cpu.
-    dtype: str | None = None  # Of the model; without it float32 on the CPU, else the checkpoint's.
+    backend: Literal["transformers", "vllm"] = "transformers"  # Library that runs the model.
+    max_new_tokens: Size = 512  # Maximum number of answer tokens.
+    batch_size: Size = 8  # Prompts per batch.
+    max_model_len: Size | None = None  # Tokens of prompt and answer in vLLM (default: the model's limit).
+    device: str | None = None  # torch device (default: cuda if this process sees a GPU, else cpu).
+    dtype: str | None = None  # dtype of the model (default: float32 on the CPU, else the checkpoint's).
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,16 +30,16 @@ class ModelCommand(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(ModelCommand):
-    """Answers of a checkpoint, with or without a training-free intervention (docs/intervention.md)."""
+    """Generate answers, with or without a training-free intervention (docs/intervention.md)."""
 
-    data: str | None = None  # Rows: a file, a folder of files, or a data set of the hub. This or --prompt.
-    split: str | None = None  # Split of a data set of the hub.
-    prompt: str | None = None  # A question; <image> where an image stands. This or --data.
-    image: UseAppendAction[tuple[str, ...]] = ()  # Image file of --prompt; once for each image, in order.
-    system: str | None = None  # System turn of conversations that have none.
+    data: str | None = None  # Rows: a file, a folder of files, or a data set on the hub. Or give --prompt.
+    split: str | None = None  # Split of a data set on the hub.
+    prompt: str | None = None  # A question, with <image> for each image. Give this or --data.
+    image: UseAppendAction[tuple[str, ...]] = ()  # Image file for --prompt; repeat for each image, in order.
+    system: str | None = None  # System turn for conversations without one.
     intervene: str | None = None  # Intervention, such as alpha_img=0.15,alpha_sys=0.4,layers=0-13.
-    n: Count = 0  # First rows to answer; 0: all.
-    out: Path | None = None  # Write one line for each answer to this jsonl file; without it answers are printed.
+    n: Count = 0  # Answer only the first N rows; 0: all.
+    out: Path | None = None  # Write one line per answer to this jsonl file (default: print the answers).
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,15 +57,15 @@ class Generate(ModelCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(ModelCommand):
-    """Accuracy over a grid of interventions, with significance and a plot (docs/intervention.md)."""
+    """Measure accuracy over a grid of interventions, with significance and a plot (docs/intervention.md)."""
 
     data: Path  # Questions with answers, in verl's RL layout.
     alpha_img: Numbers  # Values of alpha_img, such as 0,0.15,0.3; 0 must be among them.
     alpha_sys: Numbers  # Values of alpha_sys, such as 0,0.4; 0 must be among them.
-    layers: str | None = None  # Layers, such as 0-13 or 0,2; without it all.
-    heads: str | None = None  # Query heads; without it all.
-    n: Count = 0  # First questions; 0: all.
-    out: Path = Path("outputs/sweep")  # Folder of the answers, the table and the plot. A killed sweep goes on in it.
+    layers: str | None = None  # Layers, such as 0-13 or 0,2 (default: all).
+    heads: str | None = None  # Query heads (default: all).
+    n: Count = 0  # Ask only the first N questions; 0: all.
+    out: Path = Path("outputs/sweep")  # Folder of the answers, the table and the plot. A killed sweep continues in it.
 
     def run(self) -> None:
         from avar_verl.tools.generate.run import sweep

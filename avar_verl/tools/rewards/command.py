@@ -13,11 +13,11 @@ from avar_verl.tools.options import Command, Count, Json
 class Score(Command):
     """Score recorded rollouts with a reward: table, histogram, anchors highlighted in the text."""
 
-    data: Positional[Path]  # Rollouts: jsonl, as verl's trainer.rollout_data_dir writes it, or parquet.
-    reward: str = "visual_anchor"  # Name of a shipped reward, file, or pkg://module.
+    data: Positional[Path]  # Rollouts: jsonl as written to verl's trainer.rollout_data_dir, or parquet.
+    reward: str = "visual_anchor"  # Name of a shipped reward, a file, or pkg://module.
     settings: Json = field(default_factory=dict)  # Keyword arguments of compute_score.
-    n: Count = 0  # First rows to score; 0: all.
-    show: Count = 3  # Responses to print.
+    n: Count = 0  # Score only the first N rows; 0: all.
+    show: Count = 3  # Number of responses to print.
     out: Path | None = None  # Write every rollout's parts to this jsonl file.
 
     def run(self) -> None:

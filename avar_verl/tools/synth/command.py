@@ -18,9 +18,9 @@ from avar_verl.tools.synth.config import GATES, STAGES, InputConfig, SynthConfig
 class ConfigCommand(Command):
     """A command on a config."""
 
-    config: Path  # YAML, as recipes/avar/synth/*.yaml.
-    limit: Count = 0  # First inputs; 0: all.
-    # Fields of the config to replace, such as gates.min_anchors=3.
+    config: Path  # YAML file like recipes/avar/synth/*.yaml.
+    limit: Count = 0  # Use only the first N inputs; 0: all.
+    # Fields of the config to override, such as gates.min_anchors=3.
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...")] = ()
 
 
@@ -28,10 +28,10 @@ class ConfigCommand(Command):
 class Run(ConfigCommand):
     """Make visual-anchored reflection data from images and questions (docs/synth.md).
 
-    What an earlier run of the folder has paid for is not paid for again.
+    Answers that an earlier run in the folder has paid for are reused.
     """
 
-    dry_run: bool = False  # Check everything, print a prompt, call nobody.
+    dry_run: bool = False  # Check everything and print a prompt, without any call.
 
     def run(self) -> None:
         config = load_config(self.config, self.overrides)
@@ -51,7 +51,7 @@ class Run(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(ConfigCommand):
-    """Calls, tokens and dollars of a run, before anything is spent (docs/synth.md)."""
+    """Estimate calls, tokens and dollars of a run before anything is spent (docs/synth.md)."""
 
     def run(self) -> None:
         _count(load_config(self.config, self.overrides), self.limit, Console())
@@ -59,12 +59,12 @@ class Estimate(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(Command):
-    """Numbers and samples of a run, in the terminal or as an HTML browser (docs/synth.md)."""
+    """Show numbers and samples of a run, in the terminal or as an HTML page (docs/synth.md)."""
 
     out: Positional[Path]  # Folder of the run.
-    n: Count = 3  # Samples to show; 0: the tables only.
+    n: Count = 3  # Number of samples to show; 0: only the tables.
     gate: Literal[("accepted", *GATES)] | None = None  # Only samples that this gate rejects, or accepted ones.
-    html: Path | None = None  # Write the samples, --n of them, to an HTML browser in this file.
+    html: Path | None = None  # Write --n samples to this HTML file.
 
     def run(self) -> None:
         from avar_verl.tools.synth.card import read_records, write_browser
@@ -87,7 +87,7 @@ class Inspect(Command):
         coordinates = summary["config"]["output"]["coordinates"]
         for record in islice(read_records(folder, gate), self.n):
             verdict = f"rejected: {record['gate']}" if record["gate"] else "accepted"
-            console.rule(verdict)  # A rule is cut at the width of the terminal, so the path is not in it.
+            console.rule(verdict)  # A rule is cut off at the width of the terminal, so the path is on the next line.
             console.print(f"{record['source']} row {record['row']}", markup=False, highlight=False)
             for name, why in record["failed"].items():
                 console.print(f"{name}: {why}", markup=False, highlight=False, style="red")
@@ -99,13 +99,13 @@ class Inspect(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Hashes(Command):
-    """Hash list of a test set, for gates.overlap_lists (docs/synth.md)."""
+    """Write the hash list of a test set, for gates.overlap_lists (docs/synth.md)."""
 
     files: Files  # Parquet, jsonl or json files, or folders of them.
     out: Path  # jsonl file to write.
     question: str = "question"  # Column of the question.
     images: str = "images"  # Column of the images.
-    root: str | None = None  # Folder that relative image paths start from.
+    root: str | None = None  # Folder for relative image paths.
 
     def run(self) -> None:
         from avar_verl.data.rows import count_rows, data_files
@@ -113,7 +113,7 @@ class Hashes(Command):
         from avar_verl.tools.synth.duplicates import write_hashes
         from avar_verl.tools.synth.items import read_items
 
-        # Any column will do for an answer: none is kept.
+        # Any column will do as the answer, which is not stored.
         config = InputConfig(
             files=list(self.files), question=self.question, answer=self.question, images=self.images, root=self.root
         )

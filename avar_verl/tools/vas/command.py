@@ -12,28 +12,28 @@ from avar_verl.tools.options import AtLeast, Command, Count, Files, Pairs, Size,
 
 @dataclass(frozen=True)
 class Vas(Command):
-    """Visual Attention Score of a checkpoint, with a report (docs/vas.md)."""
+    """Measure the Visual Attention Score of a checkpoint, and write a report (docs/vas.md)."""
 
     model: str  # Hugging Face folder or name.
-    data: str  # Parquet or jsonl file as for SFT or RL, a folder of them, or a data set of the hub.
-    split: str | None = None  # Split of a data set of the hub.
-    columns: Pairs = field(default_factory=dict)  # Names that data with other columns use, such as question=query.
-    n: Count = 0  # First rows to measure; 0: all.
+    data: str  # Parquet or jsonl file as for SFT or RL, a folder of such files, or a data set on the hub.
+    split: str | None = None  # Split of a data set on the hub.
+    columns: Pairs = field(default_factory=dict)  # Column names of the data if they differ, such as question=query.
+    n: Count = 0  # Measure only the first N rows; 0: all.
     query: Literal["user", "response", "both"] = "both"  # Whose attention is measured.
-    # Layers to measure, negative ones counted from the end; without it all.
+    # Layers to measure; negative indices count from the end (default: all).
     layers: Annotated[tuple[int, ...] | None, AtLeast(1), arg(metavar="INT ...")] = None
-    generate: bool = False  # Measure responses that the model generates, greedily, and not those that the rows have.
-    max_new_tokens: Size = 1024  # Most tokens of a generated response.
-    system: str | None = None  # System turn of conversations that have none.
-    batch_size: Size = 8  # Samples at a time; changes no number.
-    device: str | None = None  # torch device; without it cuda where this process sees a GPU, else cpu.
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # Of the model.
-    ray: Count = 0  # Workers on a Ray cluster; 0: this process.
-    show: Count = 4  # Samples whose words are shown in the report.
-    words: Words = None  # Words to show; without it those that look most at the image.
-    resamples: Annotated[int, AtLeast(100)] = 1000  # Bootstrap draws of the intervals, at least 100.
-    seed: Count = 0  # Of the bootstrap.
-    out: Path | None = None  # Folder for vas.json, report.html and the records. A killed run goes on in it.
+    generate: bool = False  # Measure responses that the model generates greedily, instead of the rows' responses.
+    max_new_tokens: Size = 1024  # Maximum number of tokens of a generated response.
+    system: str | None = None  # System turn for conversations without one.
+    batch_size: Size = 8  # Samples per batch; does not change the numbers.
+    device: str | None = None  # torch device (default: cuda if this process sees a GPU, else cpu).
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the model.
+    ray: Count = 0  # Number of workers on a Ray cluster; 0: this process.
+    show: Count = 4  # Number of samples with words in the report.
+    words: Words = None  # Words to show (default: those with the most attention to the image).
+    resamples: Annotated[int, AtLeast(100)] = 1000  # Number of bootstrap draws for the intervals, at least 100.
+    seed: Count = 0  # Seed of the bootstrap.
+    out: Path | None = None  # Folder for vas.json, report.html and the records. A killed run continues in it.
 
     def run(self) -> None:
         from rich.console import Console
@@ -50,16 +50,16 @@ class Vas(Command):
 
     @property
     def response_tokens(self) -> int | None:
-        """Most tokens of a response to generate; None: responses are those of the rows."""
+        """Maximum number of response tokens to generate; None measures the rows' responses."""
         return self.max_new_tokens if self.generate else None
 
 
 @dataclass(frozen=True)
 class Compare(Command):
-    """Checkpoints beside each other, and VAS against benchmark scores (docs/vas.md)."""
+    """Compare checkpoints, and correlate VAS with benchmark scores (docs/vas.md)."""
 
     files: Annotated[Files, AtLeast(2)]  # [NAME=]vas.json of each checkpoint; differences are from the first one.
-    scores: Path | None = None  # CSV with a column `name`, and one for every benchmark.
+    scores: Path | None = None  # CSV file with a column `name` and one column per benchmark.
     out: Path | None = None  # Folder for compare.json and compare.html.
 
     def run(self) -> None:
