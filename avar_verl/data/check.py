@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that can be wrong with a data file, found before a training run finds it.
+"""Find errors in a data file before a training run does.
 
     avar data check train.parquet --model Qwen/Qwen2.5-VL-7B-Instruct --max-length 8192
 
-A row is judged as the trainers read it: `kind` "sft" is `AvarSFTDataset`, "rl" is verl's `RLHFDataset`, which leaves
-rows that it cannot read out of the training and goes on. Without a model no torch is imported; with one every row is
-rendered by its processor (`plugin.datasets.check_rendered`). What can be found and how to mend it: `CHECKS`.
+A row is checked as the trainers read it: `kind` "sft" is `AvarSFTDataset`, "rl" is verl's `RLHFDataset`, which skips
+rows that it cannot read and continues. Without a model no torch is imported; with one every row is rendered by its
+processor (`plugin.datasets.check_rendered`). `CHECKS` lists the kinds of finding and how to fix them.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from avar_verl.data.rows import Paths, count_rows, data_files, read_rows
 Kind = Literal["sft", "rl"]
 COLUMN: dict[Kind, str] = {"sft": "messages", "rl": "prompt"}
 LAST_ROLE = {"sft": "assistant", "rl": "user"}
-# Which roles may follow a role; None is the start.
+# Roles that may follow a role; None is the start.
 FOLLOWS = {
     None: ("system", "user"),
     "system": ("user",),
@@ -40,8 +40,8 @@ FOLLOWS = {
     "tool": ("tool", "assistant"),
 }
 MAX_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO, which both data sets ask for whatever the family.
-DEFAULT_FACTOR = 28  # Patch size times merge size of Qwen2.5-VL, for want of a model.
-# Delimiters and placeholders of the known families, for want of a tokenizer.
+DEFAULT_FACTOR = 28  # Patch size times merge size of Qwen2.5-VL, used without a model.
+# Delimiters and placeholders of the known families, used without a tokenizer.
 SPECIAL = re.compile(
     r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad|begin_of_text|eot_id|"
     r"start_header_id|end_header_id|image|video|system|user|assistant|observation)\|>|"
@@ -54,31 +54,31 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class Check:
-    """A kind of finding. An error breaks a training or changes what it trains on; a warning is yours to judge."""
+    """A kind of finding. An error breaks training or changes what it trains on; warnings are for you to judge."""
 
     level: Literal["error", "warning"]
-    mend: str
+    fix: str
 
 
-def _error(mend: str) -> Check:
-    return Check("error", mend)
+def _error(fix: str) -> Check:
+    return Check("error", fix)
 
 
-def _warning(mend: str) -> Check:
-    return Check("warning", mend)
+def _warning(fix: str) -> Check:
+    return Check("warning", fix)
 
 
 CHECKS: dict[str, Check] = {
     "file": _error("Write or download the file again."),
     "columns": _error("Name the conversation `messages` (SFT) or `prompt` (RL), or pass --kind."),
-    "messages": _error("Write a list of structs with role and content, not a JSON text."),
-    "roles": _error("Order the turns: a system turn only first, then user and assistant by turns."),
-    "content": _error("Write text with <image> where an image stands, or a list of text and image blocks."),
+    "messages": _error("Write a list of structs with role and content, not JSON text."),
+    "roles": _error("Order the turns: a system turn only at the start, then user and assistant alternately."),
+    "content": _error("Write text with <image> for each image, or a list of text and image blocks."),
     "null_block": _error("Write text with <image>: parquet gives every block the keys of all blocks of its column."),
     "empty_turn": _error("Leave the row out."),
-    "tool_calls": _error("Write the call into the content: AvarSFTDataset renders role and content alone."),
+    "tool_calls": _error("Write the call into the content: AvarSFTDataset renders only role and content."),
     "markers": _error("Name every image once with <image>, in order; spell a marker that is only meant differently."),
-    "video": _error("Leave the row out: AvarSFTDataset takes images alone."),
+    "video": _error("Leave the row out: AvarSFTDataset takes only images."),
     "video_not_opened": _warning("Videos are counted; they are neither opened nor rendered."),
     "marker_in_response": _error("Take it out: no model writes images, and their tokens would be trained on."),
     "image": _error("Replace the image, or leave the row out."),
@@ -110,7 +110,7 @@ CHECKS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What to check.
+    """Settings of a check.
 
     Raises:
         ValueError: an unknown kind, or a limit that would not be used.
@@ -137,7 +137,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Finding:
-    """One failed check. `row` counts from 0 in `file`; None: the file as a whole."""
+    """One failed check. `row` counts from 0 in `file`; None means the whole file."""
 
     file: str
     row: int | None
@@ -149,13 +149,13 @@ class Finding:
         return CHECKS[self.check].level
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields with `level` and `mend`."""
-        return {**asdict(self), "level": self.level, "mend": CHECKS[self.check].mend}
+        """Its fields with `level` and `fix`."""
+        return {**asdict(self), "level": self.level, "fix": CHECKS[self.check].fix}
 
 
 @dataclass
 class RowResult:
-    """What one row gave: (check, message) pairs, counts, and a digest of its turns and pixels where they are sound."""
+    """Result of one row: (check, message) pairs, counts, and a digest of its turns and pixels if they are valid."""
 
     findings: list[tuple[str, str]] = field(default_factory=list)
     num_images: int = 0
@@ -172,7 +172,7 @@ class RowResult:
 
 
 def check_messages(messages: Any, kind: Kind, result: RowResult) -> list[dict[str, Any]] | None:
-    """Form, roles, content and empty turns. Returns the turns with blocks as content, None if they cannot be read."""
+    """Form, roles, content and empty turns. Returns the turns with blocks as content, None if unreadable."""
     check, turns = "messages", []
     try:
         for turn in turns_of(messages, COLUMN[kind]):
@@ -194,7 +194,7 @@ def check_messages(messages: Any, kind: Kind, result: RowResult) -> list[dict[st
         silent = not any(block["type"] != "text" or block["text"].strip() for block in turn["content"])
         if kind == "sft" and (others := other_keys(turn)):
             result.add("tool_calls", f"a turn must have a role and content and nothing else; got {others}.")
-        # An empty system turn keeps a template from writing its own; a tool, or a turn that calls one, may say nothing.
+        # An empty system turn stops a template from adding its own; a tool, or a turn that calls one, may be empty.
         if silent and turn["role"] in ("user", "assistant") and not turn.get("tool_calls"):
             what = "response" if turn["role"] == "assistant" else f"{turn['role']} turn"
             text = messages[number]["content"]
@@ -213,7 +213,7 @@ def check_media(values: dict, turns: list[dict], kind: Kind, result: RowResult) 
         result.add("image_layout_verl", "`images` is null.")
     markers, own = Counter(), {"image": [], "video": []}
     for written, turn in zip(values[COLUMN[kind]], turns, strict=True):
-        holds_own = kind == "rl" and not isinstance(written["content"], str)  # verl leaves such content as it is.
+        holds_own = kind == "rl" and not isinstance(written["content"], str)  # verl does not change such content.
         for block in turn["content"]:
             medium = block["type"]
             if medium == "text":
@@ -256,7 +256,7 @@ def _box_problem(box: Any, size: Sequence[float]) -> str | None:
 
 
 def check_boxes(boxes: Any, sizes: Sequence[Sequence[float]], result: RowResult) -> None:
-    """`boxes` has one list of boxes for every image, which has its (width, height) in `sizes`."""
+    """`boxes` must have one list of boxes per image; `sizes` has the (width, height) of each."""
     if not isinstance(boxes, list) or not all(isinstance(of_image, list) for of_image in boxes):
         result.add("boxes", f"boxes must be one list for every image; got {shown(boxes)}.")
     elif len(boxes) != len(sizes):
@@ -268,7 +268,7 @@ def check_boxes(boxes: Any, sizes: Sequence[Sequence[float]], result: RowResult)
 
 
 def check_rl(values: dict, num_images: int, result: RowResult) -> None:
-    """What rewards and verl's data set read beside the prompt."""
+    """Columns that rewards and verl's data set read in addition to the prompt."""
     source = values.get("data_source")
     if not isinstance(source, str) or not source:
         result.add("data_source", f"`data_source` must be text; got {source!r}.")
@@ -302,8 +302,8 @@ def _digest(messages: list[dict], images: Iterable[Image.Image]) -> bytes:
 class Rendering(Protocol):
     """Renders rows with the processor of a model: `plugin.datasets.check_rendered.Rendering`.
 
-    special_tokens: what text must not spell.
-    factor: pixels of one token's side, where they are known.
+    special_tokens: tokens that text must not contain.
+    factor: side of one token in pixels, if known.
     """
 
     special_tokens: tuple[str, ...]
@@ -320,7 +320,7 @@ class Rendering(Protocol):
     ) -> None: ...
 
 
-# Loads the model of the settings. A function of a module or a class: processes of a pool get it by name.
+# Loads the model of the settings. A module-level function or class, because processes of a pool get it by name.
 LoadRendering = Callable[[Settings], Rendering]
 
 
@@ -328,7 +328,7 @@ class RowChecker:
     """`RowChecker(settings, load_rendering)(values, kind)` -> what is wrong with one row, as `RowResult`.
 
     Raises:
-        ValueError: a model without `load_rendering`, or what that raises.
+        ValueError: a model without `load_rendering`, or anything that it raises.
     """
 
     def __init__(self, settings: Settings, load_rendering: LoadRendering | None = None):
@@ -410,7 +410,7 @@ class RowChecker:
 
 @dataclass
 class Report:
-    """What a check of files gave: rows of each kind, images and tokens of every row, and the findings."""
+    """Result of checking files: rows of each kind, images and tokens of every row, and the findings."""
 
     files: list[str]
     rows: Counter = field(default_factory=Counter)
@@ -438,7 +438,7 @@ class Report:
         }
 
     def print(self, console: Console) -> None:
-        """One line of numbers, and a table with a line for every check that found something."""
+        """Print one line of numbers, and a table with one line per check that found something."""
         numbers = self.as_dict()
         rows = ", ".join(f"{count} {kind}" for kind, count in self.rows.items()) or "no"
         console.print(
@@ -451,14 +451,14 @@ class Report:
         for finding in sorted(self.findings, key=lambda finding: finding.level):
             by_check.setdefault(finding.check, []).append(finding)
         if by_check:
-            table = Table("check", "level", "found", "rows", "first finding, and how to mend it")
+            table = Table("check", "level", "found", "rows", "first finding, and how to fix it")
             for check, findings in by_check.items():
                 table.add_row(
                     check,
                     findings[0].level,
                     str(len(findings)),
                     self._where(findings),
-                    f"{findings[0].message}\n-> {CHECKS[check].mend}",
+                    f"{findings[0].message}\n-> {CHECKS[check].fix}",
                 )
             console.print(table, markup=False)
         console.print(f"{self.count('error')} errors, {self.count('warning')} warnings")
@@ -474,7 +474,7 @@ class Report:
 
 
 def _quantiles(values: list[int], at: Sequence[float]) -> dict[str, int]:
-    """Nearest ranks, {} of nothing; 0 is the least value, 0.5 the median, 1 the greatest."""
+    """Nearest-rank quantiles, {} if empty; 0 is the smallest value, 0.5 the median, 1 the largest."""
     names = {0.0: "min", 0.5: "median", 1.0: "max"}
     ordered = sorted(values)
     return {
@@ -488,13 +488,13 @@ def _line(quantiles: dict[str, int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in quantiles.items()) or "none"
 
 
-# A row on its way to a checker: file, number, kind, values.
+# A row to be checked: file, number, kind, values.
 _Task = tuple[str, int, Kind, dict[str, Any]]
 
 
 def _kind_of(values: dict[str, Any]) -> Kind:
     found: list[Kind] = [kind for kind, column in COLUMN.items() if column in values]
-    if len(found) == 2:  # Some sets carry both; only RL needs a reference answer.
+    if len(found) == 2:  # Some data sets have both; only RL needs a reference answer.
         return "rl" if "reward_model" in values else "sft"
     if not found:
         raise ValueError(f"a row must have one of the columns {list(COLUMN.values())}; got {sorted(values)}.")
@@ -541,7 +541,7 @@ def _results(
         for task in tasks:
             yield task, checker(task[3], task[2])
         return
-    # Not forked: torch may run threads here. A few chunks are under way at a time, so that no file is read ahead.
+    # Not forked, because torch may run threads here. Only a few chunks are in flight, so that files are not read ahead.
     context = multiprocessing.get_context("spawn")
     under_way: deque = deque()
     with ProcessPoolExecutor(processes, context, _start_worker, (checker.settings, load_rendering)) as pool:
@@ -567,17 +567,17 @@ def check_files(
 
     Args:
         load_rendering: `plugin.datasets.check_rendered.Rendering`, for settings with a model.
-        n: only the first n rows, of all files together; 0 for all.
-        processes: how many check at the same time.
+        n: only the first n rows of all files together; 0 for all.
+        processes: number of parallel processes.
         progress: a bar around the results, such as `tools.progress.progress`.
 
     Raises:
-        ValueError: no such file, a model that cannot be loaded, or less than one process.
+        ValueError: a missing file, a model that cannot be loaded, or less than one process.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1; got {processes}. Use 1.")
     files = data_files(paths)
-    checker = RowChecker(settings, load_rendering)  # With a pool too: what is wrong with a model is told once.
+    checker = RowChecker(settings, load_rendering)  # With a pool too, so that an invalid model is reported once.
     report = Report([str(file) for file in files])
     tasks: Iterator[_Task] = _tasks(files, settings, report)
     total = count_rows(files)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a data set: every layout that rows use, opened as the trainers open them, or an error that says why not.
+"""Images of a data set: opens every layout that rows use, as the trainers do, or raises an error that says why not.
 
-Pixels are those that verl 0.9.1 hands to the processor: the EXIF orientation is not applied, transparency is laid on
-white (`qwen_vl_utils.fetch_image`) or, of a bare PIL image, dropped (verl's `process_image`). `pixel_notes` names what
-a viewer would show otherwise. No verl, no torch.
+Pixels are those that verl 0.9.1 passes to the processor: the EXIF orientation is not applied, transparency is put on
+white (`qwen_vl_utils.fetch_image`) or, for a bare PIL image, dropped (verl's `process_image`). `pixel_notes` lists what
+a viewer would show differently. No verl, no torch.
 """
 
 import base64
@@ -21,7 +21,7 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 URL_TIMEOUT_S = 30.0
-# What Pillow's decoders raise for a file that starts like an image and goes on like none.
+# Exceptions of Pillow's decoders for a file that only starts like an image.
 DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -33,12 +33,12 @@ DECODING_ERRORS = (
     TypeError,
     struct.error,
 )
-# A dict of a row holds its image under the first of these that is not None.
+# A dict of a row has its image under the first of these keys that is not None.
 KEYS = ("bytes", "image", "path")
 
 
 def _held(value: Any) -> Any:
-    """What stands for the image in a row's value: PIL, bytes or text."""
+    """The image in a row's value: PIL, bytes or text."""
     if isinstance(value, Mapping):
         held = [value[key] for key in KEYS if value.get(key) is not None]
         if not held:
@@ -89,7 +89,7 @@ def _download(url: str) -> bytes:
     deadline = time.monotonic() + URL_TIMEOUT_S
     chunks = []
     try:
-        # The timeout of requests is one between two packets, so a slow server needs the deadline as well.
+        # The timeout of requests is between two packets, so a slow server also needs a deadline.
         with requests.get(url, timeout=URL_TIMEOUT_S, stream=True) as response:
             response.raise_for_status()
             for chunk in response.iter_content(1 << 16):
@@ -102,7 +102,7 @@ def _download(url: str) -> bytes:
 
 
 def _name(held: Any, root: str | os.PathLike | None) -> str:
-    """The image in an error message."""
+    """Description of the image for error messages."""
     if isinstance(held, Image.Image):
         return f"a PIL image of mode {held.mode}"
     if isinstance(held, bytes):
@@ -136,7 +136,7 @@ def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike 
         source = io.BytesIO(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # verl opens those.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # verl opens them.
             image = source if isinstance(source, Image.Image) else Image.open(source)
             image.load()
     except FileNotFoundError as error:
@@ -163,10 +163,10 @@ def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike 
 
 
 def to_rgb(image: Image.Image, *, bare: bool = False) -> Image.Image:
-    """The three channels that the trainer sees; `bare` for a PIL image that stands in a row without a dict.
+    """The three channels that the trainer sees; `bare` for a PIL image that is in a row without a dict.
 
     Raises:
-        ValueError: a mode that Pillow does not convert.
+        ValueError: a mode that Pillow cannot convert.
     """
     if image.mode == "RGBA" and not bare:  # As `qwen_vl_utils.to_rgb`; other modes lose their transparency there too.
         white = Image.new("RGB", image.size, (255, 255, 255))
@@ -182,14 +182,14 @@ def open_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike 
     """The RGB image of a row's value, at its stored size.
 
     Args:
-        value: PIL, bytes, a path, a file:// or data: URI, or a dict with `bytes` (as datasets writes it, with `path`
-            beside it), `image` or `path` that holds one of these.
+        value: PIL, bytes, a path, a file:// or data: URI, or a dict that has one of these under `bytes` (as written by
+            datasets, together with `path`), `image` or `path`.
         allow_urls: fetch http(s) URLs, each within `URL_TIMEOUT_S` seconds.
-        root: folder that relative paths start from (default: the working folder, as for verl).
+        root: folder for relative paths (default: the working folder, as in verl).
 
     Raises:
-        ValueError: another type, no such file, a URL without `allow_urls`, bytes that are no image or a part of one,
-            no pixels, or more pixels than Pillow opens; the message names the image.
+        ValueError: an unknown type, a missing file, a URL without `allow_urls`, bytes that are not an image or only
+            part of one, no pixels, or more pixels than Pillow opens; the message names the image.
     """
     return to_rgb(load_image(value, allow_urls=allow_urls, root=root), bare=isinstance(value, Image.Image))
 
@@ -199,11 +199,11 @@ def as_verl_image(value: Any, *, embed: bool = False, root: str | os.PathLike | 
     absolute path, a URI or PIL. Other keys of a dict, such as `min_pixels`, are kept. The image is not opened.
 
     Args:
-        embed: put the content of a file into the dict. It is the file's own, not encoded again.
+        embed: put the content of a file into the dict, unchanged.
         root: as in `open_image`.
 
     Raises:
-        ValueError: no image, or with `embed` no such file.
+        ValueError: no image, or (with `embed`) a missing file.
     """
     rest = {key: item for key, item in value.items() if key not in KEYS} if isinstance(value, Mapping) else {}
     held = _held(value)
@@ -224,12 +224,12 @@ def as_verl_image(value: Any, *, embed: bool = False, root: str | os.PathLike | 
 
 
 def layout_problem(value: Any, kind: str) -> str | None:
-    """Why verl's own data set of a kind fails on a value that `open_image` opens, in words; None if it does not.
+    """Why verl's own data set of a kind fails on a value that `open_image` can open; None if it does not fail.
 
     kind: "sft" (`MultiTurnSFTDataset`, which calls `process_image`) or "rl" (`RLHFDataset._build_messages`).
     """
     if isinstance(value, Mapping):
-        if "bytes" in value and value["bytes"] is None:  # The key alone decides there.
+        if "bytes" in value and value["bytes"] is None:  # verl only checks for the key.
             return "a dict whose `bytes` is null"
         if "bytes" in value and "image" in value and kind == "sft":
             return "a dict with both `bytes` and `image`"
@@ -242,13 +242,13 @@ def layout_problem(value: Any, kind: str) -> str | None:
 
 
 def pixel_notes(image: Image.Image) -> list[str]:
-    """What a viewer shows otherwise than the trainer sees it, one phrase for each; `image` is `load_image`'s."""
+    """What a viewer shows differently than the trainer sees, one phrase each; `image` is from `load_image`."""
     notes = []
     try:
         orientation, frames = image.getexif().get(ExifTags.Base.Orientation, 1), getattr(image, "n_frames", 1)
-    except DECODING_ERRORS:  # The pixels of the first frame are sound all the same.
+    except DECODING_ERRORS:  # The pixels of the first frame are valid anyway.
         orientation, frames = 1, 1
-        notes.append("broken data beside its pixels")
+        notes.append("broken data in addition to its pixels")
     if orientation != 1:
         notes.append(f"EXIF orientation {orientation}, which is not applied")
     if frames > 1:

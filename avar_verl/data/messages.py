@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one reader of conversations: turns of text or of blocks, and where their images stand.
+"""The reader of conversations: turns of text or blocks, and the places of their images.
 
-In a data file, text names an image by `<image>`; a chat template wants blocks, `{"type": "text", "text": ...}` and
-`{"type": "image", "image": ...}`. In a list of blocks the blocks say where images stand, and `<image>` in their text is
-text. No verl, no torch.
+In a data file, text marks an image with `<image>`; a chat template needs blocks, `{"type": "text", "text": ...}` and
+`{"type": "image", "image": ...}`. In a list of blocks, the blocks define the places of images, and `<image>` in their
+text is ordinary text. No verl, no torch.
 """
 
 import re
@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 IMAGE = "<image>"
-# Types of blocks beside text, and the columns of what stands where they do.
+# Types of blocks other than text, and the columns with their content.
 MEDIA = {"image": "images", "video": "videos"}
 _MARKER = re.compile(f"<({'|'.join(MEDIA)})>")
 
 
 def shown(value: Any) -> str:
-    """A value in an error message, cut short."""
+    """A value for an error message, shortened."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def plain(value: Any) -> Any:
-    """A value with lists and numbers of Python in place of numpy's, which pandas makes of parquet.
+    """A value with Python lists and numbers instead of numpy's, which pandas creates from parquet.
 
     >>> import numpy
     >>> plain({"content": numpy.array(["a"], dtype=object)})
@@ -37,13 +37,13 @@ def plain(value: Any) -> Any:
 
 
 def as_list(value: Any) -> list[Any]:
-    """The images of a column, which may hold a list, one image, or None for none."""
+    """The images of a column, which may have a list, one image, or None."""
     value = plain(value)
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def marked(text: str, num_images: int) -> str:
-    """The text with its images named: one that names none has them all in front.
+    """The text with markers for its images; without markers, all images come first.
 
     >>> marked("What?", 2), marked("What is <image>?", 1)
     ('<image><image>What?', 'What is <image>?')
@@ -66,11 +66,11 @@ def _block(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def blocks_of(content: Any, markers: bool = False) -> list[dict[str, Any]]:
-    """The content of a message as new blocks; keys whose value is None, which parquet adds, are left out.
+    """The content of a message as new blocks, without keys whose value is None, which parquet adds.
 
     Args:
-        markers: `<image>` and `<video>` in text stand for an image and a video, as in data files. Otherwise they are
-            text, as in what a model writes.
+        markers: `<image>` and `<video>` in text mark an image and a video, as in data files. Otherwise they are
+            ordinary text, as in model output.
 
     Raises:
         ValueError: content that is neither text nor a list of blocks, or a block of another type.
@@ -92,10 +92,11 @@ def blocks_of(content: Any, markers: bool = False) -> list[dict[str, Any]]:
 
 
 def text_of(content: Any) -> str:
-    """The content of a message as text, `<image>` where an image stands; the inverse of `blocks_of` with markers.
+    """The content of a message as text with `<image>` for each image; the inverse of `blocks_of` with markers.
 
     Raises:
-        ValueError: what `blocks_of` refuses, or a text block with a marker in it, which would become an image.
+        ValueError: anything that `blocks_of` refuses, or a text block that contains a marker, which would become an
+            image.
 
     >>> text_of([{"type": "image"}, {"type": "text", "text": "What?"}])
     '<image>What?'
@@ -110,10 +111,10 @@ def text_of(content: Any) -> str:
 
 
 def turns_of(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
-    """The turns of a conversation as they are written, each with a role and content. `name` is that of the column.
+    """The turns of a conversation as written, each with a role and content. `name` is the name of the column.
 
     Raises:
-        ValueError: no list, no turn, or a turn without role or content.
+        ValueError: not a list, no turn, or a turn without role or content.
     """
     messages = plain(messages)
     if not isinstance(messages, list) or not messages:
@@ -125,17 +126,18 @@ def turns_of(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
 
 
 def other_keys(turn: Mapping[str, Any]) -> list[str]:
-    """What a turn holds beside its role and content, such as tool calls."""
+    """Keys of a turn other than role and content, such as tool calls."""
     return sorted(key for key, value in turn.items() if value and key not in ("role", "content"))
 
 
 def read_messages(messages: Any, name: str = "messages", *, markers: bool = True) -> list[dict[str, Any]]:
     """A conversation with blocks as content (`blocks_of`).
 
-    With `markers`, as in data files, a turn has its role and content and nothing else; otherwise other keys are kept.
+    With `markers`, as in data files, a turn may have only role and content; otherwise other keys are kept.
 
     Raises:
-        ValueError: what `turns_of` and `blocks_of` refuse, and with `markers` tool calls; the message names the turn.
+        ValueError: anything that `turns_of` or `blocks_of` refuses, or (with `markers`) tool calls; the message names
+            the turn.
     """
     out = []
     for number, turn in enumerate(turns_of(messages, name)):
@@ -155,10 +157,10 @@ def read_messages(messages: Any, name: str = "messages", *, markers: bool = True
 def place_images(
     messages: Sequence[Mapping[str, Any]], images: Sequence[Any], open_one: Callable[[Any], Any] | None = None
 ) -> list[dict[str, Any]]:
-    """A conversation of blocks with `images`, in order, in its image blocks; each opened by `open_one`.
+    """A conversation of blocks with `images` in its image blocks, in order, each opened by `open_one`.
 
     Raises:
-        ValueError: another number of images than image blocks, or a video; whatever `open_one` refuses.
+        ValueError: different numbers of images and image blocks, a video, or anything that `open_one` refuses.
     """
     kinds = [block["type"] for message in messages for block in message["content"]]
     if "video" in kinds:
@@ -182,7 +184,7 @@ def place_images(
 
 
 def template_kwargs(tools: Any, enable_thinking: Any) -> dict[str, Any]:
-    """Arguments of the chat template from the columns of a row, {} where these are empty."""
+    """Arguments of the chat template from the columns of a row; {} if they are empty."""
     thinking = {} if enable_thinking is None else {"enable_thinking": bool(enable_thinking)}
     return {**({"tools": tools} if tools else {}), **thinking}
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-# In the order in which a folder is searched: it counts as a folder of the first kind that it holds.
+# In search order: a folder counts as one of the first kind found in it.
 SUFFIXES = (".parquet", ".jsonl", ".json")
-# Rows that are decoded at a time; images of a few megabytes each must fit.
+# Rows decoded at a time; images of a few megabytes each must fit into memory.
 BATCH_ROWS = 8
 
 Item = TypeVar("Item")
@@ -49,10 +49,10 @@ def naming(where: str) -> Iterator[None]:
 
 
 def data_files(paths: Paths) -> list[Path]:
-    """The files of one or several paths; a folder stands for its files of one kind, in alphabetical order.
+    """The files of one or several paths; a folder means its files of one kind, in alphabetical order.
 
     Raises:
-        ValueError: no such file, a folder without data files, or a file of another kind.
+        ValueError: a missing file, a folder without data files, or a file of another kind.
     """
     out = []
     for path in [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]:
@@ -76,10 +76,10 @@ def data_files(paths: Paths) -> list[Path]:
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    # UnicodeDecodeError: pyarrow does not check text when it reads.
+    # UnicodeDecodeError: pyarrow does not validate text when it reads.
     errors = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
     try:
-        # Without a buffer, or with read-ahead, whole row groups of images are in memory.
+        # Without a buffer, or with read-ahead, whole row groups of images would be in memory.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 yield from batch.to_pylist()
@@ -91,7 +91,7 @@ def _parsed(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} must be JSON in UTF-8; got: {error}. Mend the file.") from error
+        raise ValueError(f"{where} must be JSON in UTF-8; got: {error}. Correct the file.") from error
 
 
 def _as_row(value: Any, where: str) -> dict[str, Any]:
@@ -116,11 +116,11 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_rows(paths: Paths) -> Iterator[Row]:
-    """The rows of one or several files or folders, in order, as they are asked for.
+    """The rows of one or several files or folders, in order, read lazily.
 
     Raises:
-        ValueError: whatever `data_files` refuses, a file without rows or one that is not what its name says; the
-            message names the file, and the line of a json file.
+        ValueError: anything that `data_files` refuses, a file without rows, or a file whose content does not match its
+            name; the message names the file, and the line of a json file.
     """
     index = itertools.count()
     for file in data_files(paths):
@@ -132,7 +132,7 @@ def read_rows(paths: Paths) -> Iterator[Row]:
 
 
 def count_rows(files: Sequence[Path]) -> int | None:
-    """How many rows the files have, for a progress bar; None where only reading them whole would tell."""
+    """Number of rows of the files, for a progress bar; None if they would have to be read completely."""
     import pyarrow.parquet
 
     total = 0
@@ -145,7 +145,7 @@ def count_rows(files: Sequence[Path]) -> int | None:
             else:
                 with file.open("rb") as lines:
                     total += sum(1 for line in lines if line.strip())
-        except (pyarrow.ArrowException, OSError):  # Whoever reads the file says what is wrong with it.
+        except (pyarrow.ArrowException, OSError):  # Reading the file later reports what is wrong.
             return None
     return total
 

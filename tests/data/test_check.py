@@ -223,11 +223,11 @@ def test_the_command(clean, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, bad, "--out", tmp_path / "report.json") == 1
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "an image must be in a format that Pillow reads" in shown and "1 errors, 1 warnings" in shown
-    assert CHECKS["image"].mend.split()[0] in shown
+    assert CHECKS["image"].fix.split()[0] in shown
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["rows"] == {"sft": 3} and report["errors"] == 1 and report["warnings"] == 1
     image, duplicate = report["findings"]
-    assert (image["row"], image["check"], image["level"]) == (1, "image", "error") and image["mend"]
+    assert (image["row"], image["check"], image["level"]) == (1, "image", "error") and image["fix"]
     assert (duplicate["row"], duplicate["check"]) == (2, "duplicate")
     assert duplicate["message"] == f"the same turns and images as row 0 of {bad}."
     assert run(monkeypatch, bad, "--n", "1") == 0

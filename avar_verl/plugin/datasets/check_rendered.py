@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of `avar data check` that needs a model's processor: every row rendered as the trainers render it.
+"""The part of `avar data check` that needs a model's processor: it renders every row as the trainers do.
 
 Shape suffixes: S = positions.
 """
@@ -16,18 +16,18 @@ from avar_verl.model.render import render
 from avar_verl.model.roles import TokenRole
 from avar_verl.plugin.datasets.images import patch_size_of, resized
 
-# What processors, chat templates and qwen_vl_utils raise for rows that they do not take.
+# Exceptions of processors, chat templates and qwen_vl_utils for rows that they refuse.
 REFUSALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, TemplateError)
 
 
 class Rendering:
-    """`Rendering(settings)(...)` adds what is wrong with a row once it is tokens to its `RowResult`.
+    """`Rendering(settings)(...)` adds the findings about a row's tokens to its `RowResult`.
 
-    special_tokens: delimiters and placeholders, which text must not spell. Not every special token: some write boxes.
-    factor: pixels of one token's side, where the image processor has a patch size and a merge size.
+    special_tokens: delimiters and placeholders, which text must not contain. Other special tokens may write boxes.
+    factor: side of one token in pixels, if the image processor has a patch size and a merge size.
 
     Raises:
-        ValueError: a model that is not there, of an unknown family, or without a processor.
+        ValueError: a missing model, one of an unknown family, or one without a processor.
     """
 
     def __init__(self, settings: Settings):
@@ -51,11 +51,11 @@ class Rendering:
     def __call__(
         self, values: dict, turns: list[dict], stored: list, images: list[Image.Image], kind: Kind, result: RowResult
     ) -> None:
-        """A row whose other checks found no error: `images` are the opened `stored`, in the order of their blocks."""
+        """Check a row without other errors; `images` are the opened `stored` ones, in the order of their blocks."""
         columns = (values.get("tools"), values.get("enable_thinking")) if kind == "sft" else (None, None)
         try:
             images = [resized(value, image, self.patch_size) for value, image in zip(stored, images, strict=True)]
-            if kind == "sft":  # AvarSFTDataset takes nothing else of a turn; verl's agent loop keeps every key.
+            if kind == "sft":  # AvarSFTDataset reads only these keys of a turn; verl's agent loop keeps every key.
                 turns = [{key: turn[key] for key in ("role", "content")} for turn in turns]
             rendered = render(
                 self.processor,
@@ -83,7 +83,7 @@ class Rendering:
             result.add("no_system", "the row has no system turn, and the chat template writes none.")
 
     def _check_image_tokens(self, found: int, features: dict, sizes: list[tuple[int, int]], result: RowResult) -> None:
-        """`found` placeholders against what the family says of images that the processor saw as (width, height)."""
+        """Compare `found` placeholders with the number that the family expects for images of (width, height)."""
         if self.family.cross_attention:  # No feature replaces a token.
             return
         if self.family.places is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in the sides that verl's trainers see."""
+"""Images in the size that verl's trainers see."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from avar_verl.data.images import KEYS, open_image
 
 
 def patch_size_of(processor) -> int:
-    """Patch size of a processor for `process_image`; 14, as in verl's data sets, where it has none."""
+    """Patch size of a processor for `process_image`; 14 if it has none, as in verl's data sets."""
     return getattr(processor.image_processor, "patch_size", None) or 14
 
 
@@ -19,7 +19,7 @@ def resized(value: Any, image: Image.Image, patch_size: int) -> Image.Image:
     """`image`, opened from `value`, as verl resizes it before the processor does.
 
     Args:
-        value: as stored; where it is a mapping, limits such as `min_pixels` may stand beside the image (docs/data.md).
+        value: as stored; a mapping may have limits such as `min_pixels` in addition to the image (docs/data.md).
         patch_size: see `patch_size_of`.
     """
     limits = {key: item for key, item in value.items() if key not in KEYS} if isinstance(value, Mapping) else {}
@@ -30,6 +30,6 @@ def open_resized(value: Any, patch_size: int, *, allow_urls: bool = False) -> Im
     """The image of a row's value as the trainers see it.
 
     Raises:
-        ValueError: what `open_image` refuses.
+        ValueError: anything that `open_image` refuses.
     """
     return resized(value, open_image(value, allow_urls=allow_urls), patch_size)

@@ -3,9 +3,9 @@
 
     data.custom_cls.path=pkg://avar_verl.plugin.datasets.region data.custom_cls.name=RegionSFTDataset
 
-Every row has a column `boxes`: for every image a list of (x1, y1, x2, y2), in pixels of the image as it is stored; an
-image with an empty list counts whole. `L_enhance` then raises the mass of the image tokens inside the boxes; the others
-count as no role. Tokens that a box touches count (`avar_verl.model.regions`).
+Every row has a column `boxes`: for every image a list of (x1, y1, x2, y2), in pixels of the stored image; an empty list
+means the whole image. `L_enhance` then raises the mass of image tokens inside the boxes; other image tokens have no
+role. A token counts as inside if a box overlaps it (`avar_verl.model.regions`).
 """
 
 from avar_verl.data.images import open_image
@@ -18,7 +18,7 @@ class RegionSFTDataset(AvarSFTDataset):
     """`AvarSFTDataset` whose samples also have `image_region`, (S,) int64: 1 on image tokens inside the boxes.
 
     Raises:
-        ValueError: no column `boxes`, boxes that do not fit their images, or a family without known places of image
+        ValueError: no column `boxes`, boxes that do not match their images, or a family without known places of image
             tokens; the message names the row.
     """
 

@@ -3,10 +3,10 @@
 
     data.custom_cls.path=pkg://avar_verl.plugin.datasets.sft data.custom_cls.name=AvarSFTDataset
 
-Rows are those of verl's `MultiTurnSFTDataset`: `messages` with `<image>` where an image stands, and `images`. It
-tokenizes every message on its own, which the chat templates of Gemma, Idefics and LLaVA do not allow, wants a patch
-size of every image processor, and gives GLM-4.1V the positions of text. This one renders the whole conversation once,
-and the response is what the token roles say; for Qwen2.5-VL the samples are the same.
+Rows are those of verl's `MultiTurnSFTDataset`: `messages` with `<image>` for each image, and `images`. verl's data set
+tokenizes every message separately, which the chat templates of Gemma, Idefics and LLaVA do not allow, requires a patch
+size of every image processor, and gives GLM-4.1V the positions of text. This data set renders the whole conversation
+once, and the token roles define the response; for Qwen2.5-VL the samples are identical.
 
 Shape suffixes: S = positions.
 """
@@ -29,7 +29,7 @@ TRUNCATIONS = ("error", "right")
 
 
 def position_ids(processor, ids_S: torch.Tensor, features: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Positions of a sample, (S,); for families with multimodal RoPE (4, S): of the text, then time, row and column.
+    """Positions of a sample, (S,); for families with multimodal RoPE (4, S): text, then time, row and column.
 
     As verl's agent loop makes them (verl/experimental/agent_loop/agent_loop.py:920-964).
     """
@@ -57,11 +57,11 @@ class AvarSFTDataset(Dataset):
     Args:
         parquet_files: one or several parquet or jsonl files.
         config: verl's `data` node: `messages_key`, `image_key`, `tools_key`, `max_length`, `truncation`,
-            `apply_chat_template_kwargs`, `image_patch_size`; `allow_urls` (default false) lets images be fetched.
+            `apply_chat_template_kwargs`, `image_patch_size`; `allow_urls` (default false) allows image URLs.
 
     Raises:
-        ValueError: no processor of a known family, a missing column; and in `__getitem__`, naming the row, whatever
-            cannot be rendered, has no response, is longer than `max_length` or would lose image tokens to it.
+        ValueError: no processor of a known family, or a missing column; in `__getitem__`, naming the row: a sample that
+            cannot be rendered, has no response, is longer than `max_length`, or would lose image tokens to it.
     """
 
     def __init__(self, parquet_files, tokenizer, config: DictConfig, processor=None, max_samples: int = -1):
@@ -149,7 +149,7 @@ class AvarSFTDataset(Dataset):
                 )
             if bool((roles_S[self.max_length :] == TokenRole.IMAGE).any()):
                 raise ValueError(
-                    f"truncation must not cut image tokens; got one behind data.max_length={self.max_length}. Raise it "
+                    f"truncation must not cut image tokens; got one after data.max_length={self.max_length}. Raise it "
                     "or leave the row out."
                 )
         positions = position_ids(self.processor, ids_S, rendered.features)[..., : self.max_length]
@@ -163,7 +163,7 @@ class AvarSFTDataset(Dataset):
             "input_ids": ids_S[: self.max_length],
             "loss_mask": loss_mask_S,
             "position_ids": positions,
-            # Always there: verl's collator takes the keys of a batch from its first sample.
+            # Always present: verl's collator takes the keys of a batch from its first sample.
             "multi_modal_inputs": rendered.features,
         }
 
