@@ -20,7 +20,7 @@ class Doctor(Command):
     device: Literal["cpu", "cuda"] = "cpu"  # Where the model runs.
     gpus: Size = 1  # Number of GPUs for training.
     gpu_memory: float | None = None  # GiB per GPU: warn if training needs more.
-    only: Words = None  # Names of checks to run, together with the ones they need (default: all).
+    only: Words = None  # Names of checks to run, together with the ones they need. If omitted: all.
     out: Path | None = None  # Write the results to this JSON file.
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class Sampling(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(Command):
-    """Accuracy of a checkpoint on benchmarks and local files, item by item (docs/eval.md).
+    """Measure the accuracy of a checkpoint on benchmarks and local files (docs/eval.md).
 
     Asks every question over a vLLM server that this command starts and stops. A killed run can be continued.
     """
@@ -42,17 +42,17 @@ class Eval(Command):
     tasks: str = ""  # Benchmarks, separated by commas; all: the paper's benchmarks.
     # Data files in verl's RL layout; a task is named after its file.
     data: Annotated[tuple[Path, ...], arg(metavar="FILE ...")] = ()
-    out: Path | None = None  # Folder of the records (default: outputs/eval/<name of the model>).
+    out: Path | None = None  # Folder of the records. If omitted: outputs/eval/<name of the model>.
     n: Count = 0  # Ask only the first N items of each task; 0: all.
     intervene: str | None = None  # Such as alpha_img=0.15,alpha_sys=0.4,layers=8-20 (docs/intervention.md).
     dry_run: bool = False  # Show data sets, revisions and prompts, without asking anything.
     # reward: the answer that the reward finds. whole: a response without any mark is the answer as a whole.
     answers: Literal["reward", "whole"] = "reward"
-    sampling: OmitArgPrefixes[Sampling] = Sampling()
-    server_url: str | None = None  # A running OpenAI-compatible server, with /v1 (default: start vLLM).
+    sampling: OmitArgPrefixes[Sampling] = Sampling()  # Parameters of every request.
+    server_url: str | None = None  # A running OpenAI-compatible server, with /v1. If omitted: start vLLM.
     server_args: str = ""  # Additional arguments of vLLM as one text, such as --server-args='--dtype half'.
     server_timeout: float = 900.0  # Seconds within which vLLM must answer.
-    max_model_len: Size | None = None  # Tokens of prompt and response in vLLM (default: the model's limit).
+    max_model_len: Size | None = None  # Tokens of prompt and response in vLLM. If omitted: the model's limit.
     concurrency: Size = 64  # Number of concurrent requests.
     request_timeout: float = 1800.0  # Seconds before a request is retried.
     max_retries: Count = 6  # Number of retries of a request, with exponential back-off.
@@ -133,11 +133,11 @@ class Compare(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(Command):
-    """The paper's ablation table, measured and published (docs/eval.md)."""
+    """Print the paper's ablation table, measured and published (docs/eval.md)."""
 
     # Folders of four runs.
     runs: Annotated[Positional[tuple[Path, Path, Path, Path]], arg(metavar="BASE VARD AGTO VARS")]
-    # vas.json of each run, written by `avar vas --out` (default: FOLDER/vas.json if it exists).
+    # vas.json of each run, written by `avar vas --out`. If omitted: FOLDER/vas.json if it exists.
     vas: Annotated[tuple[Path, Path, Path, Path] | None, arg(metavar="BASE VARD AGTO VARS")] = None
     query: Literal["user", "response"] = "user"  # Whose attention to use for VAS.
     json: Path | None = None  # Also write the numbers to this file.

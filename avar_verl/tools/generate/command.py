@@ -18,9 +18,9 @@ class ModelCommand(Command):
     backend: Literal["transformers", "vllm"] = "transformers"  # Library that runs the model.
     max_new_tokens: Size = 512  # Maximum number of answer tokens.
     batch_size: Size = 8  # Prompts per batch.
-    max_model_len: Size | None = None  # Tokens of prompt and answer in vLLM (default: the model's limit).
-    device: str | None = None  # torch device (default: cuda if this process sees a GPU, else cpu).
-    dtype: str | None = None  # dtype of the model (default: float32 on the CPU, else the checkpoint's).
+    max_model_len: Size | None = None  # Tokens of prompt and answer in vLLM. If omitted: the model's limit.
+    device: str | None = None  # torch device. If omitted: cuda if this process sees a GPU, else cpu.
+    dtype: str | None = None  # dtype of the model. If omitted: float32 on the CPU, else the checkpoint's.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +39,7 @@ class Generate(ModelCommand):
     system: str | None = None  # System turn for conversations without one.
     intervene: str | None = None  # Intervention, such as alpha_img=0.15,alpha_sys=0.4,layers=0-13.
     n: Count = 0  # Answer only the first N rows; 0: all.
-    out: Path | None = None  # Write one line per answer to this jsonl file (default: print the answers).
+    out: Path | None = None  # Write one line per answer to this jsonl file. If omitted: print the answers.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,8 +62,8 @@ class Sweep(ModelCommand):
     data: Path  # Questions with answers, in verl's RL layout.
     alpha_img: Numbers  # Values of alpha_img, such as 0,0.15,0.3; 0 must be among them.
     alpha_sys: Numbers  # Values of alpha_sys, such as 0,0.4; 0 must be among them.
-    layers: str | None = None  # Layers, such as 0-13 or 0,2 (default: all).
-    heads: str | None = None  # Query heads (default: all).
+    layers: str | None = None  # Layers, such as 0-13 or 0,2. If omitted: all.
+    heads: str | None = None  # Query heads. If omitted: all.
     n: Count = 0  # Ask only the first N questions; 0: all.
     out: Path = Path("outputs/sweep")  # Folder of the answers, the table and the plot. A killed sweep continues in it.
 

@@ -20,17 +20,17 @@ class Vas(Command):
     columns: Pairs = field(default_factory=dict)  # Column names of the data if they differ, such as question=query.
     n: Count = 0  # Measure only the first N rows; 0: all.
     query: Literal["user", "response", "both"] = "both"  # Whose attention is measured.
-    # Layers to measure; negative indices count from the end (default: all).
+    # Layers to measure; negative indices count from the end. If omitted: all.
     layers: Annotated[tuple[int, ...] | None, AtLeast(1), arg(metavar="INT ...")] = None
     generate: bool = False  # Measure responses that the model generates greedily, instead of the rows' responses.
     max_new_tokens: Size = 1024  # Maximum number of tokens of a generated response.
     system: str | None = None  # System turn for conversations without one.
     batch_size: Size = 8  # Samples per batch; does not change the numbers.
-    device: str | None = None  # torch device (default: cuda if this process sees a GPU, else cpu).
+    device: str | None = None  # torch device. If omitted: cuda if this process sees a GPU, else cpu.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the model.
     ray: Count = 0  # Number of workers on a Ray cluster; 0: this process.
     show: Count = 4  # Number of samples with words in the report.
-    words: Words = None  # Words to show (default: those with the most attention to the image).
+    words: Words = None  # Words to show. If omitted: those with the most attention to the image.
     resamples: Annotated[int, AtLeast(100)] = 1000  # Number of bootstrap draws for the intervals, at least 100.
     seed: Count = 0  # Seed of the bootstrap.
     out: Path | None = None  # Folder for vas.json, report.html and the records. A killed run continues in it.
