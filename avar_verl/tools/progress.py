@@ -48,3 +48,9 @@ def progress(
     """
     kind = tqdm if sys.stderr.isatty() else _Lines
     return kind(items, desc, total, unit=unit, file=sys.stderr, **settings)
+
+
+def say(text: str) -> None:
+    """Print a line, above the bars that are on the terminal."""
+    tqdm.write(text)
+    sys.stdout.flush()

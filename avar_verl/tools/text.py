@@ -26,7 +26,7 @@ def histogram(values: Sequence[float]) -> list[tuple[float, float, int]]:
 
 def numbers_table(title: str, columns: Sequence[str], **settings: Any) -> Table:
     """A table whose first column names what the numbers in the others are about. `settings`: of rich's Table."""
-    table = Table(title=title, **settings)
+    table = Table(title=title, title_justify="left", **settings)
     for at, column in enumerate(columns):
         table.add_column(column, justify="right" if at else "left", no_wrap=not at)
     return table

@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from avar_verl.tools.progress import progress
+from avar_verl.tools.progress import progress, say
 
 # Two bars side by side, refreshed twenty times a second for 1.2 s, with a line of the log every 0.5 s.
 CODE = """
@@ -88,7 +88,7 @@ def test_a_terminal_gets_a_bar():
 def test_text_of_a_loop_is_not_mixed_with_its_lines(capsys):
     with progress(total=2, desc="answers") as bar:
         for number in range(2):
-            bar.write(f"answer {number}")
+            say(f"answer {number}")
             bar.update()
     out, err = capsys.readouterr()
     assert out == "answer 0\nanswer 1\n" and err.count("\n") == 1 and "\r" not in err

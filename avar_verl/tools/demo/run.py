@@ -26,7 +26,7 @@ from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.demo.measure import answer_attention, answers, headline, heatmap, measure_vas
 from avar_verl.tools.demo.report import write_report
 from avar_verl.tools.demo.tiny_model import build_tiny_model
-from avar_verl.tools.progress import progress
+from avar_verl.tools.progress import progress, say
 from avar_verl.tools.report import encode_image
 from avar_verl.tools.runs import SETTINGS, check_settings
 
@@ -327,11 +327,10 @@ class Demo:
             temporary.rename(path)  # A killed run leaves no half-written result.
         result = json.loads(path.read_text())
         response = result["vas"]["response"]
-        print(
+        say(
             f"{stage.title:9s} accuracy {100 * result['accuracy']:5.1f} %   "
             f"image share {response['image_share']:.3f}   ratio of means {response['ratio_of_means']:8.2f}   "
-            f"training {result['seconds']:.0f} s",
-            flush=True,
+            f"training {result['seconds']:.0f} s"
         )
 
     def train(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ def print_summary(summary: Mapping[str, Any], out: Path | None, console: Console
     """One column per query role, one row per statistic, and the paths of the files."""
     queries = summary["queries"]
     columns = ["\\[95 % interval]", *(f"{name} tokens" for name in queries)]
-    table = numbers_table(f"VAS of {summary['model']}", columns, title_justify="left")
+    table = numbers_table(f"VAS of {summary['model']}", columns)
     for key in STATISTICS:
         table.add_row(key, *(estimate(query["overall"][key]) for query in queries.values()))
     table.add_row("band of the paper", *(query["band"] or "none" for query in queries.values()))
