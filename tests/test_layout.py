@@ -81,6 +81,13 @@ def test_no_tool_imports_another_but_the_demo():
     assert not [(a, b) for a, b in UNKNOWN if is_tool(b) and a not in ("tools.demo", "tools.cli")]
 
 
+@pytest.mark.parametrize(
+    "package, place", [("tqdm", ["tools.progress"]), ("rich.progress", []), ("fcntl", ["tools.runs"])]
+)
+def test_what_tools_share_has_one_place(package, place):
+    assert [module for module, path in MODULES.items() if package in set(imports(path))] == place
+
+
 @pytest.mark.parametrize("layer", ["", *LAYERS])
 def test_no_cycle_between_rooms(layer):
     """Between the folders of the package, and between the rooms of `plugin` and of `tools`."""
