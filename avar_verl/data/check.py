@@ -97,11 +97,11 @@ CHECKS: dict[str, Check] = {
     "ground_truth": _error('Write {"style": "rule", "ground_truth": answer} into the column `reward_model`.'),
     "extra_info": _error("Write a struct, or leave the column out."),
     "no_system": _warning(
-        "Where the template writes no system turn either, a sample has no VAS, no L_suppress and, by "
-        "the paper's ratio, no r_visual: give every row a system turn if they are wanted."
+        "If the template adds no system turn either, a sample has no VAS, no L_suppress and, with "
+        "the paper's ratio, no r_visual: give every row a system turn if you need them."
     ),
     "duplicate": _warning("Leave one of them out; in a train and a test file it is a leak."),
-    "render": _error("Mend what the processor or the chat template refuses, or leave the row out."),
+    "render": _error("Correct what the processor or the chat template refuses, or leave the row out."),
     "length": _error("Raise the limit, make the images smaller, or leave the row out."),
     "image_tokens": _error("Take processor and tokenizer from one checkpoint."),
     "turns": _error("Use the chat template of the model: the turns it writes must be those of its family."),

@@ -24,8 +24,8 @@ def check_letter(letter: str, options: Sequence[str]) -> int:
         raise ValueError(f"a question may have {len(LETTERS)} options; got {len(options)}. Leave it out.")
     if len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise ValueError(
-            f"an answer must be the letter of one of {len(options)} options; got {letter!r}. Mend the row or leave it "
-            "out."
+            f"an answer must be the letter of one of {len(options)} options; got {letter!r}. Correct the row or "
+            "leave it out."
         )
     return LETTERS.index(letter)
 

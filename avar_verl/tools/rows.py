@@ -92,7 +92,7 @@ def renamed(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     """
     missing = sorted(set(columns.values()) - set(values))
     if missing:
-        raise ValueError(f"columns must be those of the data; got {missing} for {sorted(values)}. Mend --columns.")
+        raise ValueError(f"columns must be those of the data; got {missing} for {sorted(values)}. Correct --columns.")
     # A column that has one of these names in the data, but is not the mapped one, must not be used instead.
     out = {name: values[name] for name in COLUMNS if name in values and name not in columns.values()}
     if any(name in CONVERSATIONS for name in columns):

@@ -180,7 +180,7 @@ def compare(
             extra = sorted(a[task].keys() ^ b[task].keys())
             raise ValueError(
                 f"runs are compared on the same items; got {len(a[task])} and {len(b[task])} of {task}, {len(extra)} "
-                f"of them in one run alone, such as {extra[:3]}. Finish both runs with the same --n."
+                f"of them in only one run, such as {extra[:3]}. Finish both runs with the same --n."
             )
         ids = list(a[task])
         right_a = np.array([a[task][i] for i in ids])

@@ -16,7 +16,7 @@ MASTER_PORT=${MASTER_PORT:-29500}
 OUT=${OUT:-checkpoints/avar/cold_start}
 
 # Paper: lr 5e-6, batch 512, 20 epochs, alpha = beta = 0.15. Released config: lr 1e-5, 10 epochs, cosine, warm-up 0.1,
-# bf16, cutoff 8192. avar_sft.yaml holds them, beside the sentence each comes from.
+# bf16, cutoff 8192. avar_sft.yaml has them, with their sources.
 torchrun --nnodes="$NNODES" --nproc_per_node=8 --node_rank="$NODE_RANK" \
     --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" \
     -m verl.trainer.sft_trainer --config-name avar_sft \

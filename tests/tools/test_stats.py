@@ -87,5 +87,5 @@ def test_compare_is_paired():
 def test_compare_refuses_other_items():
     with pytest.raises(ValueError, match="must have the same tasks"):
         compare(_run({"x": "1"}), _run({"y": "1"}))
-    with pytest.raises(ValueError, match="got 2 and 3 of x, 1 of them in one run alone, such as \\['2'\\]"):
+    with pytest.raises(ValueError, match="got 2 and 3 of x, 1 of them in only one run, such as \\['2'\\]"):
         compare(_run({"x": "10"}), _run({"x": "100"}))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model and a small visual task, enough to run the whole recipe on a CPU."""
+"""A tiny model and a small visual task, to run the whole recipe on a CPU."""

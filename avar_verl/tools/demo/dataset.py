@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SFT data set, each sample prepared once: `data.custom_cls` of the demo's cold start.
+"""An SFT data set that prepares each sample once: `data.custom_cls` of the demo's cold start.
 
-The demo passes several times over a few hundred small images, and on a CPU the image processor costs more than the
-training step. A data set that does not fit into memory is no place for this.
+The demo makes several passes over a few hundred small images, and on a CPU the image processor costs more than the
+training step. Not suitable for data sets that do not fit into memory.
 """
 
 from avar_verl.plugin.datasets.sft import AvarSFTDataset
 
 
 class CachedSFTDataset(AvarSFTDataset):
-    """`AvarSFTDataset` that remembers its samples. Samples are not changed after they are made."""
+    """`AvarSFTDataset` that caches its samples, which must not be modified."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo measures of a checkpoint: greedy answers, VAS by the instrument of `avar vas`, and where answers look.
+"""Measurements of a checkpoint for the demo: greedy answers, VAS as in `avar vas`, and the attention of answers.
 
 Shape suffixes: S = positions, I = image tokens, L = layers, H = query heads
 """
@@ -35,7 +35,7 @@ def answers(checkpoint: Checkpoint, samples: Sequence[Sample], max_new_tokens: i
 
 
 def measure_vas(checkpoint: Checkpoint, samples: Sequence[Sample], batch_size: int = 16) -> dict[str, dict[str, Any]]:
-    """What `avar vas` says of the reference responses, by query role (`summarize_query`).
+    """Results of `avar vas` on the reference responses, by query role (`summarize_query`).
 
     Raises:
         ValueError: no sample has an image, a system turn and a query.
@@ -48,7 +48,7 @@ def measure_vas(checkpoint: Checkpoint, samples: Sequence[Sample], batch_size: i
 
 
 def headline(summary: dict[str, Any]) -> dict[str, float]:
-    """The STATISTICS of one query role, with how many samples counted and how many could not."""
+    """The STATISTICS of one query role, with the numbers of counted and skipped samples."""
     values = {key: summary["overall"][key]["value"] for key in STATISTICS}
     return {**values, "num_samples": summary["num_samples"], "num_skipped": sum(summary["skipped"].values())}
 

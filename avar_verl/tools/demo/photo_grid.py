@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about a 2 x 2 grid of photographs, for a model small enough to learn to look on a laptop.
+"""Questions about a 2 x 2 grid of photographs, for a model small enough to learn the task on a laptop.
 
-A sample is an image of 112 x 112 pixels: four cells of 56 x 56, each a random crop of one of ten photographs that
-scikit-image carries inside its wheel. One question follows, and none can be answered without the picture:
+A sample is an image of 112 x 112 pixels: four cells of 56 x 56, each a random crop of one of ten photographs in
+scikit-image's wheel. Each sample has one question, which cannot be answered without the image:
 
 | kind | question | answer | best constant guess |
 | --- | --- | --- | --- |
@@ -11,14 +11,14 @@ scikit-image carries inside its wheel. One question follows, and none can be ans
 | count | How many places show the cat? | 2 (0 to 3) | 1 in 4 |
 | same | Which place shows the same as the top left? | bottom right | 1 in 3 |
 
-The reference response looks at places one by one, each with its box, until it has seen what it needs:
+The reference response names places one by one, each with its box, until it has what it needs:
 
     <think>top left [0, 0, 56, 56] shows the moon. top right [56, 0, 112, 56] shows the cat.</think>
     <answer>top right</answer>
 
-(on one line). `what` looks at the place in question last, `where` and `same` stop when they have found it, `count`
-looks everywhere and keeps a tally. Boxes are written as Qwen2.5-VL writes them: ``[x1, y1, x2, y2]`` in pixels of the
-image that the model sees. That image is the stored one: 112 is a multiple of 28 (patch 14, merge 2) and 112 * 112 lies
+(on one line). `what` names the place in question last, `where` and `same` stop when they have found it, `count` names
+every place and keeps a tally. Boxes are written as Qwen2.5-VL writes them: ``[x1, y1, x2, y2]`` in pixels of the image
+that the model sees. That image is the stored one: 112 is a multiple of 28 (patch 14, merge 2) and 112 * 112 lies
 between the pixel limits of both qwen_vl_utils (4 to 16384 tokens of 28 x 28) and the demo's processor, so nothing
 resizes it.
 
@@ -44,7 +44,7 @@ DATA_SOURCE = "avar/photo_grid"
 IMAGE_SIZE = 112
 CELL_SIZE = 56
 KINDS = ("what", "where", "count", "same")
-# The kinds in turn: four of seven questions are about one place.
+# The cycle of kinds: four of seven questions are about one place.
 CYCLE = ("what", "where", "what", "count", "what", "same", "what")
 SPLITS = ("train", "test")
 MAX_COUNT = 3
@@ -66,7 +66,7 @@ class Photo:
         return {"train": self.train, "test": self.test}[split]
 
 
-# The cuts follow the content, so that both sides show what the name says; borders that show nothing are left out.
+# The cuts follow the content, so that both sides show the named object; empty borders are left out.
 PHOTOS = (
     Photo("bricks", "brick.png", train=(0, 0, 330, 512), test=(330, 0, 512, 512)),
     Photo("cat", "chelsea.png", train=(200, 0, 451, 300), test=(0, 0, 200, 300)),
@@ -92,7 +92,7 @@ PLACE_NAMES = tuple(PLACES)
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """Where a cell comes from: ``box`` is (left, top, right, bottom) in pixels of the file of photograph ``name``."""
+    """Origin of a cell: ``box`` is (left, top, right, bottom) in pixels of the file of photograph ``name``."""
 
     name: str
     box: Box
@@ -138,7 +138,7 @@ def answers_of(kind: str) -> tuple[str, ...]:
 
 
 def chance_level() -> float:
-    """Expected accuracy of the best guesser that sees the question alone: the mean over `CYCLE` of the table's column.
+    """Expected accuracy of the best guess from the question only: the mean over `CYCLE` of the table's last column.
 
     >>> round(chance_level(), 4)
     0.1762
@@ -181,7 +181,7 @@ def response_text(kind: str, subject: str, names: Sequence[str]) -> tuple[str, s
 
 
 def sentences() -> Iterator[str]:
-    """Questions and responses that hold every word of every sample: the vocabulary of the demo."""
+    """Questions and responses that contain every word of every sample: the vocabulary of the demo."""
     for kind in KINDS:
         for subject in PLACE_NAMES if kind in ("what", "same") else NAMES:
             yield question_text(kind, subject)
@@ -195,7 +195,7 @@ def load_photo(file: str) -> Image.Image:
     """A photograph of scikit-image as RGB, read from the installed wheel.
 
     Raises:
-        FileNotFoundError: scikit-image is not installed, or this version does not carry the file.
+        FileNotFoundError: scikit-image is not installed, or this version does not have the file.
     """
     # The files are opened by path: skimage.data's own functions would try to download one that is missing.
     spec = importlib.util.find_spec("skimage")
@@ -231,7 +231,7 @@ def _draw_names(kind: str, rng: np.random.Generator) -> tuple[list[str], str]:
 
 
 def _draw_crop(photo: Photo, split: str, rng: np.random.Generator) -> Crop:
-    """A square crop of random size and place: its side is 50 to 100 % of the region's shorter one."""
+    """A square crop of random size and place: its side is 50 to 100 % of the region's shorter side."""
     left, top, right, bottom = photo.region(split)
     shorter = min(right - left, bottom - top)
     side = int(rng.integers(shorter // 2, shorter + 1))
@@ -283,7 +283,7 @@ def iter_samples(n: int, seed: int, split: str) -> Iterator[Sample]:
 
 
 def make_samples(n: int, seed: int, split: str) -> list[Sample]:
-    """``n`` samples, the kinds of question in turn. The same arguments give the same samples, pixel for pixel.
+    """``n`` samples, cycling through the kinds of question. The same arguments give the same samples, pixel for pixel.
 
     A longer list under the same seed starts with the shorter one, so two stages that must not see the same samples
     need two seeds.

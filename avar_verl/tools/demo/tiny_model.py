@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A randomly initialised Qwen2.5-VL of under a million parameters, as a complete Hugging Face folder.
 
-The architecture, the processor and the chat template are those of Qwen2.5-VL, so everything that runs on the real
-model (transformers, verl, vLLM, token roles, attention capture) runs on this one, in seconds and on a CPU. The
-tokenizer is the model's own: bytes, and one token for each word of `avar_verl.tools.demo.photo_grid`.
+The architecture, the processor and the chat template are those of Qwen2.5-VL, so everything that works with the real
+model (transformers, verl, vLLM, token roles, attention capture) works with this one, in seconds on a CPU. The tokenizer
+is the model's own: bytes, and one token for each word of `avar_verl.tools.demo.photo_grid`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The words of the template; the demo's own sentences add theirs.
+# The words of the template, in addition to the demo's own sentences.
 TEMPLATE_SENTENCES = ("system", "user", "assistant", "You are a helpful assistant.")
 
 # A piece is a coordinate with its bracket or comma (" [0," and " 56,": four pieces per box), a word with the space
@@ -85,11 +85,11 @@ TEXT_CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "initializer_range": 0.1,
-    # Time runs over a few hundred tokens, rows and columns over four: most of the rotations go to the latter two, so
-    # that one head can tell the places of a small grid apart.
+    # Time has a few hundred values, rows and columns have four: most rotations go to rows and columns, so that one head
+    # can distinguish the places of a small grid.
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 2, 13]},
 }
-# Fields of Qwen2_5_VLVisionConfig. The window is the whole image: 32 images are 32 attention calls a layer, not 128.
+# Fields of Qwen2_5_VLVisionConfig. The window is the whole image: 32 images need 32 attention calls per layer, not 128.
 VISION_CONFIG = {
     "depth": 2,
     "hidden_size": 64,
@@ -131,7 +131,7 @@ def build_tokenizer(
     }
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *sorted(words.difference(alphabet))]
-    # No merges: with ignore_merges a piece is looked up whole, and one that is not there falls apart into bytes.
+    # No merges: with ignore_merges a piece is looked up as a whole, and an unknown piece becomes bytes.
     tokenizer = Tokenizer(
         models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[], ignore_merges=True)
     )
@@ -153,13 +153,13 @@ def build_tokenizer(
 def build_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
     """Write a randomly initialised tiny Qwen2.5-VL with its processor and tokenizer into the folder ``path``.
 
-    An image of 112 x 112 pixels becomes 16 image tokens. The weights are float32 and depend on ``seed`` alone; torch's
-    global random state is left as it was. vLLM's CPU attention takes a head size (``hidden_size`` divided by
+    An image of 112 x 112 pixels becomes 16 image tokens. The weights are float32 and depend only on ``seed``; torch's
+    global random state does not change. vLLM's CPU attention supports a head size (``hidden_size`` divided by
     ``num_attention_heads``) of 32, 64, 80, 96, 112, 128 or larger ones, so 32 is the smallest that runs there, and
     ``mrope_section`` must sum to half of it.
 
     Args:
-        path: the folder, made if it is not there.
+        path: the folder, created if necessary.
         seed: of the initial weights.
         **overrides: fields of `TEXT_CONFIG` with other values; ``vision_config`` is a dict of fields of
             `VISION_CONFIG`.
@@ -168,7 +168,7 @@ def build_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
         ``path``.
 
     Raises:
-        ValueError: a field is in neither table, or ``mrope_section`` does not fit the head size.
+        ValueError: a field is in neither table, or ``mrope_section`` does not match the head size.
     """
     path = Path(path)
     unknown = sorted(overrides.keys() - TEXT_CONFIG.keys() - {"vision_config"})
@@ -213,8 +213,9 @@ def build_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False
     )
     pixels = photo_grid.IMAGE_SIZE**2
-    # Both limits pinned, so that transformers, verl and vLLM all see 16 tokens. Given as `size`: transformers 5.9 would
-    # write min_pixels and max_pixels into the class's own default, and so into every later processor.
+    # Both limits are fixed, so that transformers, verl and vLLM all see 16 tokens. They are given as `size`:
+    # transformers 5.9 would write min_pixels and max_pixels into the class's own default, and so into every later
+    # processor.
     size = {"shortest_edge": pixels, "longest_edge": pixels}
     kw = dict(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
     processor = Qwen2_5_VLProcessor(

@@ -49,7 +49,7 @@ def conversations() -> dict[str, list[dict]]:
             user("And what about this second one?", [tall]),
             assistant("The same thing, only narrower."),
         ],
-        "text alone": [
+        "text only": [
             system(),
             user("How many legs does a spider have?"),
             assistant("It has eight."),

@@ -60,7 +60,7 @@ class Eval(Command):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.model and not self.dry_run:
-            raise ValueError("avar eval needs --model; got none. For the prompts alone use --dry-run.")
+            raise ValueError("avar eval needs --model; got none. To see only the prompts, use --dry-run.")
 
     @property
     def folder(self) -> Path:

@@ -39,7 +39,7 @@ def benchmark_scores(scores: Mapping[str, float]) -> dict[str, float]:
     for name, parts in PARTS.items():
         found = [part for part in parts if part in scores]
         if found and len(found) < len(parts):
-            raise ValueError(f"{name} is the mean of {parts}; got {found} alone. Run --tasks {name}.")
+            raise ValueError(f"{name} is the mean of {parts}; got only {found}. Run --tasks {name}.")
         if found:
             out[name] = sum(out.pop(part) for part in parts) / len(parts)
     order = {name: number for number, name in enumerate(NAMES)}

@@ -107,7 +107,7 @@ class EndpointConfig:
 
     def __post_init__(self):
         where = f"endpoint {self.url}"
-        _check(self.url.startswith(("http://", "https://")), "url must be http or https", self.url, "Mend endpoints.")
+        _check(self.url.startswith(("http://", "https://")), "url must be http or https", self.url, "Correct the URL.")
         for name in ("in_flight", "max_attempts", "max_failed_in_row"):
             _check(getattr(self, name) >= 1, f"{name} of {where} must be >= 1", getattr(self, name), "Raise it.")
         for name in ("requests_per_minute", "tokens_per_minute"):
@@ -338,7 +338,7 @@ class GatesConfig:
             _check(getattr(self, name) >= 0, f"gates.{name} must be >= 0", getattr(self, name), "0 disables it.")
         _check(0 <= self.min_parts <= 4, "gates.min_parts must be in 0..4", self.min_parts, "0 disables it.")
         for name in ("min_box_iou", "min_language"):
-            _check(0 <= getattr(self, name) <= 1, f"gates.{name} must be in [0, 1]", getattr(self, name), "Mend it.")
+            _check(0 <= getattr(self, name) <= 1, f"gates.{name} must be in [0, 1]", getattr(self, name), "Change it.")
         words = (self.min_words, self.max_words)
         _check(self.max_words >= max(1, self.min_words), "gates.max_words must be >= min_words", words, "Raise it.")
         _check(

@@ -125,7 +125,7 @@ def language_probability(text: str, languages: list[str]) -> float:
     ranked = dict(_identifier().rank(_NOT_PROSE.sub(" ", text)))
     unknown = [name for name in languages if name not in ranked]
     if unknown:
-        raise ValueError(f"gates.languages must be ISO 639-1 codes of {sorted(ranked)}; got {unknown}. Mend them.")
+        raise ValueError(f"gates.languages must be ISO 639-1 codes of {sorted(ranked)}; got {unknown}. Correct them.")
     return float(sum(ranked[name] for name in languages))
 
 

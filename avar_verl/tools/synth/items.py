@@ -160,13 +160,17 @@ def _boxes(value: Any, pictures: Sequence[Picture]) -> tuple[tuple[Box, ...], ..
     if len(pictures) == 1 and any(box and isinstance(box[0], int | float) for box in value):
         value = [value]  # the layout of GRPO rows: the boxes of the one image
     if len(value) != len(pictures):
-        raise ValueError(f"boxes must be a list for every image; got {len(value)} for {len(pictures)}. Mend the row.")
+        raise ValueError(
+            f"boxes must be a list for every image; got {len(value)} for {len(pictures)}. Correct the row."
+        )
     for boxes, picture in zip(value, pictures, strict=True):
         for box in boxes:
             ok = len(box) == 4 and 0 <= box[0] < box[2] <= picture.width and 0 <= box[1] < box[3] <= picture.height
             if not ok:
                 size = (picture.width, picture.height)
-                raise ValueError(f"a box must be (x1, y1, x2, y2) within its image of {size}; got {box}. Mend the row.")
+                raise ValueError(
+                    f"a box must be (x1, y1, x2, y2) within its image of {size}; got {box}. Correct the row."
+                )
     return tuple(tuple(tuple(box) for box in boxes) for boxes in value)
 
 
@@ -184,7 +188,7 @@ def make_item(source: str, row: int, values: Mapping[str, Any], config: InputCon
         if question.count(MARKER) != len(images):
             raise ValueError(
                 f"a question must have a {MARKER} for every image; got {question.count(MARKER)} for {len(images)}. "
-                "Mend the row."
+                "Correct the row."
             )
         pictures = tuple(make_picture(image, root=config.root, allow_urls=config.allow_urls) for image in images)
         boxes = _boxes(_field(values, config.boxes), pictures) if config.boxes else ()

@@ -152,7 +152,7 @@ def read_scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
             except (TypeError, ValueError):
                 value = math.nan
             if not math.isfinite(value):
-                raise ValueError(f"scores must be finite numbers; got {text!r} for {name} in {column}. Mend {path}.")
+                raise ValueError(f"scores must be finite numbers; got {text!r} for {name} in {column}. Correct {path}.")
             out[column].append(value)
     if len(out) > 1 and MEAN not in out:
         out[MEAN] = [sum(values) / len(values) for values in zip(*out.values(), strict=True)]

@@ -93,8 +93,8 @@ def tokens_by_image(checkpoint: Checkpoint, conversation: Conversation, rendered
     else:
         counts = []
         for image in images:
-            alone = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "."}]}]
-            ids_S = render(checkpoint.processor, alone).ids_S
+            single = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "."}]}]
+            ids_S = render(checkpoint.processor, single).ids_S
             is_image_S = torch.isin(ids_S, ids_S.new_tensor(checkpoint.role_map.image_token_ids))
             counts.append(int(is_image_S.sum()))
     if len(counts) != len(images) or sum(counts) != total:

@@ -34,7 +34,7 @@ def convert(example: dict, index: int, split: str) -> dict:
     if problem.count("<image>") != len(images):
         raise ValueError(
             f"a prompt must name each image once with <image>; got {problem.count('<image>')} placeholders for "
-            f"{len(images)} images in row {index} of {split}. Mend the row or leave it out."
+            f"{len(images)} images in row {index} of {split}. Correct the row or leave it out."
         )
     return {
         "data_source": DATASET,

@@ -21,7 +21,7 @@ from avar_verl.tools.doctor.subject import Subject
 # hundreds, where float32 is less precise; a different mask or softmax is off by 1e-2 or more.
 TOLERANCE, OUTPUT_TOLERANCE = 1e-4, 1e-3
 # A batch with one image, with several, and without any; two samples are padded.
-BATCH = ("one image", "two images of different shapes", "text alone")
+BATCH = ("one image", "two images of different shapes", "text only")
 
 
 @contextmanager
