@@ -37,7 +37,7 @@ MOVED = {
     "avar_verl.engine_config": "avar_verl.plugin.engine.config",
     "avar_verl.evaluation": "avar_verl.tools.evaluate",
     "avar_verl.evaluation.grade": "avar_verl.tools.grade",
-    "avar_verl.evaluation.items": "avar_verl.tools.items",
+    "avar_verl.evaluation.items": "avar_verl.tools.questions",
     "avar_verl.evaluation.records": "avar_verl.tools.records",
     "avar_verl.evaluation.statistics": "avar_verl.tools.stats",
     "avar_verl.families": "avar_verl.model.families",

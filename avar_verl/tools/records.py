@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from avar_verl.tools.grade import find_answer, is_correct
-from avar_verl.tools.items import Item
+from avar_verl.tools.questions import Question, Reply
 from avar_verl.tools.runs import RECORDS, RecordFile, read_records
 
 
@@ -21,7 +21,7 @@ class Record:
     """Name of the task."""
 
     prompt_hash: str
-    """`Item.prompt_hash`."""
+    """`Question.prompt_hash`."""
 
     response: str
     """Text written by the model, without the prompt."""
@@ -51,23 +51,26 @@ class Record:
     """As in verl's data."""
 
     groups: dict[str, str] = field(default_factory=dict)
-    """As in `Item`."""
+    """As in `Question`."""
 
 
-def graded(item: Item, response: str, answer_rule: str = "reward", **measured: Any) -> Record:
-    """The record of a response to an item. `measured`: tokens, finish reason and seconds, as in `Record`."""
-    answer = find_answer(response, answer_rule)
+def graded(item: Question, reply: Reply, answer_rule: str = "reward") -> Record:
+    """The record of a reply to an item."""
+    answer = find_answer(reply.text, answer_rule)
     return Record(
         id=item.id,
         task=item.task,
         prompt_hash=item.prompt_hash(),
-        response=response,
+        response=reply.text,
         answer=answer,
         ground_truth=list(item.ground_truth),
         correct=is_correct(answer, item.ground_truth, item.options),
         data_source=item.data_source,
         groups=item.groups,
-        **measured,
+        prompt_tokens=reply.prompt_tokens,
+        response_tokens=reply.response_tokens,
+        finish_reason=reply.finish_reason,
+        seconds=round(reply.seconds, 3),
     )
 
 
@@ -87,7 +90,7 @@ class Records(RecordFile):
         """Append a record."""
         self.append([asdict(record)])
 
-    def check_question(self, item: Item) -> None:
+    def check_question(self, item: Question) -> None:
         """Nothing, where the record of an item, if there is one, is about its question.
 
         Raises:

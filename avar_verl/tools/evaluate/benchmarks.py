@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
+from avar_verl.data.messages import IMAGE
 from avar_verl.rewards.accuracy import accepted_answers
 from avar_verl.tools.grade import LETTERS, check_letter
-from avar_verl.tools.items import IMAGE, Item
+from avar_verl.tools.questions import Question
 from avar_verl.tools.report import environment
 
 TASK_DIR = Path(__file__).parent / "tasks"
@@ -209,7 +210,7 @@ def question_text(benchmark: Benchmark, doc: Mapping[str, Any]) -> str:
     return re.sub(r"<image \d+>", IMAGE, text)
 
 
-def make_item(benchmark: Benchmark, doc: Mapping[str, Any]) -> Item:
+def make_item(benchmark: Benchmark, doc: Mapping[str, Any]) -> Question:
     """The item of a row, whose images are `{"bytes": ...}`.
 
     Raises:
@@ -224,7 +225,7 @@ def make_item(benchmark: Benchmark, doc: Mapping[str, Any]) -> Item:
     missing = [column for column in reading.images if not (doc.get(column) or {}).get("bytes")]
     if missing:
         raise ValueError(f"images must have bytes; got none in {missing} of {where}. Load the data set again.")
-    return Item(
+    return Question(
         task=benchmark.name,
         id=reading.id,
         messages=({"role": "user", "content": question_text(benchmark, doc) + INSTRUCTION},),
@@ -261,7 +262,7 @@ def resolve_revision(benchmark: Benchmark) -> str:
         ) from error
 
 
-def benchmark_items(benchmark: Benchmark, revision: str) -> Iterator[Item]:
+def benchmark_items(benchmark: Benchmark, revision: str) -> Iterator[Question]:
     """The items of a benchmark at a commit, in the data set's order; needs the hub, or the data set in its cache.
 
     Raises:

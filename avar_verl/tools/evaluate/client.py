@@ -5,28 +5,16 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 
 from avar_verl.tools.evaluate.command import Sampling
-from avar_verl.tools.items import Item
+from avar_verl.tools.questions import Question, Reply
 
 MAX_FAILURES_IN_A_ROW = 10
 """Consecutive items without an answer that end a run: the cause is then not a bad item."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A server's answer to one item; `seconds` from the first request on, retries included."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    response_tokens: int
-    seconds: float
 
 
 def make_client(url: str, *, timeout_s: float, max_retries: int, api_key: str = "none") -> openai.AsyncOpenAI:
@@ -59,7 +47,7 @@ async def served_name(client: openai.AsyncOpenAI, wanted: str) -> str:
 
 
 async def ask(
-    client: openai.AsyncOpenAI, model: str, item: Item, sampling: Sampling, extra_body: dict[str, Any] | None = None
+    client: openai.AsyncOpenAI, model: str, item: Question, sampling: Sampling, extra_body: dict[str, Any] | None = None
 ) -> Reply:
     """One item's response.
 
@@ -90,8 +78,8 @@ async def ask(
 
 
 async def ask_all(
-    items: Iterable[Item],
-    answer: Callable[[Item], Any],
+    items: Iterable[Question],
+    answer: Callable[[Question], Any],
     *,
     concurrency: int,
     check: Callable[[], None] = lambda: None,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from avar_verl.tools.evaluate.benchmarks import COMMIT, TASK_DIR, Benchmark, expand, load_benchmark, make_item
-from avar_verl.tools.items import Item, parquet_items
+from avar_verl.tools.questions import Question, file_questions
 
 
 def example_docs(name: str) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def example_docs(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _show_item(item: Item, console: Console) -> None:
+def _show_item(item: Question, console: Console) -> None:
     for message in item.messages:
         console.print(f"  [bold]{message['role']}[/]")
         for line in message["content"].splitlines():
@@ -65,7 +65,7 @@ def show_tasks(tasks: str, files: Sequence[Path], console: Console) -> None:
     for benchmark in benchmarks:
         _show_benchmark(benchmark, console)
     for path in files:
-        items = list(parquet_items(path))
+        items = list(file_questions(path))
         console.print(f"[bold]{path.stem}[/]: {escape(str(path))}", highlight=False)
         console.print(f"  items      {len(items)}\n  needs hub  no", highlight=False)
         _show_item(items[0], console)

@@ -17,8 +17,8 @@ from avar_verl.tools.evaluate.client import ask, ask_all, make_client, served_na
 from avar_verl.tools.evaluate.command import Eval
 from avar_verl.tools.evaluate.intervene import Intervention, check_server, make_intervention
 from avar_verl.tools.evaluate.server import NAME, cpu_environment, free_port, running_server, server_command
-from avar_verl.tools.items import Item, parquet_items
 from avar_verl.tools.progress import progress
+from avar_verl.tools.questions import Question, file_questions
 from avar_verl.tools.records import Record, Records, graded, read
 from avar_verl.tools.runs import fingerprint, write_json
 from avar_verl.tools.stats import group_accuracy, standard_error
@@ -36,7 +36,7 @@ class Task:
     source: dict[str, Any]
     """Part of the settings: everything that the items depend on."""
 
-    items: Callable[[], Iterator[Item]]
+    items: Callable[[], Iterator[Question]]
 
 
 def _benchmark_task(benchmark: Benchmark) -> Task:
@@ -53,7 +53,7 @@ def _benchmark_task(benchmark: Benchmark) -> Task:
 
 def _file_task(path: Path) -> Task:
     # The content of rows is in the prompt hashes of the records: a longer file with the same rows can continue.
-    return Task(path.stem, {"file": path.name}, lambda: parquet_items(path))
+    return Task(path.stem, {"file": path.name}, lambda: file_questions(path))
 
 
 def make_tasks(settings: Eval) -> list[Task]:
@@ -118,7 +118,7 @@ class Index:
     """Most images of an item."""
 
 
-def index_items(items: Iterable[Item], records: Records) -> Index:
+def index_items(items: Iterable[Question], records: Records) -> Index:
     """Read every item once before asking anything, so that an invalid row is an error now, not hours later.
 
     Raises:
@@ -151,20 +151,10 @@ async def _run_task(
     num_done = len(index.ids) - len(index.open)
     with progress(total=len(index.ids), initial=num_done, desc=task.name, unit="item") as bar:
 
-        async def answer(item: Item) -> None:
+        async def answer(item: Question) -> None:
             reply = await ask(client, model, item, settings.sampling, intervention.extra_body)
             # math-verify may take seconds; requests continue in the meantime.
-            record = await asyncio.to_thread(
-                graded,
-                item,
-                reply.text,
-                settings.answers,
-                prompt_tokens=reply.prompt_tokens,
-                response_tokens=reply.response_tokens,
-                finish_reason=reply.finish_reason,
-                seconds=round(reply.seconds, 3),
-            )
-            file.add(record)
+            file.add(await asyncio.to_thread(graded, item, reply, settings.answers))
             bar.update()
 
         return await ask_all(todo, answer, concurrency=settings.concurrency, check=check)

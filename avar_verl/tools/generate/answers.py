@@ -6,6 +6,7 @@ answers except where rounding decides ties.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.plugin.datasets.images import patch_size_of
 from avar_verl.tools.generate.command import ModelCommand
 from avar_verl.tools.options import default_device
+from avar_verl.tools.questions import Reply
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,6 @@ class Prompt:
     images: list[Image.Image]
     image_keys: int
     system_keys: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`text` without special tokens; `finish_reason` is "stop", or "length" for one that was cut off."""
-
-    text: str
-    response_tokens: int
-    finish_reason: str
 
 
 class PromptReader:
@@ -67,10 +60,11 @@ class PromptReader:
         counts = [int((roles_1S == role).sum()) for role in (TokenRole.IMAGE, TokenRole.SYSTEM)]
         return Prompt(rendered, images_of(messages), *counts)
 
-    def answer(self, ids: Sequence[int], finish_reason: str) -> Answer:
-        """The answer of generated ids, including the one that ended it."""
+    def reply(self, prompt: Prompt, ids: Sequence[int], finish_reason: str, start: float) -> Reply:
+        """The reply of generated ids, including the one that ended it, to a batch that was asked at `start`."""
         text = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return Answer(text, len(ids), finish_reason)
+        seconds = time.monotonic() - start
+        return Reply(text, finish_reason, len(prompt.rendered.ids_S), len(ids), seconds=seconds)
 
 
 class TransformersBackend:
@@ -82,8 +76,9 @@ class TransformersBackend:
         self.checkpoint = Checkpoint(model, reader.processor, reader.role_map)
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Prompt], spec: InterventionSpec) -> list[Answer]:
+    def answers(self, prompts: Sequence[Prompt], spec: InterventionSpec) -> list[Reply]:
         """Answers of one batch, in order."""
+        start = time.monotonic()
         inputs = self.checkpoint.prompts([prompt.rendered for prompt in prompts])
         ids_BS = generate(
             self.checkpoint.model,
@@ -94,7 +89,8 @@ class TransformersBackend:
             do_sample=False,
             repetition_penalty=1.0,  # Some checkpoints set one, which vLLM ignores.
         )
-        return [self.reader.answer(*parts) for parts in self.checkpoint.responses(ids_BS, inputs["input_ids"].shape[1])]
+        responses = self.checkpoint.responses(ids_BS, inputs["input_ids"].shape[1])
+        return [self.reader.reply(prompt, *one, start) for prompt, one in zip(prompts, responses, strict=True)]
 
 
 class VllmBackend:
@@ -122,7 +118,7 @@ class VllmBackend:
             **engine_arguments(),
         )
 
-    def answers(self, prompts: Sequence[Prompt], spec: InterventionSpec) -> list[Answer]:
+    def answers(self, prompts: Sequence[Prompt], spec: InterventionSpec) -> list[Reply]:
         """Answers of one batch, in order."""
         from vllm import SamplingParams, TokensPrompt
 
@@ -138,9 +134,13 @@ class VllmBackend:
             )
             for prompt in prompts
         ]
+        start = time.monotonic()
         outputs = [output.outputs[0] for output in self.llm.generate(requests, sampling, use_tqdm=False)]
         # vLLM's own text omits bytes that one more token could complete to a character.
-        return [self.reader.answer(output.token_ids, output.finish_reason) for output in outputs]
+        return [
+            self.reader.reply(prompt, output.token_ids, output.finish_reason, start)
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
 
 
 Backend = TransformersBackend | VllmBackend

@@ -26,9 +26,9 @@ from avar_verl.tools.generate.answers import (
 )
 from avar_verl.tools.generate.command import Generate, Sweep
 from avar_verl.tools.generate.sweep import cell_results, grid, results_table, run_sweep, write_results
-from avar_verl.tools.items import Item, parquet_items
 from avar_verl.tools.options import default_device
 from avar_verl.tools.progress import progress
+from avar_verl.tools.questions import Question, file_questions
 from avar_verl.tools.records import Record, graded
 from avar_verl.tools.runs import absolute, fingerprint
 
@@ -78,7 +78,7 @@ def generate(options: Generate) -> None:
                     "row": number,
                     "response": answer.text,
                     "finish_reason": answer.finish_reason,
-                    "prompt_tokens": len(prompt.rendered.ids_S),
+                    "prompt_tokens": answer.prompt_tokens,
                     "response_tokens": answer.response_tokens,
                     "image_keys": prompt.image_keys,
                     "system_keys": prompt.system_keys,
@@ -109,20 +109,9 @@ def generate(options: Generate) -> None:
 def _asker(backend: Backend, prompts: dict[str, Prompt], batch_size: int) -> Any:
     """`ask(items, spec)` of `run_sweep`."""
 
-    def ask(items: Sequence[Item], spec: InterventionSpec) -> Iterator[Record]:
+    def ask(items: Sequence[Question], spec: InterventionSpec) -> Iterator[Record]:
         for batch in batched(items, batch_size):
-            start = time.monotonic()
-            answers = backend.answers([prompts[item.id] for item in batch], spec)
-            seconds = time.monotonic() - start
-            for item, answer in zip(batch, answers, strict=True):
-                yield graded(
-                    item,
-                    answer.text,
-                    prompt_tokens=len(prompts[item.id].rendered.ids_S),
-                    response_tokens=answer.response_tokens,
-                    finish_reason=answer.finish_reason,
-                    seconds=seconds,
-                )
+            yield from map(graded, batch, backend.answers([prompts[item.id] for item in batch], spec))
 
     return ask
 
@@ -139,7 +128,7 @@ def sweep(options: Sweep) -> None:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     reader = PromptReader(options.model)
-    items = list(itertools.islice(parquet_items(options.data), options.n or None))
+    items = list(itertools.islice(file_questions(options.data), options.n or None))
     prompts = {}
     for item in progress(items, "prompts", leave=False):
         images = [{"bytes": image} for image in item.images]

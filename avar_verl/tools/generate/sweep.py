@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from avar_verl.intervention.spec import InterventionSpec
-from avar_verl.tools.items import Item
+from avar_verl.tools.questions import Question
 from avar_verl.tools.records import Record, Records
 from avar_verl.tools.runs import write_json
 from avar_verl.tools.stats import Comparison, compare, holm
@@ -22,7 +22,7 @@ from avar_verl.tools.text import numbers_table
 LEVEL = 0.05
 TASK = "sweep"
 # `ask(items, spec)` yields a record for every item as soon as it is answered, in any order.
-Ask = Callable[[Sequence[Item], InterventionSpec], Iterator[Record]]
+Ask = Callable[[Sequence[Question], InterventionSpec], Iterator[Record]]
 
 
 def grid(
@@ -53,7 +53,7 @@ def cell_folder(out: Path, spec: InterventionSpec) -> Path:
 
 def run_sweep(
     cells: Sequence[InterventionSpec],
-    items: Sequence[Item],
+    items: Sequence[Question],
     ask: Ask,
     out: Path,
     settings: dict[str, Any],

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from avar_verl.rewards.accuracy import grade_answer
-from avar_verl.tools.synth.client import CallFailedError, Endpoint, EndpointDownError, Reply
+from avar_verl.tools.questions import Reply
+from avar_verl.tools.synth.client import CallFailedError, Endpoint, EndpointDownError
 from avar_verl.tools.synth.config import STAGES, ModelConfig, SynthConfig
 from avar_verl.tools.synth.items import Item
 from avar_verl.tools.synth.prompts import load_prompt, parse_chain, parse_description, render
@@ -203,8 +204,8 @@ class Worker:
 def make_call(config: SynthConfig, request: Request, reply: Reply) -> Call:
     """The record of an answer; token counts that the server does not report are estimated."""
     model = request.model
-    tokens_in = reply.input_tokens if reply.input_tokens is not None else request.input_tokens
-    tokens_out = reply.output_tokens if reply.output_tokens is not None else len(reply.text) / model.chars_per_token
+    tokens_in = request.input_tokens if reply.prompt_tokens is None else reply.prompt_tokens
+    tokens_out = len(reply.text) / model.chars_per_token if reply.response_tokens is None else reply.response_tokens
     prompt = load_prompt(config.stage(request.stage).prompt)
     return Call(
         key=request.key,
@@ -213,7 +214,7 @@ def make_call(config: SynthConfig, request: Request, reply: Reply) -> Call:
         model=model.model,
         prompt=f"{prompt.name} ({prompt.digest})",
         text=reply.text,
-        finish=reply.finish,
+        finish=reply.finish_reason,
         input_tokens=tokens_in,
         output_tokens=round(tokens_out),
         usd=model.cost(tokens_in, tokens_out),

@@ -11,28 +11,18 @@ import random
 import time
 from collections.abc import AsyncIterator
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 from aiolimiter import AsyncLimiter
 
+from avar_verl.tools.questions import Reply
 from avar_verl.tools.synth.config import EndpointConfig
 
 # The same request would get the same response, so its item has failed.
 FINAL_STATUS = {400, 413, 422}
 # No request will be answered, so the run must stop.
 FATAL_STATUS = {401, 402, 403, 404, 405}
-
-
-class Reply(NamedTuple):
-    """An answer: text, finish_reason, tokens as reported (None if not), attempts made, seconds of the last one."""
-
-    text: str
-    finish: str
-    input_tokens: int | None
-    output_tokens: int | None
-    attempts: int
-    seconds: float
 
 
 class CallFailedError(Exception):
@@ -130,7 +120,7 @@ class Endpoint:
             async with self._turn(num_tokens):
                 start = time.monotonic()
                 try:
-                    text, finish, input_tokens, output_tokens = await self._post(data)
+                    parts = await self._post(data)
                 except _RetryError as error:
                     reason, wait_s = str(error), error.wait_s
                     if wait_s is not None:
@@ -139,7 +129,7 @@ class Endpoint:
                 except CallFailedError as error:
                     raise CallFailedError(error.reason, attempt, True) from error
                 self.failed_in_row = 0
-                return Reply(text, finish, input_tokens, output_tokens, attempt, time.monotonic() - start)
+                return Reply(*parts, attempt, time.monotonic() - start)
         self.failed_in_row += 1
         if self.failed_in_row >= self.config.max_failed_in_row:
             self._stop(f"{self.failed_in_row} calls in a row have failed, the last one with: {reason}")

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "prompts"
 _CHAIN = re.compile(r"<reasoning>(.*)</reasoning>\s*<answer>(.*)</answer>", re.DOTALL)
 
 
-class Prompt(NamedTuple):
+class PromptFile(NamedTuple):
     """A prompt file: `name` with its version (describe_v1), `digest` of its text, and the template."""
 
     name: str
@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
 
 
 @functools.cache
-def load_prompt(name: str) -> Prompt:
+def load_prompt(name: str) -> PromptFile:
     """A shipped prompt by name, or your own file.
 
     Raises:
@@ -50,7 +50,7 @@ def load_prompt(name: str) -> Prompt:
         raise ValueError(f"{path} must be a jinja template; got: {error}. Mend it.") from error
     if "user" not in template.blocks:
         raise ValueError(f"a prompt must have the block user; got {sorted(template.blocks)} in {path}. Add it.")
-    return Prompt(path.stem, hashlib.sha256(text.encode()).hexdigest()[:12], template)
+    return PromptFile(path.stem, hashlib.sha256(text.encode()).hexdigest()[:12], template)
 
 
 def box_texts(item: Item, coordinates: str) -> list[str]:

@@ -15,8 +15,9 @@ from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.tools import cli
 from avar_verl.tools.demo import measure, photo_grid
 from avar_verl.tools.generate import answers
-from avar_verl.tools.generate.answers import Answer, PromptReader, TransformersBackend, check_effect, open_backend
+from avar_verl.tools.generate.answers import PromptReader, TransformersBackend, check_effect, open_backend
 from avar_verl.tools.generate.command import Generate, ModelCommand
+from avar_verl.tools.questions import Reply
 from tests.model.families import tiny
 
 SPEC = "alpha_img=0.35,alpha_sys=0.6"
@@ -116,8 +117,10 @@ def test_an_answer_ends_at_its_stop(tiny_model_path):
     assert isinstance(backend, TransformersBackend)
     stop, pad, cat = reader.processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "cat"])
     stopped, cut_off = backend.checkpoint.responses(torch.tensor([[cat, stop, pad, pad], [cat] * 4]), 0)
-    assert reader.answer(*stopped) == Answer("cat", 2, "stop")
-    assert reader.answer(*cut_off).finish_reason == "length"
+    prompt = reader([{"role": "user", "content": "What?"}])
+    length = len(prompt.rendered.ids_S)
+    assert reader.reply(prompt, *stopped, start=0.0) == Reply("cat", "stop", length, 2)
+    assert reader.reply(prompt, *cut_off, start=0.0).finish_reason == "length"
 
 
 @pytest.mark.e2e

@@ -17,13 +17,13 @@ from avar_verl.tools.generate.sweep import (
     run_sweep,
     write_results,
 )
-from avar_verl.tools.items import Item
+from avar_verl.tools.questions import Question
 from avar_verl.tools.records import Record
 from avar_verl.tools.runs import RECORDS
 
 NOTHING, MORE, LESS = InterventionSpec(), InterventionSpec(0.15), InterventionSpec(0.0, 0.4)
 ITEMS = [
-    Item(
+    Question(
         task="file",
         id=str(number),
         messages=({"role": "user", "content": f"{number}?"},),
@@ -34,7 +34,7 @@ ITEMS = [
 ]
 
 
-def record(item: Item, correct: bool = True) -> Record:
+def record(item: Question, correct: bool = True) -> Record:
     return Record(
         id=item.id,
         task=item.task,
@@ -94,7 +94,7 @@ def test_a_killed_sweep_goes_on(tmp_path):
     assert seen == [(NOTHING, 4), (MORE, 2), (MORE, 3), (MORE, 4)]
     # A wider grid and more questions keep what is there.
     wider = Asked()
-    more = [*ITEMS, Item("file", "4", ({"role": "user", "content": "4?"},), (), ("1",))]
+    more = [*ITEMS, Question("file", "4", ({"role": "user", "content": "4?"},), (), ("1",))]
     correct = run_sweep(grid([0, 0.15], [0, 0.4]), more, wider, tmp_path, {"model": "a"})
     assert len(wider.calls) == 2 + 2 * 5 and len(correct) == 4
     # And a narrower one reads a part.
@@ -112,7 +112,7 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path):
     run_sweep([NOTHING], ITEMS, Asked(), tmp_path, {"model": "a"})
     with pytest.raises(ValueError, match="other settings; got model: 'a' there, 'b' now"):
         run_sweep([NOTHING], ITEMS, Asked(), tmp_path, {"model": "b"})
-    other = Item("file", "0", ({"role": "user", "content": "another?"},), (), ("1",))
+    other = Question("file", "0", ({"role": "user", "content": "another?"},), (), ("1",))
     with pytest.raises(ValueError, match="got another one for item '0' of file"):
         run_sweep([NOTHING], [other], Asked(), tmp_path, {"model": "a"})
 

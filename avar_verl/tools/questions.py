@@ -4,7 +4,7 @@
 import hashlib
 import io
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from avar_verl.data.images import as_verl_image
-from avar_verl.data.rows import Row, read_rows
+from avar_verl.data.messages import place_images, read_messages, text_of, turns_of
+from avar_verl.data.rows import Row, naming, read_rows
 from avar_verl.rewards.accuracy import accepted_answers
 from avar_verl.tools.grade import check_letter
 
-IMAGE = "<image>"
-"""Placeholder of an image in the text of a message, as in verl's data."""
-
 
 @dataclass(frozen=True)
-class Item:
+class Question:
     """One question.
 
     Attributes:
@@ -50,12 +48,8 @@ class Item:
                 f"a prompt must end with a turn of the user; got roles {[m['role'] for m in self.messages]} in item "
                 f"{self.id} of {self.task}. Leave the answer out of the prompt."
             )
-        placeholders = sum(message["content"].count(IMAGE) for message in self.messages)
-        if placeholders != len(self.images):
-            raise ValueError(
-                f"a prompt must name each image once with {IMAGE}; got {placeholders} placeholders for "
-                f"{len(self.images)} images in item {self.id} of {self.task}. Mend the row or leave it out."
-            )
+        with naming(f"item {self.id} of {self.task}"):
+            self._placed(self.images)
 
     def prompt_hash(self) -> str:
         """SHA-256 of messages, image bytes, answers, options and groups, which identifies the question of a record."""
@@ -66,20 +60,41 @@ class Item:
             digest.update(hashlib.sha256(image).digest())
         return digest.hexdigest()
 
+    def _placed(self, images: Sequence[Any]) -> list[dict[str, Any]]:
+        return place_images(read_messages(list(self.messages)), images)
+
     def chat(self) -> list[dict[str, Any]]:
         """The messages for OpenAI's chat API, with images as data URIs of their exact bytes."""
-        images = iter(self.images)
         chat = []
-        for message in self.messages:
-            parts: list[dict[str, Any]] = []
-            for number, text in enumerate(message["content"].split(IMAGE)):
-                if number:
-                    parts.append({"type": "image_url", "image_url": {"url": data_uri(next(images))}})
-                if text:
-                    parts.append({"type": "text", "text": text})
-            plain = len(parts) == 1 and parts[0]["type"] == "text"
-            chat.append({"role": message["role"], "content": parts[0]["text"] if plain else parts})
+        for turn in self._placed([data_uri(image) for image in self.images]):
+            parts = [
+                {"type": "image_url", "image_url": {"url": block["image"]}} if block["type"] == "image" else block
+                for block in turn["content"]
+            ]
+            plain = [part["type"] for part in parts] == ["text"]
+            chat.append({"role": turn["role"], "content": parts[0]["text"] if plain else parts})
         return chat
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer to one question.
+
+    Attributes:
+        text: without special tokens.
+        finish_reason: "stop", or "length" for one that was cut off.
+        prompt_tokens: image tokens included; None where a server does not say.
+        response_tokens: likewise.
+        attempts: requests that it took.
+        seconds: from the first request on, with retries; of the whole batch where several are answered at once.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int | None
+    response_tokens: int | None
+    attempts: int = 1
+    seconds: float = field(default=0.0, compare=False)
 
 
 def data_uri(content: bytes) -> str:
@@ -109,7 +124,7 @@ def _image_bytes(value: Any, where: str) -> bytes:
     return held["bytes"]
 
 
-def _row_item(task: str, row: Row) -> Item:
+def _row_item(task: str, row: Row) -> Question:
     where = row.where
     values = row.values
     missing = [key for key in ("prompt", "reward_model") if not values.get(key)]
@@ -118,19 +133,14 @@ def _row_item(task: str, row: Row) -> Item:
             f"a row must have prompt and reward_model.ground_truth, as verl's RL data; got columns "
             f"{sorted(values)} in {where}. See docs/data.md."
         )
-    messages = []
-    for message in values["prompt"]:
-        if not isinstance(message.get("content"), str):
-            raise ValueError(
-                f"the content of a message must be text; got {type(message.get('content')).__name__} in {where}. "
-                f"Write {IMAGE} where an image stands."
-            )
-        messages.append({"role": message["role"], "content": message["content"]})
+    with naming(where):
+        turns = turns_of(values["prompt"], "prompt")
+        messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in turns]
     options = tuple((values.get("extra_info") or {}).get("options") or ())
     truth = tuple(accepted_answers(values["reward_model"]["ground_truth"], where))
     if options:
         check_letter(truth[0], options)
-    return Item(
+    return Question(
         task=task,
         id=str(row.number),
         messages=tuple(messages),
@@ -141,7 +151,7 @@ def _row_item(task: str, row: Row) -> Item:
     )
 
 
-def parquet_items(path: Path) -> Iterator[Item]:
+def file_questions(path: Path) -> Iterator[Question]:
     """The rows of a data file in verl's RL layout, one at a time; the task is named after the file.
 
     Raises:

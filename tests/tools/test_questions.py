@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from avar_verl.tools.demo import photo_grid
-from avar_verl.tools.items import Item, data_uri, parquet_items
+from avar_verl.tools.questions import Question, data_uri, file_questions
 from tests.tools.evaluate.conftest import png
 
 
-def _item(**changes) -> Item:
+def _item(**changes) -> Question:
     fields = {
         "task": "t",
         "id": "1",
@@ -21,7 +21,7 @@ def _item(**changes) -> Item:
         "images": (png(1),),
         "ground_truth": ("x",),
     }
-    return Item(**{**fields, **changes})
+    return Question(**{**fields, **changes})
 
 
 def test_images_stand_where_the_text_says():
@@ -61,7 +61,7 @@ def test_data_uris_name_the_format(form, mime):
 def test_photo_grid_rows(tmp_path):
     photo_grid.make_rl_parquet(tmp_path / "grid.parquet", 3, 5, "test")
     samples = photo_grid.make_samples(3, 5, "test")
-    items = list(parquet_items(tmp_path / "grid.parquet"))
+    items = list(file_questions(tmp_path / "grid.parquet"))
     assert [item.task for item in items] == ["grid"] * 3
     assert [item.id for item in items] == ["0", "1", "2"]
     for item, sample in zip(items, samples, strict=True):
@@ -79,7 +79,7 @@ def _write(path, **changes):
         "reward_model": {"ground_truth": "A"},
     }
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, **changes}]), path / "rows.parquet")
-    return parquet_items(path / "rows.parquet")
+    return file_questions(path / "rows.parquet")
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,9 @@ def _write(path, **changes):
         ({"prompt": None}, "must have prompt and reward_model.ground_truth"),
         ({"reward_model": {"style": "rule"}}, "must have prompt and reward_model.ground_truth"),
         ({"reward_model": {"ground_truth": ""}}, "ground_truth must not be empty"),
-        ({"prompt": [{"role": "user", "content": "What?"}]}, "got 0 placeholders for 1 images in item 0 of rows"),
-        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "content of a message must be text; got list"),
+        ({"prompt": [{"role": "user", "content": "What?"}]}, "item 0 of rows: .*got 0 markers for 1 images"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "row 0 of .*: a text block must hold text"),
+        ({"prompt": [{"role": "user", "content": "<image><video>?"}]}, "must hold text and images; got a video"),
         ({"prompt": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A"}]}, "must end with"),
         ({"images": [{"image": "https://example.org/a.png"}]}, "images must be bytes or files on this machine"),
         ({"extra_info": {"options": ["x", "y"]}, "reward_model": {"ground_truth": "C"}}, "letter of one of 2 options"),
@@ -98,6 +99,12 @@ def _write(path, **changes):
 def test_bad_rows_are_refused(tmp_path, changes, rule):
     with pytest.raises(ValueError, match=rule):
         list(_write(tmp_path, **changes))
+
+
+def test_blocks_are_the_same_question_as_text(tmp_path):
+    blocks = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    (text,), (other,) = _write(tmp_path), _write(tmp_path, prompt=[{"role": "user", "content": blocks}])
+    assert text == other and text.prompt_hash() == other.prompt_hash()
 
 
 def test_options_of_a_row(tmp_path):
