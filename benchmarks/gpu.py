@@ -209,7 +209,7 @@ def _errors(setting: Setting) -> list[dict]:
 
 
 def attention(setting: Setting) -> list[dict]:
-    """One attention layer alone, with AGTO (64 queries, forward and backward), with VARS (S / 4 queries, forward)."""
+    """One attention layer: plain, with AGTO (64 queries, forward and backward), with VARS (S / 4 queries, forward)."""
     import torch
 
     from avar_verl.attention.mass import selected_mass
@@ -519,7 +519,7 @@ def compiled(setting: Setting) -> list[dict]:
 
 
 def engine(setting: Setting) -> list[dict]:
-    """verl's SFT engine with guidance in float32: the losses of this device beside the CPU's, packed beside padded."""
+    """verl's SFT engine with guidance in float32: losses on this device and the CPU, packed and padded."""
     require("verl", "skimage", "pooch")
     rows = []
     results = {"cpu": _engine_process(setting, "cpu", packed=False)}

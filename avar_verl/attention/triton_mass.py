@@ -5,7 +5,7 @@ The forward kernel runs the online softmax over blocks of keys with one running 
 the sum of a row is the sum of its groups. The backward kernels form the weights again from q, k and one log-sum-exp a
 row. All numbers of the softmax are float32, in base 2, where the hardware has its exponential.
 
-A block of queries may share its keys among several programs (splits): few queries alone would leave most of the
+A block of queries may share its keys among several programs (splits): otherwise few queries would leave most of the
 device idle. The partial sums are added in PyTorch, so nothing here is atomic and every result is reproducible.
 
 Shape suffixes:

@@ -65,7 +65,7 @@ class Visibility:
         return visible_BCW
 
     def sees_all(self, start: int, stop: int, keys_BW: torch.Tensor) -> bool:
-        """Whether positions alone guarantee that the queries start..stop see all of these keys."""
+        """Whether the positions guarantee that the queries start..stop see all of these keys."""
         if not self.is_causal_only or keys_BW.numel() == 0 or start == stop:
             return False
         return bool((keys_BW.amax(1) <= self.positions_BQ[:, start:stop].amin(1)).all())

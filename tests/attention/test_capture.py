@@ -29,7 +29,7 @@ def eager_masses(model, inputs, roles):
 
 
 def packed_row(model, inputs) -> dict:
-    """The samples of a right-padded batch in one row, told apart by their position ids alone, as verl packs them."""
+    """The samples of a right-padded batch in one row, distinguished only by their position ids, as verl packs them."""
     mask = inputs["attention_mask"].bool()
     positions, _ = model.model.get_rope_index(
         inputs["input_ids"],
@@ -177,7 +177,7 @@ def test_subsets_of_layers_and_queries(tiny_model, encode, role_map, layers, exp
 
 
 def test_a_role_that_nobody_has(tiny_model, tiny_processor, role_map):
-    """The rows with which verl fills up a batch have no response, and may be alone in a micro-batch."""
+    """The rows with which verl fills up a batch have no response, and may be the only ones in a micro-batch."""
     ids = torch.full((2, 9), tiny_processor.tokenizer.eos_token_id)
     roles = role_map(ids, torch.ones_like(ids), torch.zeros_like(ids))
     for reduction, shape in [(None, (2, 4, 0, 5)), (mean_over_queries, (2, 4, 7)), (VisualReduction(1e-6), (2, 5))]:
@@ -365,7 +365,7 @@ def test_gradient_checkpointing_changes_nothing(load_tiny, encode, role_map, att
 
 
 def test_recomputation_leaves_the_captured_tensors_alone(tiny_model, encode, role_map):
-    """The first result is the one in the loss, also when it is read again behind the backward pass."""
+    """The first result is the one in the loss, also when it is read again after the backward pass."""
     inputs = encode(1)
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
     tiny_model.train().gradient_checkpointing_enable()
@@ -581,7 +581,7 @@ def test_a_wrapped_model_has_the_same_decoder(tiny_model):
 
 
 def observe(roles, query, key, mask, arguments):
-    """What one attention layer leaves behind."""
+    """What one attention layer returns."""
     forward = capture._Forward(capture._Request(roles, [0], None, "sdpa"))
     forward.observe(SimpleNamespace(layer_idx=0), query, key, mask, arguments)
     return forward.by_layer[0]

@@ -35,7 +35,7 @@ def masks(kind: str, B: int, S: int):
 
 
 def test_by_hand():
-    """Two keys with scores log 1 and log 3 share 1/4 and 3/4; the first query sees itself alone."""
+    """Two keys with scores log 1 and log 3 share 1/4 and 3/4; the first query sees only itself."""
     query = torch.ones(1, 1, 2, 1)
     key = torch.tensor([0.0, math.log(3)]).reshape(1, 1, 2, 1)
     out = attention_mass(query, key, torch.tensor([[1, 2]]), scale=1.0)

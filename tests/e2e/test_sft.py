@@ -116,7 +116,7 @@ def test_guided_cold_start_moves_parameters(trained, family_path, model_type):
     assert sorted(metrics) == [1, 2]
     crosses = get_family(model_type).cross_attention
     for record in metrics.values():
-        assert record["avar/guided_samples"] == 2, "half of the samples are text alone"
+        assert record["avar/guided_samples"] == 2, "half of the samples are text only"
         terms = record["avar/suppress"] + (0 if crosses else record["avar/enhance"])
         assert record["train/loss"] == pytest.approx(record["avar/lm_loss"] + 0.15 * terms, rel=1e-4)
         assert ("avar/vas" in record) != crosses

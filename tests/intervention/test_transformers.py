@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_formula(model_type, attention, family_model, sa
 
 
 def reference_of_prompt(model, prompt, new_ids, role_map, spec=BOTH):
-    """Logits that predict the tokens behind the prompt, by the formula; these tokens are RESPONSE."""
+    """Logits that predict the tokens after the prompt, by the formula; these tokens are RESPONSE."""
     roles_1P = role_map(prompt.ids_S[None], torch.ones_like(prompt.ids_S)[None])
     forced = batch(model, [dataclasses.replace(prompt, ids_S=torch.cat([prompt.ids_S, new_ids]))])
     roles_1S = torch.nn.functional.pad(roles_1P, (0, len(new_ids)), value=int(TokenRole.RESPONSE))
@@ -100,7 +100,7 @@ def reference_of_prompt(model, prompt, new_ids, role_map, spec=BOTH):
 
 @pytest.mark.parametrize("model_type", SELF_ATTENTION)
 def test_generated_tokens_follow_the_formula(model_type, family_model, samples, role_map_of):
-    """In one batch padded on the left, with a cache, as every sample alone in one pass without one."""
+    """In one batch padded on the left, with a cache, as every sample by itself in one pass without one."""
     model, role_map, prompts = family_model(model_type), role_map_of(model_type), samples(model_type, False)
     inputs = batch(model, prompts, "left")
     settings = GREEDY | {"suppress_tokens": list(role_map.image_token_ids)}
@@ -122,7 +122,7 @@ def one(family_model, samples, role_map_of):
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("cache", [{"use_cache": False}, {"cache_implementation": "static"}], ids=["none", "static"])
 def test_every_kind_of_cache(model_type, cache, one):
-    """Gemma 3's window is shorter than the prompt, so its sliding layers read the last keys alone."""
+    """Gemma 3's window is shorter than the prompt, so its sliding layers read only the last keys."""
     model, role_map, prompt = one(model_type)
     inputs = batch(model, [prompt])
     assert model_type != "gemma3" or inputs["input_ids"].shape[1] > model.config.text_config.sliding_window

@@ -44,20 +44,20 @@ CASES = {
     "two images in two turns": [SYSTEM, USER_IMAGE, ANSWER, USER_IMAGE, ANSWER],
     "video": [SYSTEM, USER_VIDEO, ANSWER],
     "tool turn": [SYSTEM, USER_IMAGE, ANSWER, TOOL, ANSWER],
-    "prompt alone": [SYSTEM, USER_IMAGE, HEADER],
+    "prompt only": [SYSTEM, USER_IMAGE, HEADER],
     "rollout": [SYSTEM, USER_IMAGE, ROLLOUT],
     "packed": [SYSTEM, USER_IMAGE, ANSWER, SYSTEM, USER_TEXT, ANSWER],
     "packed, the first cut short": [SYSTEM, USER_IMAGE, CUT, SYSTEM, USER_TEXT, ANSWER],
     "packed and padded": [SYSTEM, USER_IMAGE, ROLLOUT, SYSTEM, USER_TEXT, CUT, PAD],
     "cut short": [SYSTEM, USER_IMAGE, CUT],
-    "cut short behind its header": [SYSTEM, USER_IMAGE, (["<|im_start|>", "assistant"], "oo")],
-    "cut short behind its delimiter": [SYSTEM, USER_IMAGE, (["<|im_start|>"], "o")],
+    "cut short after its header": [SYSTEM, USER_IMAGE, (["<|im_start|>", "assistant"], "oo")],
+    "cut short after its delimiter": [SYSTEM, USER_IMAGE, (["<|im_start|>"], "o")],
     "padded on the right": [SYSTEM, USER_IMAGE, ANSWER, PAD],
     "a rollout padded on the right": [SYSTEM, USER_IMAGE, ROLLOUT, PAD],
     "cut short and padded": [SYSTEM, USER_IMAGE, CUT, PAD],
     "padded on the left": [PAD, SYSTEM, USER_IMAGE, ANSWER],
     "a prompt padded on both sides": [PAD, SYSTEM, USER_IMAGE, HEADER, PAD],
-    "padding alone": [PAD],
+    "padding only": [PAD],
 }
 
 
@@ -228,7 +228,7 @@ def test_names_of_several_tokens_and_a_delimiter_that_pads():
     #                    o  o  s  s  s  s  s  s  s  u  u  u  u  u  u  o  o  o  o  r  r  r  o  o
     expected = [[0, 0, 1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3, 0, 0, 0, 0, 4, 4, 4, 0, 0]]
     assert turns(ids).tolist() == expected
-    # The first piece of a name alone is no name.
+    # The first piece of a name is not a name.
     assert turns(torch.tensor([[0, 6, 9, 9], [0, 3, 2, 9]])).tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
 
 

@@ -137,7 +137,7 @@ def test_padding_changes_nothing(left, right):
 
 
 def test_packing_changes_nothing():
-    """Two samples in one row: the masses of each are those it has alone, and the terms are functions of these."""
+    """Two samples in one row: the masses of each are those it has by itself, and the terms are functions of these."""
     query, key, roles = random_batch(B=2)
     whole = terms_of(query, key, roles)
     row = [tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in (query, key)]

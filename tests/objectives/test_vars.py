@@ -104,7 +104,7 @@ def test_a_batch_in_which_nobody_has_a_response():
         ("none", None, [2.0, 8.0, 8.0, 0.5]),
         ("clip", 3.0, [2.0, 3.0, 3.0, 0.5]),
         ("log", None, [math.log(3), math.log(9), math.log(9), math.log(1.5)]),
-        # group a: 2 < 8 = 8, ranks 1, 2.5, 2.5 of 3; group b alone: 1 of 1
+        # group a: 2 < 8 = 8, ranks 1, 2.5, 2.5 of 3; group b has one: 1 of 1
         ("rank", None, [1 / 3, 2.5 / 3, 2.5 / 3, 1.0]),
     ],
 )

@@ -95,7 +95,7 @@ def test_sentences_of_the_prompt_are_not_paid_for():
     question = "In the image, how many cups are on the table? Answer with a number."
     echo = reasoning("In the image, how many cups are on the table? ", "", "", "")
     assert anchor_score(echo, prompt=question).num_anchors == 0
-    # At the very beginning, right behind the tag, and in the middle of a line.
+    # At the very beginning, right after the tag, and in the middle of a line.
     question = "Look at the picture and answer with a number. How many?"
     for echo in (
         reasoning("Look at the picture and answer with a number. ", "", "", ""),

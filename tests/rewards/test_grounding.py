@@ -45,7 +45,7 @@ def test_score_by_hand(predicted, reference, score):
 
 
 def test_matching_is_the_best_one_and_not_the_greedy_one():
-    """The first box fits both references; the second one fits the first reference alone."""
+    """The first box fits both references; the second one fits only the first reference."""
     predicted = [(0, 0, 10, 10), (0, 0, 10, 6)]
     reference = [(0, 0, 10, 9), (0, 0, 10, 12)]
     by_hand = max(

@@ -27,7 +27,7 @@ def test_the_worked_example(blocks, monkeypatch, tmp_path):
     module = types.ModuleType("avar_verl.model.families.llava")
     exec(family_file, vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(families.FAMILIES, "llava", "")  # Taken out again behind the test.
+    monkeypatch.setitem(families.FAMILIES, "llava", "")  # Removed again after the test.
     exec(registry_line, {"FAMILIES": families.FAMILIES})
     assert families.get_family("llava").model_types == ("llava",)
     monkeypatch.setattr(tiny, "SPECS", dict(tiny.SPECS))

@@ -528,7 +528,7 @@ def _hub_weights(model) -> dict[str, torch.Tensor]:
 def build_tiny(model_type: str, path: Path, seed: int = 0) -> Path:
     """Write a randomly initialised tiny model of a family with its processor and tokenizer into the folder `path`.
 
-    The weights are float32 and depend on `seed` alone; torch's global random state is left as it was.
+    The weights are float32 and depend only on `seed`; torch's global random state does not change.
 
     Raises:
         ValueError: a model type that is not in `SPECS`.

@@ -157,7 +157,7 @@ def maybe_fix_3d_position_ids(data: TensorDict):
         # engine.inputs
         ("workers/engine/fsdp/transformer_impl.py", None, "extract_multi_modal_inputs(micro_batch.get(", 1),
         ("utils/model.py", "extract_multi_modal_inputs", "multi_modal_inputs[key] = torch.cat(values, dim=0)", 1),
-        # rollout.agent_loop: one placeholder an image, for one image processor alone
+        # rollout.agent_loop: one placeholder an image, for only one image processor
         ("workers/rollout/utils.py", "qwen2_5_vl_dedup_image_tokens", '"Qwen2VLImageProcessor" in processor', 1),
         ("utils/dataset/dataset_utils.py", None, "if isinstance(batch[0][key], torch.Tensor):", 1),
         # compat.cpu.vllm

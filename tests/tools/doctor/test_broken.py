@@ -256,7 +256,7 @@ def attention_of_its_own(folder, monkeypatch):
 
 
 def masks_of_its_own(folder, monkeypatch):
-    """Every second layer looks at the last eight positions alone, and tells nobody."""
+    """Every second layer looks only at the last eight positions, without saying so."""
     original = modeling_qwen2_5_vl.Qwen2_5_VLAttention.forward
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
@@ -463,7 +463,7 @@ BROKEN = {
             "fail",
             "must freeze all of the vision part; got 1 parameters that train on: model.visual.patch",
         ),
-        (language_model_as_tower, "fail", "must leave the language model alone; got .'model.language_model.layers.0"),
+        (language_model_as_tower, "fail", "must not freeze the language model; got .'model.language_model.layers.0"),
     ],
     "boxes": [
         (unknown_coordinates, "fail", "Family.coordinates must be one of .*; got 'pixels'"),

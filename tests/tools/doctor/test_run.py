@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite as a whole: every family passes, a failure stops what needs it alone, and the command reports all of it."""
+"""The suite as a whole: every family passes, a failure stops only what needs it, and the command reports all of it."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def checks(monkeypatch):
     monkeypatch.setattr(doctor, "CHECKS", [*made, make("e", (), Skip("not here"))])
 
 
-def test_a_failure_stops_what_needs_it_alone(checks):
+def test_a_failure_stops_only_what_needs_it(checks):
     seen = []
     results = run_checks("nowhere", on_result=seen.append)
     assert [(result.name, result.status, result.detail) for result in results] == [

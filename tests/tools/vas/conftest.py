@@ -50,7 +50,7 @@ def conversation(
 
 
 def attention_matrix(checkpoint: Checkpoint, sample, layers) -> torch.Tensor:
-    """(L, H, S, S) float64 attention of one sample, alone."""
+    """(L, H, S, S) float64 attention of a single sample."""
     with torch.no_grad():
         out = checkpoint.model(**checkpoint.collate([sample.rendered]), use_cache=False, output_attentions=True)
     return torch.stack([out.attentions[layer][0] for layer in layers]).double()

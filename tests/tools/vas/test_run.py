@@ -181,7 +181,7 @@ def test_generated_responses(tiny_model_path, rl, tmp_path):
 
 
 def test_images_and_skipped_samples_are_in_the_report(family_path, tmp_path):
-    """Two images, text alone, and a conversation without the system turn that Qwen3-VL's template does not write."""
+    """Two images, text only, and a conversation without the system turn that Qwen3-VL's template does not write."""
     rows = []
     for number, (n_images, system) in enumerate([(2, True), (1, True), (0, True), (1, False)]):
         row = {"messages": [], "images": []}

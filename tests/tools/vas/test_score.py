@@ -82,7 +82,7 @@ def test_batches_and_padding_change_nothing(model_type, family_checkpoint):
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava_next"])
 def test_the_parts_of_images_add_up(model_type, family_checkpoint):
-    """A conversation of three images: their parts are the whole, and each has the tokens that it has alone."""
+    """A conversation of three images: their parts are the whole, and each has the tokens that it has by itself."""
     scorer = Scorer(family_checkpoint(model_type))
     [record] = scorer.score(scorer.prepare([conversation(3, seed=1)]))
     assert len(record["images"]) == 3 and len(set(record["images"])) > 1  # Shapes differ.
@@ -94,7 +94,7 @@ def test_the_parts_of_images_add_up(model_type, family_checkpoint):
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_responses_given_as_ids_score_as_their_text(model_type, family_checkpoint):
-    """As vLLM returns them; the answer's closing token and what the template writes behind it are part of the ids."""
+    """As vLLM returns them; the answer's closing token and what the template writes after it are part of the ids."""
     checkpoint = family_checkpoint(model_type)
     scorer, text = Scorer(checkpoint), conversation(1, 2, turns=False)
     [sample] = scorer.prepare([text])

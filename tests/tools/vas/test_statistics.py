@@ -95,7 +95,7 @@ def test_sums_of_samples_give_the_means_over_all_queries():
     summary = summarize_query("response", records, [0, 1, 2], Bootstrap())
     for key in STATISTICS:
         assert summary["overall"][key]["value"] == pytest.approx(expected[key], rel=1e-12), key
-    # Every layer is what it is alone.
+    # Every layer is what it is by itself.
     for layer in range(3):
         alone = over_all_queries(mass_BLHQR[:, layer : layer + 1], valid_BQ)
         for key in STATISTICS:
@@ -133,7 +133,7 @@ def test_draws_are_seeded_and_whole():
 
 
 def test_intervals_narrow_with_the_root_of_the_samples():
-    """Samples that differ by noise alone: the interval's width is that of a normal mean, 2 * 1.96 * s / sqrt(n)."""
+    """Samples that differ only by noise: the interval's width is that of a normal mean, 2 * 1.96 * s / sqrt(n)."""
     rng = np.random.default_rng(0)
     for n in (50, 400):
         scales = rng.normal(1.0, 0.2, n)

@@ -54,7 +54,7 @@ def test_pictures_are_shrunk():
 
 @pytest.mark.parametrize("model_type, layers", [("qwen2_5_vl", None), ("gemma3", (1,)), ("internvl", None)])
 def test_where_words_look_adds_up(model_type, layers, family_checkpoint):
-    """The mass of a word of one token is that of the query before it, here from a record of this query alone."""
+    """The mass of a word of one token is that of the query before it, here from a record of only this query."""
     checkpoint = family_checkpoint(model_type)
     scorer, one = Scorer(checkpoint, layers=layers), conversation(2, seed=1)
     [sample] = scorer.prepare([one])
