@@ -83,10 +83,10 @@ class Reply:
     Attributes:
         text: without special tokens.
         finish_reason: "stop", or "length" for one that was cut off.
-        prompt_tokens: image tokens included; None where a server does not say.
+        prompt_tokens: including image tokens; None if the server does not report them.
         response_tokens: likewise.
-        attempts: requests that it took.
-        seconds: from the first request on, with retries; of the whole batch where several are answered at once.
+        attempts: number of requests.
+        seconds: from the first request on, including retries; of the whole batch if several are answered at once.
     """
 
     text: str

@@ -95,12 +95,12 @@ def load_benchmark(name: str) -> Benchmark:
     values = {"name": name, **yaml.safe_load(path.read_text())}
     wanted = [field.name for field in fields(Benchmark)]
     if sorted(values) != sorted(wanted):
-        raise ValueError(f"{path} must have the fields {wanted[1:]}; got {sorted(values)}. Mend the file.")
+        raise ValueError(f"{path} must have the fields {wanted[1:]}; got {sorted(values)}. Correct the file.")
     return Benchmark(**values)
 
 
 def expand(names: str) -> list[str]:
-    """Tasks of a comma-separated list of benchmarks ("all": the paper's), one of several tasks replaced by these."""
+    """Tasks of a comma-separated list of benchmarks ("all": the paper's), those with several tasks replaced by these."""
     names = ",".join(NAMES) if names == "all" else names
     tasks = [task for name in names.split(",") if name for task in PARTS.get(name, (name,))]
     if not tasks or len(set(tasks)) < len(tasks):

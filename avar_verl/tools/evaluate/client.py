@@ -42,7 +42,7 @@ async def served_name(client: openai.AsyncOpenAI, wanted: str) -> str:
     if wanted in names:
         return wanted
     if len(names) != 1:
-        raise ValueError(f"the server must serve --model {wanted!r} or one model alone; got {names}. Name one of them.")
+        raise ValueError(f"the server must serve --model {wanted!r} or only one model; got {names}. Name one of them.")
     return names[0]
 
 
@@ -114,8 +114,8 @@ async def ask_all(
                 in_a_row += 1
                 if in_a_row >= MAX_FAILURES_IN_A_ROW:
                     raise RuntimeError(
-                        f"{in_a_row} items in a row have no answer, the last one because of {failures[item.id]}. Mend "
-                        "the server and run the command again: it goes on."
+                        f"{in_a_row} items in a row have no answer, the last one because of {failures[item.id]}. Fix "
+                        "the server and run the command again to continue."
                     ) from error
 
     async def watch() -> None:

@@ -115,7 +115,7 @@ class Index:
     """Items without a record."""
 
     num_images: int
-    """Most images of an item."""
+    """Largest number of images of an item."""
 
 
 def index_items(items: Iterable[Question], records: Records) -> Index:
@@ -128,7 +128,7 @@ def index_items(items: Iterable[Question], records: Records) -> Index:
     num_images = 0
     for item in items:
         if item.id in ids:
-            raise ValueError(f"items must have different ids; got {item.id!r} twice in {item.task}. Mend the data.")
+            raise ValueError(f"items must have different ids; got {item.id!r} twice in {item.task}. Correct the data.")
         records.check_question(item)
         ids[item.id] = None
         num_images = max(num_images, len(item.images))
@@ -215,7 +215,7 @@ def run_eval(settings: Eval) -> dict[str, Any]:
         if num_failed:
             lines = [f"{task} {i}: {why}" for task, reasons in failures.items() for i, why in reasons.items()]
             raise RuntimeError(
-                f"{num_failed} items have no answer; the others are recorded and the same command asks these alone.\n"
+                f"{num_failed} items have no answer; the others are recorded, and the same command asks only these.\n"
                 + "\n".join(lines[:5])
             )
         results = {

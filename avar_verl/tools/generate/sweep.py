@@ -40,7 +40,7 @@ def grid(
         if len(set(alphas)) != len(alphas) or 0 not in alphas:
             raise ValueError(
                 f"values of {name} must differ, and 0 must be among them, with which the others are compared; got "
-                f"{list(alphas)}. Mend --{name.replace('_', '-')}."
+                f"{list(alphas)}. Change --{name.replace('_', '-')}."
             )
     cells = [InterventionSpec(img, sys, layers, heads) for sys in sorted(alphas_sys) for img in sorted(alphas_img)]
     return sorted(cells, key=lambda spec: not spec.is_identity)

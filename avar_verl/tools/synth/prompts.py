@@ -47,7 +47,7 @@ def load_prompt(name: str) -> PromptFile:
     try:
         template = environment(html=False).from_string(text)
     except TemplateError as error:
-        raise ValueError(f"{path} must be a jinja template; got: {error}. Mend it.") from error
+        raise ValueError(f"{path} must be a jinja template; got: {error}. Correct it.") from error
     if "user" not in template.blocks:
         raise ValueError(f"a prompt must have the block user; got {sorted(template.blocks)} in {path}. Add it.")
     return PromptFile(path.stem, hashlib.sha256(text.encode()).hexdigest()[:12], template)

@@ -346,5 +346,5 @@ def test_the_model_of_a_server_must_be_clear(tmp_path, digests):
 
     assert name(["a", "b"], "b") == "b"
     assert name(["a"], "b") == "a"
-    with pytest.raises(ValueError, match="or one model alone"):
+    with pytest.raises(ValueError, match="or only one model"):
         name(["a", "b"], "c")

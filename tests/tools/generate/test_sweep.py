@@ -73,7 +73,7 @@ def test_the_order_of_a_grid():
 
 @pytest.mark.parametrize("imgs, syss, name", [([0.1], [0], "alpha_img"), ([0], [0, 0], "alpha_sys")])
 def test_grids_that_cannot_be_compared_are_refused(imgs, syss, name):
-    with pytest.raises(ValueError, match=rf"values of {name} must differ, and 0 must be among them.*Mend --alpha-"):
+    with pytest.raises(ValueError, match=rf"values of {name} must differ, and 0 must be among them.*Change --alpha-"):
         grid(imgs, syss)
 
 
