@@ -100,7 +100,7 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 def expand(names: str) -> list[str]:
-    """Tasks of a comma-separated list of benchmarks ("all": the paper's). Benchmarks with parts are replaced by these."""
+    """Tasks of a comma-separated list of benchmarks ("all": the paper's). Benchmarks with parts become their parts."""
     names = ",".join(NAMES) if names == "all" else names
     tasks = [task for name in names.split(",") if name for task in PARTS.get(name, (name,))]
     if not tasks or len(set(tasks)) < len(tasks):
