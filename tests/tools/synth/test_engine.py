@@ -27,8 +27,8 @@ from examples.synth.kill_and_resume import ROOT
 CONFIG = ROOT / "recipes" / "avar" / "synth" / "engine.yaml"
 MAX_MODEL_LEN = 4096
 MAX_TOKENS = 64
-# As docs/synth.md has it for a CPU; and nobody finds out what a compiler could do.
-CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+# As docs/synth.md has it for a CPU.
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 # vLLM cannot take a prompt in parts on a CPU if the request has a seed.
 WHOLE = {"enable_chunked_prefill": False, "max_num_batched_tokens": MAX_MODEL_LEN}
 PARTS = {"enable_chunked_prefill": True, "max_num_batched_tokens": 256}
