@@ -17,12 +17,12 @@ class _Lines(tqdm):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._next_line = time.monotonic() + LOG_SECONDS
+        self._next_line, self._shown = time.monotonic() + LOG_SECONDS, None
         super().__init__(*args, mininterval=LOG_SECONDS, miniters=0, **kwargs)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + LOG_SECONDS
+            self._next_line, self._shown = time.monotonic() + LOG_SECONDS, self.n
             self.fp.write(f"{self}\n")
             self.fp.flush()
 
@@ -31,8 +31,9 @@ class _Lines(tqdm):
 
     def close(self) -> None:
         if not self.disable:
-            self._next_line = 0.0
-            self.display()
+            if not self._shown == self.n == self.total:  # The line of the last step may have been due.
+                self._next_line = 0.0
+                self.display()
             self.sp = None  # Tells tqdm that there is nothing to erase.
         super().close()
 
