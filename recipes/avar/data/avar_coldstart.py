@@ -3,16 +3,17 @@
 
     python -m recipes.avar.data.avar_coldstart --data coldstart/data.json --images coldstart --out data/avar_coldstart
 
-Reads the ShareGPT layouts of LLaMA-Factory, which the authors trained with, from json, jsonl or parquet:
+Reads the ShareGPT layouts of LLaMA-Factory, which the authors used for training, from json, jsonl or parquet:
 
     {"messages": [{"role": "user", "content": "<image>..."}, {"role": "assistant", "content": "..."}],
      "images": ["a/1.png"]}
     {"conversations": [{"from": "human", "value": "<image>..."}, {"from": "gpt", "value": "..."}], "image": "a/1.png"}
 
-with `system` as a turn or as a column. Not run on AVAR-ColdStart-30K itself: the released code leaves the name and the
-columns of its data set open, so this is LLaMA-Factory's format (data/README.md there), and was run on files of it.
+with `system` as a turn or as a column. It has not been run on AVAR-ColdStart-30K itself: the released code does not
+name its data set and columns. So this reads LLaMA-Factory's format (data/README.md there), and was run on files in that
+format.
 
-Writes train.parquet, and val.parquet with --val-fraction: messages, images, source. A row that a training could not use
+Writes train.parquet, and val.parquet with --val-fraction: messages, images, source. A row that training could not use
 (`avar data check` without a model) goes to rejects.jsonl with its number and the reason. Rows are written as they are
 read, so memory does not grow with the data.
 """
@@ -31,7 +32,7 @@ from avar_verl.data.images import as_verl_image
 from avar_verl.data.rows import Row, count_rows, data_files, read_rows
 from avar_verl.rewards.format import format_score
 
-# LLaMA-Factory's tags (data/README.md there); `role` and `content` may carry either.
+# LLaMA-Factory's tags (data/README.md there); `role` and `content` may have either.
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 SOURCE_COLUMNS = ("source", "data_source", "dataset")
 # A row group is written when it has this many rows or bytes of images.
@@ -58,10 +59,10 @@ def convert(
     """One row of either ShareGPT layout as `messages`, `images` and `source`.
 
     Args:
-        images_root: folder that relative image paths start from.
-        source: of rows that do not name theirs in one of `SOURCE_COLUMNS`.
-        keep_paths: absolute paths in place of the files' content.
-        prepend_markers: a row with images and no `<image>` gets one for each in front of its first user turn.
+        images_root: folder for relative image paths.
+        source: default for rows without one of `SOURCE_COLUMNS`.
+        keep_paths: absolute paths instead of the content of the files.
+        prepend_markers: in a row with images but no `<image>`, put one for each before its first user turn.
 
     Raises:
         ValueError: no conversation, an unknown role, or an image file that cannot be read.
@@ -95,7 +96,7 @@ def convert(
 
 
 def is_val(row: dict[str, Any], fraction: float, seed: int) -> bool:
-    """Whether a converted row is held out: the same answer for every row with the same images, and in every run."""
+    """Whether a converted row is held out; the same for all rows with the same images, and in every run."""
     key = [image.get("bytes", image.get("image")) for image in row["images"]] or [json.dumps(row["messages"])]
     out = hashlib.blake2b(str(seed).encode(), digest_size=8)
     for part in key:
@@ -104,7 +105,7 @@ def is_val(row: dict[str, Any], fraction: float, seed: int) -> bool:
 
 
 class _Writer:
-    """A parquet file that is written one row group at a time, and appears under its name when it is whole."""
+    """A parquet file that is written one row group at a time, and gets its name when it is complete."""
 
     def __init__(self, path: Path, keep_paths: bool):
         import pyarrow
@@ -143,18 +144,18 @@ class _Writer:
             self.part.unlink()
         elif self.num_rows:
             self.part.replace(self.path)
-        else:  # No file of an earlier run in its place either.
+        else:  # Do not leave a file of an earlier run either.
             self.part.unlink()
             self.path.unlink(missing_ok=True)
 
 
 def _without_bytes(value: Any) -> str:
-    """What JSON does not know, such as an image in a parquet row, in a line of rejects.jsonl."""
+    """Text for values that JSON does not support, such as an image of a parquet row, in rejects.jsonl."""
     return f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)
 
 
 def _converted(rows: Iterator[Row], rejects: TextIO, counts: dict, **settings: Any) -> Iterator[dict[str, Any]]:
-    """The rows that a training can use; the others are counted, and lines of `rejects`."""
+    """The rows that training can use; the others are counted and written to `rejects`."""
     check = RowChecker(Settings(kind="sft"))
     for row in rows:
         try:
@@ -182,17 +183,17 @@ def convert_files(
 ) -> dict[str, int]:
     """AVAR-ColdStart-30K as parquet files for the cold start.
 
-    A row's image decides which file it is in, so all questions about one image are in one of them, and the share of
-    val.parquet is met on average.
+    The image of a row decides which file it goes to, so all questions about one image are in the same file, and the
+    fraction of val.parquet holds on average.
 
     Args:
         data: json, jsonl or parquet files, or folders of them.
         out: Folder of the parquet files and rejects.jsonl.
-        images: Folder that image paths start from; without it the working folder.
-        val_fraction: Share of the images held out, in [0, 1).
+        images: Folder for image paths (default: the working folder).
+        val_fraction: Fraction of the images held out, in [0, 1).
         seed: Of the split.
-        keep_paths: Write absolute image paths, not the images.
-        prepend_markers: Rows with images and no <image> get them in front.
+        keep_paths: Write absolute image paths instead of the images.
+        prepend_markers: In rows with images but no <image>, put markers at the start.
 
     Returns:
         The number of rows of each file and of `unformatted` responses.
