@@ -10,6 +10,7 @@ report.html; nothing is clipped or replaced.
 
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -60,10 +61,6 @@ def _check(condition: bool, rule: str, got, fix: str) -> None:
         raise ValueError(f"{rule}; got {got!r}. {fix}")
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def read_stages(run_dir: Path) -> list[dict]:
     """The stages as the demo has measured them, in the order of `STAGES`.
 
@@ -91,18 +88,14 @@ def read_log(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[int, flo
     """
     curves: dict[str, list[tuple[int, float]]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where, fix = f"{path.name} line {number}", "Delete the line, or run the stage again."
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} must hold one JSON object; got {line[:80]!r}. {fix}") from error
-        ok = isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("data"), dict)
-        _check(ok, f"{where} must hold an integer 'step' and an object 'data'", line[:80], fix)
-        for key in wanted:
-            if key in record["data"]:
-                value = record["data"][key]
-                _check(_is_number(value), f"{key} in {where} must be a number", value, fix)
-                curves.setdefault(key, []).append((record["step"], float(value)))
+            step, data = operator.itemgetter("step", "data")(json.loads(line))
+            found = {key: (int(step), float(data[key])) for key in wanted if key in data}
+        except (ValueError, KeyError, TypeError) as error:
+            rule = f'{path.name} line {number} must be {{"step": number, "data": {{metric: number}}}}'
+            raise ValueError(f"{rule}; got {line[:80]!r}. Delete the line, or run the stage again.") from error
+        for key, point in found.items():
+            curves.setdefault(key, []).append(point)
     return curves
 
 
@@ -262,6 +255,12 @@ COLD_START_PANELS = (
         log_scale=True,
     ),
 )
+
+
+def _of_rollouts(title: str, about: str, key: str, log_scale: bool = False) -> Panel:
+    return Panel(title, about, (Curve("avar", key, title.lower(), STAGE_COLORS["avar"]),), log_scale)
+
+
 GRPO_PANELS = (
     Panel(
         "Reward",
@@ -281,32 +280,15 @@ GRPO_PANELS = (
             Curve("avar", "avar/r_visual/weighted", "weighted", VERMILION, "--"),
         ),
     ),
-    Panel(
-        "Image share",
-        "Of the rollouts' response tokens.",
-        (Curve("avar", "avar/image_share", "image share", STAGE_COLORS["avar"]),),
-    ),
-    Panel(
-        "VAS of the rollouts",
-        "Mean ratio as in the paper.",
-        (Curve("avar", "avar/vas", "VAS", STAGE_COLORS["avar"]),),
-        log_scale=True,
-    ),
-    Panel(
-        "Response length",
-        "Tokens, mean over rollouts.",
-        (Curve("avar", "response_length/mean", "tokens", STAGE_COLORS["avar"]),),
-    ),
-    Panel(
+    _of_rollouts("Image share", "Of the rollouts' response tokens.", "avar/image_share"),
+    _of_rollouts("VAS of the rollouts", "Mean ratio as in the paper.", "avar/vas", log_scale=True),
+    _of_rollouts("Response length", "Tokens, mean over rollouts.", "response_length/mean"),
+    _of_rollouts(
         "Rollout and actor agree",
         "Correlation of the probabilities of vLLM and of the actor.",
-        (Curve("avar", "training/rollout_actor_probs_pearson_corr", "Pearson correlation", STAGE_COLORS["avar"]),),
+        "training/rollout_actor_probs_pearson_corr",
     ),
-    Panel(
-        "Time of a step",
-        "Seconds.",
-        (Curve("avar", "timing_s/step", "seconds", STAGE_COLORS["avar"]),),
-    ),
+    _of_rollouts("Time of a step", "Seconds.", "timing_s/step"),
 )
 Logs = Mapping[str, dict[str, list[tuple[int, float]]]]
 
@@ -562,7 +544,7 @@ def write_report(run_dir: Path, seconds: float, versions: dict[str, str]) -> dic
     Raises:
         ValueError: a stage is missing or damaged, a log has an unreadable line, or `seconds` cannot be right.
     """
-    ok = _is_number(seconds) and math.isfinite(seconds) and seconds >= 0
+    ok = isinstance(seconds, Real) and math.isfinite(seconds) and seconds >= 0
     _check(ok, "seconds must be finite and not negative", seconds, "Pass the seconds that the run took.")
     stages = read_stages(run_dir)
     report = report_dict(stages, seconds, versions)

@@ -463,19 +463,20 @@ def test_a_metric_may_be_absent_at_some_steps(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    "line",
     [
-        ('{"step": 3, "da', "avar.jsonl line 2 must hold one JSON object"),
-        ("[1, 2]", "avar.jsonl line 2 must hold an integer 'step' and an object 'data'"),
-        ('{"step": "3", "data": {}}', "avar.jsonl line 2 must hold an integer 'step' and an object 'data'"),
-        ('{"step": 3, "data": {"avar/vas": [1.0]}}', "avar/vas in avar.jsonl line 2 must be a number; got "),
+        '{"step": 3, "da',
+        "[1, 2]",
+        '{"step": 3}',
+        '{"step": "third", "data": {"avar/vas": 1.0}}',
+        '{"step": 3, "data": {"avar/vas": [1.0]}}',
     ],
 )
-def test_unreadable_line_is_refused_with_its_number(run_dir, line, message):
+def test_unreadable_line_is_refused_with_its_number(run_dir, line):
     path = run_dir / "logs" / "avar.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, *lines[2:]]))
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match='avar.jsonl line 2 must be {"step": number, "data": {metric: number}}; got '):
         report.write_report(run_dir, 1.0, VERSIONS)
     assert not (run_dir / "report.json").exists()
 
