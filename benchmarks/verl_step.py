@@ -30,9 +30,8 @@ from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
-from avar_verl.plugin.config import AgtoConfig, VarsConfig
+from avar_verl.plugin.config import MEASURE_FLAG, AgtoConfig, VarsConfig
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
-from avar_verl.plugin.engine.fsdp import MEASURE_FLAG
 from avar_verl.roles import RoleMap, TokenRole
 from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.demo.tiny_model import build_tiny_model

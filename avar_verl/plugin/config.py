@@ -13,6 +13,10 @@ from avar_verl.attention.mass import IMPLEMENTATIONS
 from avar_verl.model.roles import TokenRole
 from avar_verl.objectives.vars import SHAPINGS, STATISTICS
 
+# Set on a batch to have its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS for every sample. A flag and
+# not a mode, because with LoRA the same engine also runs the reference pass, whose masses are not needed.
+MEASURE_FLAG = "avar_measure"
+VISUAL_OUTPUT = "avar_visual"
 QUERY_ROLES = {
     "user": (TokenRole.USER,),
     "response": (TokenRole.RESPONSE,),

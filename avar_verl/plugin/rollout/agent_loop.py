@@ -15,6 +15,7 @@ from avar_verl.data.messages import place_images, read_messages
 from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import RoleMap
 from avar_verl.plugin.compat.verl.rollout_features import FEATURES
+from avar_verl.plugin.switch import switch_on
 
 FORBIDDEN = -100.0  # vLLM's smallest logit bias: a factor of exp(-100)
 
@@ -101,3 +102,7 @@ class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
             output.multi_modal_data = {**(output.multi_modal_data or {}), FEATURES: features}
             output.extra_fields.update(image_fields(features, patch_size))
         return output
+
+
+# hydra imports this module when a run asks for the loop.
+switch_on()

@@ -22,6 +22,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.plugin.config import RewardManagerConfig
+from avar_verl.plugin.switch import switch_on
 from avar_verl.rewards.compose import PROMPT
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class AvarRewardManager(RewardManagerBase):
     """
 
     def __init__(self, config: DictConfig, tokenizer, compute_score, reward_router_address=None, **kwargs):
+        switch_on()
         super().__init__(config, tokenizer, compute_score)
         self.settings: RewardManagerConfig = omega_conf_to_dataclass(config.avar.reward)
         self.gate_key: str = config.avar.vars.gate_key

@@ -18,8 +18,8 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
-from avar_verl.plugin.config import VarsConfig
-from avar_verl.plugin.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
+from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, VarsConfig
+from avar_verl.plugin.switch import VARIABLE, is_wanted, switch_on
 
 
 def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
@@ -50,6 +50,19 @@ def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
         )
 
 
+def check_workers_are_on() -> None:
+    """Refuse a Ray job whose workers would run stock verl.
+
+    Raises:
+        ValueError: the environment of this process, which Ray gives to the workers too, does not switch the plugin on.
+    """
+    if not is_wanted():
+        raise ValueError(
+            f"every Ray worker of an avar run is switched on by its environment; got {VARIABLE} unset. Set "
+            f"ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}='1', as avar_grpo.yaml does."
+        )
+
+
 class AvarPPOTrainer(PPOTrainerSync):
     """`PPOTrainerSync` plus `lambda_v * r_visual` on the last response token of correct answers, before the advantage.
 
@@ -59,6 +72,8 @@ class AvarPPOTrainer(PPOTrainerSync):
     """
 
     def __init__(self, config: DictConfig):
+        check_workers_are_on()
+        switch_on()
         self.vars: VarsConfig = omega_conf_to_dataclass(config.avar.vars)
         self._rise_alarm = RiseAlarm(self.vars.alarm_window)
         self._is_measuring = False  # In validation, see _get_required_batch_multiple.

@@ -27,9 +27,9 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
-from avar_verl.plugin.config import AgtoConfig, VarsConfig
+from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, AgtoConfig, VarsConfig
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
-from avar_verl.plugin.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT, AvarFSDPEngine
+from avar_verl.plugin.engine.fsdp import AvarFSDPEngine
 
 STEPS = 3
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32"}

@@ -12,8 +12,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from avar_verl.objectives.alarms import RiseAlarm
 from avar_verl.objectives.vars import VISUAL_FIELDS
-from avar_verl.plugin.config import VarsConfig
-from avar_verl.plugin.engine.fsdp import MEASURE_FLAG, VISUAL_OUTPUT
+from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, VarsConfig
 from avar_verl.plugin.trainer.ppo import (
     AvarPPOTrainer,
     check_grpo_config,

@@ -11,9 +11,11 @@ import functools
 
 import torch
 
+from avar_verl.plugin.compat.replace import replace
+
 
 def apply(fsdp_utils) -> None:
-    """Wrap `_select_fsdp2_wrap_targets` of the freshly imported module `verl.utils.fsdp_utils`."""
+    """Wrap `_select_fsdp2_wrap_targets` of `verl.utils.fsdp_utils`."""
     original = fsdp_utils._select_fsdp2_wrap_targets
 
     @functools.wraps(original)
@@ -22,4 +24,4 @@ def apply(fsdp_utils) -> None:
         targets = original(model, fsdp_transformer_layer_cls_to_wrap)
         return [module for module in targets if module is words or not isinstance(module, torch.nn.Embedding)]
 
-    fsdp_utils._select_fsdp2_wrap_targets = _select_fsdp2_wrap_targets
+    replace(fsdp_utils, "_select_fsdp2_wrap_targets", _select_fsdp2_wrap_targets)

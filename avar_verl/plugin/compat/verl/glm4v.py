@@ -10,6 +10,7 @@ takes part in its collectives.
 
 import torch
 
+from avar_verl.plugin.compat.replace import replace
 from avar_verl.plugin.compat.verl.text_only import embed_text, image_features
 
 
@@ -43,12 +44,12 @@ def get_input_embeds(
 
 
 def apply(glm4v) -> None:
-    """Replace `_get_input_embeds` of the freshly imported module `verl.models.transformers.glm4v`."""
-    glm4v._get_input_embeds = get_input_embeds
+    """Replace `_get_input_embeds` of `verl.models.transformers.glm4v`."""
+    replace(glm4v, "_get_input_embeds", get_input_embeds)
 
 
 def apply_flops(flops_counter) -> None:
-    """Count GLM-4.1V's operations by its text config, in the freshly imported module `verl.utils.flops_counter`.
+    """Count GLM-4.1V's operations by its text config (`verl.utils.flops_counter`).
 
     verl's function reads `hidden_size` off the config of the whole model, which has none (flops_counter.py:92-97), and
     the first step ends the run.

@@ -13,7 +13,7 @@ PREFIX = "avar/"
 
 
 def apply(engine_workers) -> None:
-    """Wrap `TrainingWorker._postprocess_output` of the freshly imported module `verl.workers.engine_workers`."""
+    """Wrap `TrainingWorker._postprocess_output` of `verl.workers.engine_workers`."""
     from verl.utils import tensordict_utils as tu
 
     original = engine_workers.TrainingWorker._postprocess_output

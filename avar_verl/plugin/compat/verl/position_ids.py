@@ -13,6 +13,8 @@ not that of the tokens; otherwise it does what verl's does.
 import torch
 from tensordict import TensorDict
 
+from avar_verl.plugin.compat.replace import replace
+
 
 def fix_3d_position_ids(data: TensorDict) -> None:
     """Give the 3-D nested `position_ids` of `data` the layout of its `input_ids`, in place.
@@ -52,5 +54,5 @@ def fix_3d_position_ids(data: TensorDict) -> None:
 
 
 def apply(tensordict_utils) -> None:
-    """Replace `maybe_fix_3d_position_ids` in the freshly imported module `verl.utils.tensordict_utils`."""
-    tensordict_utils.maybe_fix_3d_position_ids = fix_3d_position_ids
+    """Replace `maybe_fix_3d_position_ids` of `verl.utils.tensordict_utils`."""
+    replace(tensordict_utils, "maybe_fix_3d_position_ids", fix_3d_position_ids)

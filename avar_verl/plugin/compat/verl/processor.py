@@ -7,15 +7,15 @@ after any error, it warns and returns None, and verl goes on to train on text al
 """
 
 import functools
-import sys
 import warnings
 from typing import Any
 
 from avar_verl.model.families import FAMILIES
+from avar_verl.plugin.compat.replace import replace
 
 
 def apply(tokenizer_module) -> None:
-    """Wrap `hf_processor` of the freshly imported module `verl.utils.tokenizer.tokenizer`."""
+    """Wrap `hf_processor` of `verl.utils.tokenizer.tokenizer`."""
     original = tokenizer_module.hf_processor
 
     @functools.wraps(original)
@@ -37,8 +37,4 @@ def apply(tokenizer_module) -> None:
         processor.config = config  # As verl does, for whatever reads it.
         return processor
 
-    # `import verl` has imported the name into verl.utils by the time its plugins are loaded.
-    for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and vars(module).get("hf_processor") is original:
-            module.hf_processor = hf_processor
-    tokenizer_module.hf_processor = hf_processor
+    replace(tokenizer_module, "hf_processor", hf_processor)

@@ -16,7 +16,7 @@ FEATURES = "avar_features"
 
 
 def apply(agent_loop) -> None:
-    """Wrap `AgentLoopWorker._compute_multi_modal_inputs` of the freshly imported module."""
+    """Wrap `AgentLoopWorker._compute_multi_modal_inputs` of `verl.experimental.agent_loop.agent_loop`."""
     worker = agent_loop.AgentLoopWorker
     original = worker._compute_multi_modal_inputs
 

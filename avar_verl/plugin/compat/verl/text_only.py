@@ -11,6 +11,8 @@ import functools
 
 import torch
 
+from avar_verl.plugin.compat.replace import replace
+
 GRID = (1, 4, 4)  # verl's dummy image, in patches
 
 
@@ -34,7 +36,7 @@ def embed_text(model, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def apply(qwen2_vl) -> None:
-    """Wrap `_get_input_embeds` of the freshly imported module `verl.models.transformers.qwen2_vl`."""
+    """Wrap `_get_input_embeds` of `verl.models.transformers.qwen2_vl`."""
     original = qwen2_vl._get_input_embeds
 
     @functools.wraps(original)
@@ -43,4 +45,4 @@ def apply(qwen2_vl) -> None:
             return original(model, input_ids, attention_mask, pixel_values, pixel_values_videos, *grids)
         return embed_text(model, input_ids), attention_mask
 
-    qwen2_vl._get_input_embeds = _get_input_embeds
+    replace(qwen2_vl, "_get_input_embeds", _get_input_embeds)

@@ -7,7 +7,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from avar_verl.plugin.search_path import CONFIGS, AvarSearchPath, register
+from avar_verl.plugin.hydra import CONFIGS, AvarSearchPath, register
 
 
 @pytest.fixture

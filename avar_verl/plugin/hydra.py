@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hydra gets from the plugin: the recipe's configs by name, and a callback that switches the plugin on.
+
+verl's launchers import verl, and with it the plugin, before hydra reads its command line. Registering the search path
+then needs no `hydra_plugins` package, and a hydra program that does not import verl never sees it.
+"""
+
+from types import ModuleType
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.experimental.callback import Callback
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+
+from avar_verl.plugin.switch import switch_on
+
+CONFIGS = "pkg://recipes.avar.config"
+
+
+class AvarSearchPath(SearchPathPlugin):
+    """Appends `CONFIGS` to the search path. Hydra takes the first match, so no config of verl or of a user changes."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("avar_verl", CONFIGS)
+
+
+class SwitchOn(Callback):
+    """Switches the plugin on before verl's launcher runs; `hydra.callbacks` of the recipe's configs."""
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        switch_on()
+
+
+def register(_hydra: ModuleType) -> None:
+    """Add the search path to hydra's plugins."""
+    Plugins.instance().register(AvarSearchPath)

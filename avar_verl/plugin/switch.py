@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin is off until a run names avar.
+
+    off    verl's registries know avar's names, and nothing of verl is changed: engine classes are verl's own
+    on     `AvarFSDPEngine` takes the place of verl's FSDP engines, and the patches of `compat.verl` are applied
+
+Each process of a run is switched on by whatever comes first:
+
+- `AVAR_VERL=1` in its environment, read when verl is imported. avar_grpo.yaml gives it to every Ray worker
+  (`runtime_env`);
+- the hydra callback `plugin.hydra.SwitchOn` of the recipe's configs, in the process that reads the config;
+- the first use of an avar class: its engine config, trainer, reward manager, agent loop or data set.
+
+So a config that was not made from the recipe's needs both lines of avar_grpo.yaml (`hydra.callbacks`, `runtime_env`);
+`AvarPPOTrainer` refuses to start without the second.
+"""
+
+import functools
+import importlib.metadata
+import os
+
+VARIABLE = "AVAR_VERL"
+VERL_VERSION = "0.9.1"
+
+
+def is_wanted() -> bool:
+    """Whether the environment switches the plugin on.
+
+    Raises:
+        ValueError: a value other than 0 and 1.
+    """
+    value = os.environ.get(VARIABLE, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{VARIABLE} must be 0 or 1; got {value!r}. 1 switches avar_verl on in this process.")
+    return value == "1"
+
+
+def check_verl() -> None:
+    """Refuse another verl than the one this plugin is written for.
+
+    Raises:
+        ValueError: naming both versions.
+    """
+    installed = importlib.metadata.version("verl")
+    if installed != VERL_VERSION:
+        raise ValueError(
+            f"avar_verl plugs into verl {VERL_VERSION}; got verl {installed}. Install verl=={VERL_VERSION}, or run a "
+            "config that does not name avar."
+        )
+
+
+@functools.cache
+def switch_on() -> None:
+    """Switch the plugin on in this process and in those that it starts. The first call counts.
+
+    Modules of verl that are imported already are patched now, the others as soon as they are imported.
+
+    Raises:
+        ValueError: another version of verl.
+    """
+    check_verl()
+    os.environ[VARIABLE] = "1"
+    from avar_verl.plugin import register  # Which imports this module.
+
+    register.apply_patches()
