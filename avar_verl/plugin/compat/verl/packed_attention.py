@@ -15,7 +15,6 @@ from contextvars import ContextVar
 
 from avar_verl.attention.capture import KWARG
 from avar_verl.attention.lse_mass import LseTap
-from avar_verl.plugin.compat.replace import replace
 
 _CURRENT = ContextVar("avar_capture", default=None)
 
@@ -100,8 +99,9 @@ def wrap_flash(original):
 
 def apply(qwen2_vl) -> None:
     """Wrap the functions of `verl.models.transformers.qwen2_vl`."""
-    replace(qwen2_vl, "qwen2_vl_attn_forward", wrap_attention(qwen2_vl.qwen2_vl_attn_forward))
-    replace(qwen2_vl, "_flash_attention_forward", wrap_flash(qwen2_vl._flash_attention_forward))
+    qwen2_vl.qwen2_vl_attn_forward = wrap_attention(qwen2_vl.qwen2_vl_attn_forward)
+    # Imported by that module, from transformers and flash-attn; elsewhere they stay.
+    qwen2_vl._flash_attention_forward = wrap_flash(qwen2_vl._flash_attention_forward)
     # Missing on a machine without flash-attn, where verl's packed attention cannot run.
     if hasattr(qwen2_vl, "flash_attn_varlen_func"):
-        replace(qwen2_vl, "flash_attn_varlen_func", wrap_varlen(qwen2_vl.flash_attn_varlen_func))
+        qwen2_vl.flash_attn_varlen_func = wrap_varlen(qwen2_vl.flash_attn_varlen_func)
