@@ -15,12 +15,12 @@ So a config that was not made from the recipe's needs both lines of avar_grpo.ya
 `AvarPPOTrainer` refuses to start without the second.
 """
 
-import functools
 import importlib.metadata
 import os
 
 VARIABLE = "AVAR_VERL"
 VERL_VERSION = "0.9.1"
+_is_on = False
 
 
 def is_wanted() -> bool:
@@ -49,7 +49,6 @@ def check_verl() -> None:
         )
 
 
-@functools.cache
 def switch_on() -> None:
     """Switch the plugin on in this process and in those that it starts. The first call counts.
 
@@ -58,7 +57,11 @@ def switch_on() -> None:
     Raises:
         ValueError: another version of verl.
     """
+    global _is_on
+    if _is_on:
+        return
     check_verl()
+    _is_on = True  # Before the patches: what they import switches on too.
     os.environ[VARIABLE] = "1"
     from avar_verl.plugin import register  # Which imports this module.
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 report = Path(sys.argv.pop(1))
 if os.environ.get("PLAIN_CPU"):
-    import verl.workers.engine  # noqa: F401
+    from avar_verl.plugin.compat.cpu import platform, process_group  # noqa: F401  registers the platform
+
+    process_group.apply()
+    import verl.workers.engine  # noqa: F401  asks for the platform
     from verl.workers.engine.base import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-    from avar_verl.plugin.compat.cpu import platform, process_group  # noqa: F401
-
-    process_group.apply()
     EngineRegistry.register("language_model", ["fsdp2"], "cpu")(FSDPEngineWithLMHead)
 
 from verl.trainer import sft_trainer  # noqa: E402
