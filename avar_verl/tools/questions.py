@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from avar_verl.data.images import as_verl_image
-from avar_verl.data.messages import place_images, read_messages, text_of, turns_of
+from avar_verl.data.messages import as_list, place_images, read_messages, text_of, turns_of
 from avar_verl.data.rows import Row, naming, read_rows
 from avar_verl.rewards.accuracy import accepted_answers
 from avar_verl.tools.grade import check_letter
@@ -114,37 +114,33 @@ def data_uri(content: bytes) -> str:
     return f"data:{kind};base64,{b64encode(content).decode()}"
 
 
-def _image_bytes(value: Any, where: str) -> bytes:
+def _image_bytes(value: Any) -> bytes:
     held = as_verl_image(value, embed=True)
     if "bytes" not in held:
         raise ValueError(
-            f"images must be bytes or files on this machine; got {str(held.get('image'))[:60]!r} in {where}. "
-            "Embed them."
+            f"images must be bytes or files on this machine; got {str(held.get('image'))[:60]!r}. Embed them."
         )
     return held["bytes"]
 
 
-def _row_item(task: str, row: Row) -> Question:
-    where = row.where
+def _row_question(task: str, row: Row) -> Question:
     values = row.values
     missing = [key for key in ("prompt", "reward_model") if not values.get(key)]
     if missing or "ground_truth" not in values["reward_model"]:
         raise ValueError(
-            f"a row must have prompt and reward_model.ground_truth, as verl's RL data; got columns "
-            f"{sorted(values)} in {where}. See docs/data.md."
+            f"a row must have prompt and reward_model.ground_truth, as verl's RL data; got columns {sorted(values)}. "
+            "See docs/data.md."
         )
-    with naming(where):
-        turns = turns_of(values["prompt"], "prompt")
-        messages = [{"role": turn["role"], "content": text_of(turn["content"])} for turn in turns]
+    turns = turns_of(values["prompt"], "prompt")
     options = tuple((values.get("extra_info") or {}).get("options") or ())
-    truth = tuple(accepted_answers(values["reward_model"]["ground_truth"], where))
+    truth = tuple(accepted_answers(values["reward_model"]["ground_truth"], "this row"))
     if options:
         check_letter(truth[0], options)
     return Question(
         task=task,
         id=str(row.number),
-        messages=tuple(messages),
-        images=tuple(_image_bytes(image, where) for image in values.get("images") or ()),
+        messages=tuple({"role": turn["role"], "content": text_of(turn["content"])} for turn in turns),
+        images=tuple(map(_image_bytes, as_list(values.get("images")))),
         ground_truth=truth,
         options=options,
         data_source=str(values.get("data_source") or ""),
@@ -159,4 +155,6 @@ def file_questions(path: Path) -> Iterator[Question]:
             the message names the row.
     """
     for row in read_rows(path):
-        yield _row_item(path.stem, row)
+        with naming(row.where):
+            question = _row_question(path.stem, row)
+        yield question

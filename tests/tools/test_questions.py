@@ -88,7 +88,10 @@ def _write(path, **changes):
         ({"prompt": None}, "must have prompt and reward_model.ground_truth"),
         ({"reward_model": {"style": "rule"}}, "must have prompt and reward_model.ground_truth"),
         ({"reward_model": {"ground_truth": ""}}, "ground_truth must not be empty"),
-        ({"prompt": [{"role": "user", "content": "What?"}]}, "item 0 of rows: .*got 0 markers for 1 images"),
+        (
+            {"prompt": [{"role": "user", "content": "What?"}]},
+            "row 0 of .*: item 0 of rows: .*got 0 markers for 1 images",
+        ),
         ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "row 0 of .*: a text block must hold text"),
         ({"prompt": [{"role": "user", "content": "<image><video>?"}]}, "must hold text and images; got a video"),
         ({"prompt": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A"}]}, "must end with"),

@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from avar_verl.anchors import parse_anchors, to_pixels
+from avar_verl.data.messages import IMAGE
 from avar_verl.tools.report import page
 from avar_verl.tools.synth.config import GATES, SynthConfig, as_dict
 from avar_verl.tools.synth.gates import LEAK_ANSWER, LEAK_DESCRIPTION, reflections
@@ -144,7 +145,7 @@ def _shown(record: dict[str, Any], coordinates: str) -> dict[str, Any]:
         "gate": record["gate"],
         "failed": record["failed"],
         "where": f"{Path(record['source']).name} row {record['row']}",
-        "question": record["question"].replace("<image>", " ").strip(),
+        "question": record["question"].replace(IMAGE, " ").strip(),
         "answer": " or ".join(record["answers"]),
         "response": html,
         "places": places,

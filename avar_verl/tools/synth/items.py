@@ -13,19 +13,18 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from avar_verl.data.images import open_image
+from avar_verl.data.images import as_verl_image, open_image
+from avar_verl.data.messages import IMAGE, as_list, marked, text_of
 from avar_verl.data.rows import data_files, read_rows
 from avar_verl.rewards.accuracy import accepted_answers
 from avar_verl.tools.synth.config import InputConfig
 
 # Formats that endpoints read; others are sent as PNG.
 SENT_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
-MARKER = "<image>"
 
 Box = Sequence[float]
 
@@ -64,7 +63,7 @@ class Item:
     @property
     def words(self) -> str:
         """The question without markers."""
-        return self.question.replace(MARKER, "").strip()
+        return self.question.replace(IMAGE, "").strip()
 
     @property
     def id(self) -> str:
@@ -91,7 +90,7 @@ def difference_hash(image: Image.Image) -> int:
 
 def text_hash(text: str) -> str:
     """Hash of the words of a text, without case, width, punctuation and markers; 32 hexadecimal digits."""
-    folded = unicodedata.normalize("NFKC", text.replace(MARKER, " ")).casefold()
+    folded = unicodedata.normalize("NFKC", text.replace(IMAGE, " ")).casefold()
     return hashlib.sha256(" ".join(re.findall(r"\w+", folded)).encode()).hexdigest()[:32]
 
 
@@ -114,16 +113,8 @@ def make_picture(value: Any, *, root: str | None = None, allow_urls: bool = Fals
 
 def _own_bytes(value: Any, root: str | None) -> tuple[bytes, str]:
     """The encoded file of an image and its format, if available; else (b"", "")."""
-    held = (
-        next((value[key] for key in ("bytes", "image", "path") if value.get(key) is not None), None)
-        if (isinstance(value, Mapping))
-        else value
-    )
-    if isinstance(held, str) and re.match(r"(data:|https?://)", held):
-        return b"", ""
-    if isinstance(held, str):
-        held = Path(root or ".", held.removeprefix("file://")).read_bytes()
-    if not isinstance(held, bytes):
+    held = as_verl_image(value, embed=True, root=root).get("bytes")
+    if held is None:
         return b"", ""
     with Image.open(io.BytesIO(held)) as image:
         # Only RGB: endpoints treat transparency differently, and open_image makes it white.
@@ -146,11 +137,10 @@ def _question(value: Any) -> str:
     if isinstance(value, list):
         turns = [turn for turn in value if isinstance(turn, Mapping) and turn.get("role") == "user"]
         value = turns[-1].get("content") if turns else None
-    if isinstance(value, list):  # blocks
-        value = "".join(MARKER if block.get("type") == "image" else block.get("text") or "" for block in value)
-    if not isinstance(value, str) or not value.replace(MARKER, "").strip():
+    text = "" if value is None else text_of(value).strip()
+    if not text.replace(IMAGE, "").strip():
         raise ValueError(f"a question must have words; got {value!r}. Name its column with input.question.")
-    return value.strip()
+    return text
 
 
 def _boxes(value: Any, pictures: Sequence[Picture]) -> tuple[tuple[Box, ...], ...]:
@@ -179,15 +169,13 @@ def make_item(source: str, row: int, values: Mapping[str, Any], config: InputCon
     try:
         question = _question(_field(values, config.question))
         answers = tuple(accepted_answers(_field(values, config.answer), "this row"))
-        images = _field(values, config.images)
-        images = images if isinstance(images, list) else [] if images is None else [images]
+        images = as_list(_field(values, config.images))
         if not images:
             raise ValueError(f"an item must have an image; got none in {config.images!r}. Name it with input.images.")
-        if MARKER not in question:
-            question = MARKER * len(images) + question
-        if question.count(MARKER) != len(images):
+        question = marked(question, len(images))
+        if question.count(IMAGE) != len(images):
             raise ValueError(
-                f"a question must have a {MARKER} for every image; got {question.count(MARKER)} for {len(images)}. "
+                f"a question must have a {IMAGE} for every image; got {question.count(IMAGE)} for {len(images)}. "
                 "Correct the row."
             )
         pictures = tuple(make_picture(image, root=config.root, allow_urls=config.allow_urls) for image in images)

@@ -29,6 +29,7 @@ import tyro
 
 from avar_verl.data.check import RowChecker, Settings
 from avar_verl.data.images import as_verl_image
+from avar_verl.data.messages import IMAGE, marked
 from avar_verl.data.rows import Row, count_rows, data_files, read_rows
 from avar_verl.rewards.format import format_score
 
@@ -79,10 +80,10 @@ def convert(
         messages.insert(0, _turn({"role": "system", "content": values["system"]}))
     stored = values.get("images") or values.get("image") or []
     stored = stored if isinstance(stored, list) else [stored]
-    if prepend_markers and not any("<image>" in message["content"] for message in messages):
+    if prepend_markers and not any(IMAGE in message["content"] for message in messages):
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is not None:
-            first["content"] = "<image>" * len(stored) + first["content"]
+            first["content"] = marked(first["content"], len(stored))
     key = "image" if keep_paths else "bytes"
     images = [as_verl_image(image, embed=not keep_paths, root=images_root) for image in stored]
     for number, image in enumerate(images):

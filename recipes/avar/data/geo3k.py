@@ -12,6 +12,9 @@ from pathlib import Path
 
 import tyro
 
+from avar_verl.data.messages import place_images, read_messages
+from avar_verl.data.rows import naming
+
 DATASET = "hiyouga/geometry3k"
 INSTRUCTION = (
     " First reason step by step inside <think> </think> tags, looking back at the image where you use it. "
@@ -31,14 +34,12 @@ def convert(example: dict, index: int, split: str) -> dict:
         image.convert("RGB").save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue()})
     problem = example["problem"]
-    if problem.count("<image>") != len(images):
-        raise ValueError(
-            f"a prompt must name each image once with <image>; got {problem.count('<image>')} placeholders for "
-            f"{len(images)} images in row {index} of {split}. Correct the row or leave it out."
-        )
+    prompt = [{"role": "user", "content": problem + INSTRUCTION}]
+    with naming(f"row {index} of {split}"):
+        place_images(read_messages(prompt), images)
     return {
         "data_source": DATASET,
-        "prompt": [{"role": "user", "content": problem + INSTRUCTION}],
+        "prompt": prompt,
         "images": images,
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": example["answer"]},

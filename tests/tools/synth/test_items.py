@@ -75,6 +75,14 @@ def test_paths_and_data_uris(gradient, tmp_path):
     assert by_path.pixels == by_uri.pixels == make_picture(gradient).pixels
 
 
+def test_own_bytes_of_files_and_data_uris_are_kept_too(gradient, tmp_path):
+    data = encoded(gradient, "JPEG")
+    (tmp_path / "a.jpg").write_bytes(data)
+    uri = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    for value in ({"path": "a.jpg", "bytes": None}, f"file://{tmp_path}/a.jpg", uri, {"image": uri}):
+        assert make_picture(value, root=str(tmp_path)).data == data
+
+
 def test_text_hash_is_of_the_words():
     assert text_hash("<image>How  WIDE?") == text_hash("how wide") != text_hash("how wide is it")
 
@@ -113,6 +121,11 @@ def test_verl_rows_and_single_images(gradient):
         ({"images": None}, "an item must have an image"),
         ({"images": [{"bytes": b"no image"}]}, "an image must be in a format that Pillow reads"),
         ({"images": ["/nowhere/a.png"]}, "an image file must exist"),
+        (
+            {"question": [{"role": "user", "content": [{"type": "text", "text": "an <image>"}]}]},
+            "must not spell a marker",
+        ),
+        ({"question": [{"role": "user", "content": [{"type": "audio"}]}]}, "a block must have the type text"),
         ({"question": "<image> and <image>?"}, "a question must have a <image> for every image; got 2 for 1"),
         ({"boxes": [[], []]}, "boxes must be a list for every image; got 2 for 1"),
         ({"boxes": [[[0, 0, 65, 8]]]}, "a box must be .* within its image of .48, 64."),
