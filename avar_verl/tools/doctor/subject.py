@@ -17,6 +17,7 @@ from avar_verl.model.checkpoint import load_config, load_model, ready
 from avar_verl.model.families import Family, get_family
 from avar_verl.model.render import Rendered, collate, render
 from avar_verl.model.roles import RoleMap
+from avar_verl.tools.doctor.command import Doctor
 from avar_verl.tools.doctor.samples import conversations
 
 # From this many parameters on, checks that run the model use one with random weights and few layers.
@@ -83,27 +84,17 @@ def check_tokenizer_file(file: Path) -> None:
 
 @dataclass
 class Subject:
-    """A model folder and how to examine it.
+    """The model folder that `options` name and how to examine it.
 
-    path: Hugging Face folder (or a name that transformers resolves).
-    device: where the model runs, cpu or cuda.
-    data: file of training rows, or None.
-    rollout: start vLLM.
-    gpus, gpu_memory: GPUs that share the model in training, and GiB of each; None gives no warning.
     large: number of parameters from which the checks run on a reduced model.
     """
 
-    path: str
-    device: str = "cpu"
-    data: Path | None = None
-    rollout: bool = False
-    gpus: int = 1
-    gpu_memory: float | None = None
+    options: Doctor
     large: int = LARGE
 
     @cached_property
     def config(self) -> Any:
-        return load_config(self.path)
+        return load_config(self.options.model)
 
     @cached_property
     def family(self) -> Family:
@@ -116,12 +107,12 @@ class Subject:
         Raises:
             ValueError: verl drops the processor, as it does after any error, with a warning that is easily missed.
         """
-        check_tokenizer_file(Path(self.path) / "tokenizer.json")
+        check_tokenizer_file(Path(self.options.model) / "tokenizer.json")
         from avar_verl.plugin.processor import hf_processor  # Imports verl, which takes seconds.
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            processor = hf_processor(self.path)
+            processor = hf_processor(self.options.model)
         if processor is None:
             said = [str(warning.message) for warning in caught if "processor" in str(warning.message)]
             raise ValueError(
@@ -142,7 +133,7 @@ class Subject:
     def generation_config(self) -> GenerationConfig | None:
         """None for a folder without one."""
         try:
-            return GenerationConfig.from_pretrained(self.path)
+            return GenerationConfig.from_pretrained(self.options.model)
         except OSError:
             return None
 
@@ -161,8 +152,8 @@ class Subject:
     @cached_property
     def _loaded(self) -> tuple[torch.nn.Module, dict]:
         if self.is_reduced:
-            return ready(build_random(reduced(self.config)), self.device), {}
-        return load_model(self.path, self.device)
+            return ready(build_random(reduced(self.config)), self.options.device), {}
+        return load_model(self.options.model, self.options.device)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -193,4 +184,4 @@ class Subject:
     def inputs(self, samples: list[Rendered], padding_side: str = "right") -> dict[str, torch.Tensor]:
         """A batch of rendered samples on the model's device."""
         inputs = collate(self.family, self.config, samples, self.tokenizer.pad_token_id, padding_side)
-        return {key: value.to(self.device) for key, value in inputs.items()}
+        return {key: value.to(self.options.device) for key, value in inputs.items()}

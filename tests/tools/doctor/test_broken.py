@@ -23,6 +23,7 @@ from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.doctor import subject
 from avar_verl.tools.doctor.check import CHECKS
 from avar_verl.tools.doctor.checks import images, rewards, rollout
+from avar_verl.tools.doctor.command import Doctor
 from avar_verl.tools.doctor.run import run_checks
 
 # ---- ways to break a model -------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def vllm_with_other_ids(folder, monkeypatch):
 
 
 def vllm_with_other_logprobs(folder, monkeypatch):
-    examined = subject.Subject(str(folder))
+    examined = subject.Subject(Doctor(model=str(folder)))
     ids = [examined.render(messages, add_generation_prompt=True).ids_S.tolist() for messages in rollout.prompts()]
     fake_vllm(monkeypatch, lambda number: {"prompt_ids": ids[number], "token_ids": [3], "logprobs": [-99.0]})
 

@@ -14,12 +14,12 @@ from avar_verl.tools.doctor.subject import Subject
     needs=["processor"],
 )
 def data(subject: Subject) -> Finding | str:
-    if subject.data is None:
+    if subject.options.data is None:
         raise Skip("no --data FILE")
     from avar_verl.data.check import Settings, check_files  # Imports pandas and verl, which takes seconds.
     from avar_verl.plugin.datasets.check_rendered import Rendering
 
-    report = check_files([subject.data], Settings(model=str(subject.path)), Rendering)
+    report = check_files([subject.options.data], Settings(model=subject.options.model), Rendering)
     first = {}
     for finding in report.findings:
         first.setdefault((finding.level, finding.check), finding)
@@ -38,7 +38,7 @@ def data(subject: Subject) -> Finding | str:
             f"every row must be readable and trainable; got {report.count('error')} errors: {told('error')}"
         )
     if not total:
-        raise ValueError(f"a data file must have rows; got none in {subject.data}.")
+        raise ValueError(f"a data file must have rows; got none in {subject.options.data}.")
     longest = max(report.num_tokens, default=0)
     detail = f"{total} rows without an error, {longest} tokens at most"
     if report.count("warning"):

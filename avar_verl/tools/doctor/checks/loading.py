@@ -147,7 +147,7 @@ def check_files(folder: Path) -> None:
 )
 def weights(subject: Subject) -> Finding | str:
     number = f"{count(subject.num_parameters)} parameters"
-    check_files(Path(subject.path))
+    check_files(Path(subject.options.model))
     if subject.is_reduced:
         layers = subject.model.config.get_text_config().num_hidden_layers
         return f"{number}: checks run on a float32 model of this config with {layers} text layers and random weights"

@@ -32,7 +32,7 @@ def memory(subject: Subject) -> Finding:
     }
     total, num_text = sum(sizes.values()), sum(sizes[key] for key in language)
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder.layers)
-    state = total * (COPY + MASTER + GRADIENT + MOMENTS) / subject.gpus
+    state = total * (COPY + MASTER + GRADIENT + MOMENTS) / subject.options.gpus
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * 2 * text.num_hidden_layers * heads * head_size
@@ -41,7 +41,7 @@ def memory(subject: Subject) -> Finding:
         ("parameters", f"{count(total)}: text {count(num_text)}, vision {count(total - num_text)}"),
         (
             "training state",
-            f"{size(state)} a GPU on {subject.gpus}: 18 bytes a parameter (bfloat16 copy 2, float32 "
+            f"{size(state)} a GPU on {subject.options.gpus}: 18 bytes a parameter (bfloat16 copy 2, float32 "
             "parameter 4, gradient 4, Adam 8), sharded",
         ),
         ("one layer, gathered", size(COPY * largest)),
@@ -53,15 +53,15 @@ def memory(subject: Subject) -> Finding:
         ("rollout weights", f"{size(2 * total)} in bfloat16, divided by rollout.tensor_model_parallel_size"),
         ("rollout KV cache", f"{size(cache)} a token in bfloat16, {size(1000 * cache)} for 1000"),
     )
-    detail = f"{size(state)} of training state a GPU on {subject.gpus}"
-    if subject.gpu_memory is None:
+    detail = f"{size(state)} of training state a GPU on {subject.options.gpus}"
+    if subject.options.gpu_memory is None:
         return Finding(detail, rows=rows)
     needed = state + COPY * largest
-    if needed > subject.gpu_memory * GIB:
+    if needed > subject.options.gpu_memory * GIB:
         return Finding(
             detail,
-            f"Training state and one layer take {size(needed)} of {subject.gpu_memory:g} GiB, without activations. "
-            "Use more GPUs, offload, freeze the vision tower, or use LoRA.",
+            f"Training state and one layer take {size(needed)} of {subject.options.gpu_memory:g} GiB, without "
+            "activations. Use more GPUs, offload, freeze the vision tower, or use LoRA.",
             rows,
         )
-    return Finding(f"{detail}, of {subject.gpu_memory:g} GiB", rows=rows)
+    return Finding(f"{detail}, of {subject.options.gpu_memory:g} GiB", rows=rows)

@@ -76,7 +76,7 @@ def teacher_forced(subject: Subject, prompt: Rendered, token_ids: list[int]) -> 
 )
 @torch.no_grad()
 def rollout(subject: Subject) -> Finding | str:
-    if not subject.rollout:
+    if not subject.options.rollout:
         raise Skip("no --rollout")
     if importlib.util.find_spec("vllm") is None:
         raise Skip("vllm is not installed")
@@ -86,7 +86,14 @@ def rollout(subject: Subject) -> Finding | str:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answers.json"
         length = max(len(prompt.ids_S) for prompt in rendered) + NEW_TOKENS
-        command = [sys.executable, "-m", "avar_verl.tools.doctor.vllm_worker", str(subject.path), str(length), str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "avar_verl.tools.doctor.vllm_worker",
+            subject.options.model,
+            str(length),
+            str(out),
+        ]
         worker = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         if worker.returncode or not out.exists():
             raise RuntimeError(
