@@ -8,7 +8,7 @@ import warnings
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
-# Old module to new. A package stands for its modules too, but for those that have a line of their own.
+# Old module -> new module. A package includes its modules, except those with their own line.
 MOVED = {
     "avar_verl.cli": "avar_verl.tools.cli",
     "avar_verl.compat": "avar_verl.plugin.compat",

@@ -35,7 +35,7 @@ class Format:
 
 
 SCALES = {"normalized": 1.0, "percent": 100.0, "relative_999": 999.0, "relative_1000": 1000.0, "bins_1024": 1024.0}
-"""Number that stands for the full width or height."""
+"""Number that means the full width or height."""
 
 _QWEN3 = "QwenLM/Qwen3-VL:cookbooks/"
 _SWIFT = "modelscope/ms-swift:docs/source_en/Customization/Custom-dataset.md"

@@ -239,7 +239,7 @@ def _skip_noun_phrase(words: _Words) -> str:
             return word
         if not word or not word[0].isalpha():
             break
-        # "the zoomed image": a participle may stand where a verb of looking could.
+        # "the zoomed image": a participle may be where a verb of looking could be.
         participle = word.endswith("ed") and words.peek(1) in _DETERMINERS
         other = word in _STOP or word in _PREPOSITIONS or word in _LOOK or word in _PARTICLES and word != "first"
         if other and not participle:

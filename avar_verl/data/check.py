@@ -236,7 +236,7 @@ def check_media(values: dict, turns: list[dict], kind: Kind, result: RowResult) 
         if markers[name] != len(stored[name]):
             result.add(
                 "markers",
-                f"<{name}> must stand once for every one of `{column}`; got {markers[name]} for {len(stored[name])}.",
+                f"<{name}> must occur once for each of `{column}`; got {markers[name]} for {len(stored[name])}.",
             )
     return stored["image"] + own["image"]
 

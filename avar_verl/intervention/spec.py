@@ -87,7 +87,7 @@ class InterventionSpec:
                         "Correct the text."
                     )
                 values[name] = item
-            elif name in _LISTS:  # `layers=0-3,8`: the list goes on.
+            elif name in _LISTS:  # `layers=0-3,8`: the list continues.
                 values[name] += f",{item}"
             else:
                 raise ValueError(f"an intervention is written {GRAMMAR}; got {item!r} in {text!r}. Correct it.")

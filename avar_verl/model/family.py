@@ -67,7 +67,7 @@ class Family:
         """
         if self.places is None:
             raise ValueError(
-                f"boxes need a family whose image tokens stand for known rectangles; got {self.model_types[0]}. Leave "
+                f"boxes need a family whose image tokens represent known rectangles; got {self.model_types[0]}. Leave "
                 "regions out, or add `places` to its file in avar_verl/model/families."
             )
         return self.places(processor, features, image_sizes) if features else []

@@ -97,7 +97,7 @@ def test_the_trainer_reads_what_is_written(images, tmp_path, tiny_model_path):
 BAD = {
     "an image file must be readable; got '.*dog.png': No such file": {"messages": messages(), "images": ["dog.png"]},
     "an image must be in a format that Pillow reads": {"messages": messages(), "image": "notes.txt"},
-    "<image> must stand once for every one of `images`; got 1 for 0": {"messages": messages()},
+    "<image> must occur once for each of `images`; got 1 for 0": {"messages": messages()},
     "got 0 for 1": {"messages": messages("What is it?"), "images": ["geo/cat.png"]},
     "a turn must have a role of .*'role': 'bot'": {"messages": [{"role": "bot", "content": "Hello."}]},
     "a turn must have a role of .* and text; got": {"messages": [{"role": "user", "content": None}]},

@@ -83,7 +83,7 @@ class Eval(Command):
         try:
             results = run_eval(self)
         except KeyboardInterrupt:
-            print(f"\nstopped; what is answered is in {self.folder}, and the same command goes on", file=sys.stderr)
+            print(f"\nstopped; all answers are in {self.folder}; run the same command to continue", file=sys.stderr)
             sys.exit(130)
         _console().print(results_table(results))
         print(f"records: {self.folder}")

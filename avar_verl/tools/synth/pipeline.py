@@ -307,7 +307,7 @@ class Run:
         with self._bar(f"call {', '.join(stages)}") as advance_bar:
             for row in dataset.iter_rows():
                 if row["stopped"]:
-                    raise StoppedError(f"{row['stopped']} What is paid for is in {self.folder}; run again to go on.")
+                    raise StoppedError(f"{row['stopped']} What is paid for is in {self.folder}; run again to continue.")
                 advance_bar(row["items"])
         self._line(", ".join(stages), begin, before)
 
@@ -367,7 +367,7 @@ class Run:
             session = ray.get_runtime_context().get_session_name()
             raise StoppedError(
                 f"the engine of stage {stage} has failed: {_cause(error)} What vLLM said is in Ray's logs "
-                f"of {session}, worker-*.err and .out. What is paid for is in {self.folder}; run again to go on."
+                f"of {session}, worker-*.err and .out. What is paid for is in {self.folder}; run again to continue."
             ) from error
         self._line(stage, begin, before)
 

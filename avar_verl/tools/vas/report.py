@@ -93,7 +93,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         blind = query["num_queries_before_image"]
         if blind:
             out.append(
-                f"{blind} of {query['num_queries']} {name} tokens stand before the first image and cannot see it: "
+                f"{blind} of {query['num_queries']} {name} tokens are before the first image and cannot see it: "
                 "their ratio and share are 0, as in the paper's definition."
             )
     if not out:

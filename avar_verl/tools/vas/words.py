@@ -172,12 +172,12 @@ def where_words_look(
     }
     family = checkpoint.family
     if family.places is None:
-        out["note"] = "The image tokens of this family stand for no known rectangles, so there is nothing to draw."
+        out["note"] = "The image tokens of this family do not represent known rectangles, so there is nothing to draw."
         return out
     sizes = [image.size for image in conversation.images]
     places = family.image_places(checkpoint.processor, sample.rendered.features, sizes)
     chosen_S = torch.zeros_like(is_response_S)
-    chosen_S[positions_T - 1] = True  # A response never stands first.
+    chosen_S[positions_T - 1] = True  # A response is never first.
     attention_TI = attention_to_image_tokens(checkpoint, sample.rendered, sample.roles_S, chosen_S, layers)
     chosen = choose_words(words_of(tokenizer, ids_T), attention_TI.sum(1), wanted)
     if not chosen:

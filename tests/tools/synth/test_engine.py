@@ -131,7 +131,7 @@ def test_an_engine_that_dies_stops_the_run_and_another_run_goes_on(tmp_path, opt
     first = run(options(**PARTS))
     assert first.returncode == 1 and "Traceback" not in first.stderr, first.stdout + first.stderr
     assert "the engine of stage describe has failed: The actor died unexpectedly" in first.stderr
-    assert "run again to go on" in first.stderr and not rows(tmp_path, "calls")
+    assert "run again to continue" in first.stderr and not rows(tmp_path, "calls")
     second = run(options(**WHOLE))
     assert second.returncode == 0 and "describe: 3 new answers, 0 from the cache, 0 failed" in second.stdout
     third = run(options(**WHOLE))

@@ -37,7 +37,7 @@ def test_an_endpoint_that_dies_stops_the_run_and_another_run_goes_on(tmp_path):
             first = run(command)
             assert process.wait(timeout=10) == 3
         assert first.returncode == 1, first.stdout + first.stderr
-        assert "avar synth run: endpoint language" in first.stderr and "run again to go on" in first.stderr
+        assert "avar synth run: endpoint language" in first.stderr and "run again to continue" in first.stderr
         assert "Traceback" not in first.stderr and not (tmp_path / "out" / "sft.parquet").exists()
         paid = kill_and_resume.cached(tmp_path)
         described = kill_and_resume.answered(vision)

@@ -89,7 +89,7 @@ def test_the_report_stands_alone_and_says_the_numbers(measured):
     for name in ("user", "response"):
         share = summary["queries"][name]["overall"]["image_share"]
         assert f"{share['value']:.3f}" in html
-    assert "28 of" in html and "stand before the first image" in html
+    assert "28 of" in html and "are before the first image" in html
     assert (
         html.count("<mark>") == 8 and html.count('alt="Where the model looks as it writes ') == 8
     )  # Two samples of four words.
