@@ -8,7 +8,7 @@ defines the name, type and default of the option, and the comment after or above
 import json
 import types
 import typing
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
@@ -81,41 +81,19 @@ def _numbers(words: list[str]) -> tuple[float, ...]:
     return tuple(float(part) for part in words[0].split(","))
 
 
-Json = Annotated[
-    dict[str, Any],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=_object,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
-"""A JSON object as one word."""
+def _words(kind: type, metavar: str, nargs: Literal[1, "*"], parse: Callable, write: Callable) -> Any:
+    """How tyro reads a value from `nargs` words and shows it in the help."""
+    return PrimitiveConstructorSpec(nargs, metavar, parse, lambda value: isinstance(value, kind), write)
 
+
+# A JSON object as one word; words `name=column`; numbers as one word, separated by commas.
+Json = Annotated[dict[str, Any], _words(dict, "JSON", 1, _object, lambda value: [json.dumps(value)])]
 Pairs = Annotated[
-    dict[str, str],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=COLUMN ...",
-        instance_from_str=_pairs,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{name}={column}" for name, column in value.items()],
-    ),
+    dict[str, str], _words(dict, "NAME=COLUMN ...", "*", _pairs, lambda value: [f"{k}={v}" for k, v in value.items()])
 ]
-"""`name=column` words."""
-
 Numbers = Annotated[
-    tuple[float, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="X,Y,...",
-        instance_from_str=_numbers,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(f"{number:g}" for number in value)],
-    ),
+    tuple[float, ...], _words(tuple, "X,Y,...", 1, _numbers, lambda value: [",".join(f"{v:g}" for v in value)])
 ]
-"""Numbers as one word, separated by commas."""
 
 
 def default_device() -> str:
