@@ -85,7 +85,7 @@ def test_a_family_without_places_says_so(family_checkpoint):
     checkpoint = family_checkpoint("llava_next")
     scorer, one = Scorer(checkpoint), conversation(1)
     shown = where_words_look(checkpoint, one, scorer.prepare([one])[0], scorer.layers)
-    assert shown["words"] == [] and "no known rectangles" in shown["note"]
+    assert shown["words"] == [] and "not represent known rectangles" in shown["note"]
     with Image.open(io.BytesIO(base64.b64decode(shown["images"][0]))) as image:
         assert np.asarray(image).any()
 
