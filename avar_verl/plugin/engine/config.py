@@ -7,7 +7,6 @@ from typing import Optional
 from verl.workers.config import FSDPEngineConfig
 
 from avar_verl.plugin.config import AgtoConfig, VarsConfig
-from avar_verl.plugin.switch import switch_on
 
 
 @dataclass
@@ -30,8 +29,3 @@ class AvarFSDPEngineConfig(FSDPEngineConfig):
     def freezes(self) -> bool:
         """Whether anything is frozen."""
         return self.freeze_vision_tower or self.freeze_projector
-
-
-# verl's registry must hold `AvarFSDPEngine` before it looks for the engine of this config, also in a process that has
-# received the config from another.
-switch_on()

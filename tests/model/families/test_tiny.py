@@ -213,7 +213,7 @@ def test_a_batch_is_its_samples(model_type, tiny, family_path, padding_side):
 
 
 def test_llama_3_2_vision_as_transformers_has_it_mixes_samples(family_path, family_processor):
-    """If this fails, transformers has mended it and `prepare` can go."""
+    """If this fails, transformers has fixed it and `prepare` can go."""
     model = AutoModelForImageTextToText.from_pretrained(family_path("mllama")).eval()
     messages = [sample_messages(1), sample_messages(0, seed=2)]
     with_image, without = (render(family_processor("mllama"), turns) for turns in messages)
