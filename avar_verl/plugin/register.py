@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that touches verl's registries, and the list of what is patched when the plugin is on.
+"""What verl's registries hold of avar. What is patched when the plugin is on: `plugin.switch`.
 
 `verl.plugins` (entry point, read at the end of `import verl`) imports this module in every verl process: driver, Ray
 workers, agent loops, vLLM servers. What needs verl's engines or trainers waits, as a post-import hook, until verl
@@ -31,7 +31,6 @@ import importlib.metadata
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from types import ModuleType
 
 import wrapt
@@ -41,8 +40,6 @@ from avar_verl.plugin.switch import VERL_VERSION, is_wanted, switch_on
 TRAINER_NAME = "avar_sync"
 AGENT_LOOP_NAME = "avar_single_turn"
 REWARD_MANAGER_NAME = "avar"
-# (device, vendor) keys that win over the device keys of verl's own FSDP engines.
-ACCELERATORS = {"cuda": ["nvidia", "amd"], "npu": ["huawei"]}
 # Tells the processes of a run that one of them has said that it runs on the CPU.
 SAID = "AVAR_VERL_SAID_CPU"
 
@@ -92,55 +89,6 @@ def _run_on_cpu() -> None:
     vllm.alias_distribution()
     wrapt.register_post_import_hook(flash.apply, "verl.models.transformers.qwen2_vl")
     wrapt.register_post_import_hook(_register_cpu_engines, "verl.workers.engine")
-
-
-# ---- when the plugin is on ----------------------------------------------------------------------------------------
-
-
-def _replace_engines(_module: ModuleType) -> None:
-    from verl.workers.engine.base import EngineRegistry
-
-    from avar_verl.plugin.compat.cpu.detect import PLATFORM
-    from avar_verl.plugin.engine.fsdp import AvarFSDPEngine
-
-    for device, vendors in ACCELERATORS.items():
-        EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device, vendors)(AvarFSDPEngine)
-    for strategy in ("fsdp", "fsdp2"):
-        EngineRegistry._engines["language_model"][strategy][PLATFORM] = AvarFSDPEngine
-
-
-def _packed_attention(qwen2_vl: ModuleType) -> None:
-    from avar_verl.plugin.compat.verl import packed_attention  # Imports transformers, as that module has.
-
-    packed_attention.apply(qwen2_vl)
-
-
-def apply_patches() -> None:
-    """Patch what verl has imported, and the rest as soon as it is imported. `switch_on` calls this once."""
-    from avar_verl.plugin.compat.verl import (
-        fsdp2_targets,
-        glm4v,
-        metrics,
-        position_ids,
-        processor,
-        rollout_features,
-        text_only,
-    )
-
-    hooks: list[tuple[Callable[[ModuleType], None], str]] = [
-        (position_ids.apply, "verl.utils.tensordict_utils"),
-        (text_only.apply, "verl.models.transformers.qwen2_vl"),
-        (glm4v.apply, "verl.models.transformers.glm4v"),
-        (glm4v.apply_flops, "verl.utils.flops_counter"),
-        (fsdp2_targets.apply, "verl.utils.fsdp_utils"),
-        (processor.apply, "verl.utils.tokenizer.tokenizer"),
-        (rollout_features.apply, "verl.experimental.agent_loop.agent_loop"),
-        (_packed_attention, "verl.models.transformers.qwen2_vl"),
-        (metrics.apply, "verl.workers.engine_workers"),
-        (_replace_engines, "verl.workers.engine"),
-    ]
-    for hook, module in hooks:
-        wrapt.register_post_import_hook(hook, module)
 
 
 # ---- the entry point ----------------------------------------------------------------------------------------------

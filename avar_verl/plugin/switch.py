@@ -18,8 +18,23 @@ So a config that was not made from the recipe's needs both lines of avar_grpo.ya
 import importlib.metadata
 import os
 
+import wrapt
+
 VARIABLE = "AVAR_VERL"
 VERL_VERSION = "0.9.1"
+# What is done when a module of verl is imported. By name, since these modules import this one.
+PATCHES = (
+    ("compat.verl.position_ids:apply", "verl.utils.tensordict_utils"),
+    ("compat.verl.text_only:apply", "verl.models.transformers.qwen2_vl"),
+    ("compat.verl.glm4v:apply", "verl.models.transformers.glm4v"),
+    ("compat.verl.glm4v:apply_flops", "verl.utils.flops_counter"),
+    ("compat.verl.fsdp2_targets:apply", "verl.utils.fsdp_utils"),
+    ("compat.verl.processor:apply", "verl.utils.tokenizer.tokenizer"),
+    ("compat.verl.rollout_features:apply", "verl.experimental.agent_loop.agent_loop"),
+    ("compat.verl.packed_attention:apply", "verl.models.transformers.qwen2_vl"),
+    ("compat.verl.metrics:apply", "verl.workers.engine_workers"),
+    ("engine.fsdp:register_engine", "verl.workers.engine"),
+)
 _is_on = False
 
 
@@ -63,6 +78,5 @@ def switch_on() -> None:
     check_verl()
     _is_on = True  # Before the patches: what they import switches on too.
     os.environ[VARIABLE] = "1"
-    from avar_verl.plugin import register  # Which imports this module.
-
-    register.apply_patches()
+    for hook, module in PATCHES:
+        wrapt.register_post_import_hook(f"avar_verl.plugin.{hook}", module)

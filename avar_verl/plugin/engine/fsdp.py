@@ -8,12 +8,14 @@ Shape suffixes:
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.ulysses import get_ulysses_sequence_parallel_group
+from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
@@ -25,6 +27,7 @@ from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.alarms import system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
+from avar_verl.plugin.compat.cpu.detect import PLATFORM
 from avar_verl.plugin.compat.verl.weight_names import checkpoint_name
 from avar_verl.plugin.config import MEASURE_FLAG, QUERY_ROLES, VISUAL_OUTPUT
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
@@ -383,3 +386,15 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             assert fields_BF.shape[1] == len(VISUAL_FIELDS)
             model_output[VISUAL_OUTPUT] = fields_BF
         return model_output
+
+
+# (device, vendor) keys that win over the device keys of verl's own FSDP engines.
+ACCELERATORS = {"cuda": ["nvidia", "amd"], "npu": ["huawei"]}
+
+
+def register_engine(_engines: ModuleType) -> None:
+    """Put `AvarFSDPEngine` in the place of verl's FSDP engines for language models, on every device."""
+    for device, vendors in ACCELERATORS.items():
+        EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device, vendors)(AvarFSDPEngine)
+    for strategy in ("fsdp", "fsdp2"):
+        EngineRegistry._engines["language_model"][strategy][PLATFORM] = AvarFSDPEngine

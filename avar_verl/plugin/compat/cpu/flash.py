@@ -76,7 +76,7 @@ def keep_dtype(query_states, key_states, value_states, target_dtype=None):
 
 
 def apply(qwen2_vl) -> None:
-    """Fill in what the freshly imported `verl.models.transformers.qwen2_vl` lacks without flash-attn."""
+    """Fill in what `verl.models.transformers.qwen2_vl` lacks without flash-attn."""
     qwen2_vl.flash_attn_varlen_func = flash_attn_varlen_func
     qwen2_vl._flash_attention_forward = flash_attention_forward
     qwen2_vl.fa_peft_integration_check = keep_dtype

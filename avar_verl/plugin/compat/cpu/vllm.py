@@ -85,6 +85,6 @@ def keep_linear_weights() -> None:
 
 
 def name_moe_activation(cpu_fused_moe) -> None:
-    """Call the activation of experts without making its layer, in the freshly imported module `cpu_fused_moe`."""
+    """Call the activation of experts without making its layer, in `cpu_fused_moe`."""
     activations = cpu_fused_moe._CPU_MOE_ACT_FN
     activations[cpu_fused_moe.MoEActivation.SILU] = cpu_fused_moe.SiluAndMul.forward_native
