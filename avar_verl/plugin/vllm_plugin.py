@@ -11,7 +11,7 @@ from avar_verl.plugin.compat.cpu import detect
 from avar_verl.plugin.compat.cpu import vllm as vllm_cpu
 
 HOOK = "avar_verl.intervention.vllm_hook"
-# Tells the processes of an engine that it belongs to a verl run which does not name avar.
+# Tells the processes of an engine what the one that started them has decided.
 STOCK = "AVAR_VERL_STOCK_VLLM"
 
 
@@ -20,11 +20,11 @@ def in_stock_verl() -> bool:
 
     An engine outside verl may be asked for the intervention, and has to say so if it was not started for it.
     """
-    if switch.is_wanted() or HOOK in sys.modules:
+    if switch.is_wanted():
         return False
-    if "verl" in sys.modules:
-        os.environ[STOCK] = "1"
-    return STOCK in os.environ
+    if STOCK not in os.environ:
+        os.environ[STOCK] = str(int("verl" in sys.modules and HOOK not in sys.modules))
+    return os.environ[STOCK] == "1"
 
 
 def register() -> None:

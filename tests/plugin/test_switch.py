@@ -156,11 +156,12 @@ def test_the_trainer_refuses_workers_that_are_off(monkeypatch):
 @pytest.mark.parametrize(
     "wanted, hook, verl, marked, expected",
     [
-        (True, False, True, False, False),  # a verl run that names avar
-        (False, False, True, False, True),  # one that does not
-        (False, False, False, True, True),  # a process that its engine has started
-        (False, False, False, False, False),  # vLLM without verl
-        (False, True, True, False, False),  # somebody who has imported the intervention
+        (True, False, True, None, False),  # a verl run that names avar
+        (False, False, True, None, True),  # one that does not
+        (False, False, False, "1", True),  # a process that its engine has started
+        (False, False, False, None, False),  # vLLM without verl
+        (False, True, True, None, False),  # somebody who has imported the intervention
+        (False, False, True, "0", False),  # a process that their engine has started
     ],
 )
 def test_vllm_of_a_stock_verl_run_is_not_patched(monkeypatch, wanted, hook, verl, marked, expected):
@@ -169,11 +170,11 @@ def test_vllm_of_a_stock_verl_run_is_not_patched(monkeypatch, wanted, hook, verl
     modules |= {vllm_plugin.HOOK: object()} if hook else {}
     monkeypatch.setattr(vllm_plugin, "sys", type("sys", (), {"modules": modules}))
     monkeypatch.setenv("AVAR_VERL", str(int(wanted)))
-    monkeypatch.setenv(vllm_plugin.STOCK, "1")
-    if not marked:
+    monkeypatch.setenv(vllm_plugin.STOCK, marked or "")
+    if marked is None:
         monkeypatch.delenv(vllm_plugin.STOCK)
     assert vllm_plugin.in_stock_verl() == expected
-    assert (vllm_plugin.STOCK in os.environ) == expected
+    assert os.environ.get(vllm_plugin.STOCK) == (None if wanted else str(int(expected)))
 
 
 @pytest.mark.e2e

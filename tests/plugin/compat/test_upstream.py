@@ -534,6 +534,7 @@ def test_linear_layers_keep_weights_that_can_be_updated(fake_vllm, remove_weight
 @pytest.mark.parametrize("active", [True, False])
 def test_the_vllm_plugin_acts_on_the_cpu_alone(monkeypatch, active):
     called = []
+    monkeypatch.setenv(vllm_plugin.STOCK, "0")  # Else it would say of this process what it is, for those it starts.
     monkeypatch.setattr(detect, "is_active", lambda: active)
     for name in ("alias_distribution", "keep_linear_weights"):
         monkeypatch.setattr(vllm_cpu, name, lambda name=name: called.append(name))
