@@ -19,7 +19,7 @@ def test_a_dry_run_lists_the_parts():
     done = run("--dry-run")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        *("kernels", "attention", "models", "synchronisations", "compiled", "engine", "intervention", "blocks"),
+        *("attention", "models", "kernels", "synchronisations", "compiled", "engine", "intervention", "blocks"),
         "total",
     ]
 

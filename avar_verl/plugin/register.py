@@ -26,7 +26,6 @@ verl logs an entry point that fails to load at DEBUG and goes on (verl/__init__.
 later with "Unknown trainer 'avar_sync'", or train without guidance. Here an error while registering ends the process.
 """
 
-import functools
 import importlib.metadata
 import os
 import sys
@@ -94,7 +93,6 @@ def _run_on_cpu() -> None:
 # ---- the entry point ----------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def register() -> None:
     """Make avar's names known to verl, and switch the plugin on if the environment says so."""
     if importlib.metadata.version("verl") == VERL_VERSION:

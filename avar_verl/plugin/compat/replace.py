@@ -6,8 +6,8 @@ from types import ModuleType
 from typing import Any
 
 
-def replace(module: ModuleType, name: str, new: Any) -> Any:
-    """Set `module.name = new`, also where verl has done `from module import name`. Returns the original.
+def replace(module: ModuleType, name: str, new: Any) -> None:
+    """Set `module.name = new`, also where verl has done `from module import name`.
 
     The plugin may be switched on after most of verl has been imported.
     """
@@ -16,4 +16,3 @@ def replace(module: ModuleType, name: str, new: Any) -> Any:
         if loaded_name.startswith("verl.") and vars(loaded).get(name) is original:
             setattr(loaded, name, new)
     setattr(module, name, new)
-    return original
