@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corrupted images: the features of an image without its content, of the same sizes.
+
+`blank` is a picture of the processor's mean colour, `swap` the image of another sample. Both leave ids, grids, sizes
+and masks as they are, so a corrupted sample has the same tokens at the same positions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+Features = Mapping[str, torch.Tensor | None]
+# What the processors of the known families, and verl, name the features of images: those that hold pixels, and those
+# that say how the pixels are laid out.
+PIXELS = ("pixel_values", "pixel_values_videos")
+GEOMETRY = (
+    *("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "images_seqlens"),  # Qwen-VL, GLM-4.1V
+    *("image_sizes", "batch_num_images"),  # LLaVA
+    "pixel_attention_mask",  # Idefics3, SmolVLM
+    *("aspect_ratio_ids", "aspect_ratio_mask"),  # Llama 3.2 Vision
+)
+
+
+def _is_pixels(key: str) -> bool:
+    if key not in PIXELS and key not in GEOMETRY:
+        raise ValueError(
+            f"an image can be corrupted if every feature is known to be pixels or not; got {key!r}. Add it to PIXELS "
+            "or GEOMETRY of avar_verl/model/corrupt.py."
+        )
+    return key in PIXELS
+
+
+def check_blank(processor: Any) -> None:
+    """Refuse processors for which 0 is not the mean colour.
+
+    Raises:
+        ValueError: an image processor that does not normalise.
+    """
+    if not processor.image_processor.do_normalize:
+        raise ValueError(
+            "a blank image is 0 in every pixel, which is the mean colour after normalisation; got an image processor "
+            f"with do_normalize={processor.image_processor.do_normalize}. Corrupt images by swapping them "
+            "(corruption=swap)."
+        )
+
+
+def blank(features: Features) -> dict[str, torch.Tensor | None]:
+    """The features with every pixel 0, which after normalisation is the mean colour (`check_blank`).
+
+    Padding is 0 too, where LLaVA and Llama 3.2 Vision pad a picture with black before they normalise it: which pixels
+    are padding says nothing about the picture but its shape, and LLaVA drops their features.
+
+    Raises:
+        ValueError: a feature that is not known to be pixels or geometry.
+
+    >>> blank({"pixel_values": torch.ones(1, 2), "image_grid_thw": torch.tensor([[1, 2, 2]])})
+    {'pixel_values': tensor([[0., 0.]]), 'image_grid_thw': tensor([[1, 2, 2]])}
+    """
+    return {
+        key: torch.zeros_like(value) if _is_pixels(key) and value is not None else value
+        for key, value in features.items()
+    }
+
+
+def shape_of(features: Features) -> tuple:
+    """What two samples must share to swap their images: shapes of the pixels, values of everything else. Hashable.
+
+    () for a sample without an image.
+
+    Raises:
+        ValueError: a feature that is not known to be pixels or geometry.
+    """
+    return tuple(
+        (key, tuple(value.shape), () if _is_pixels(key) else tuple(value.flatten().tolist()))
+        for key, value in sorted(features.items())
+        if value is not None
+    )
+
+
+def swap(features: Features, partner: Features) -> dict[str, torch.Tensor | None]:
+    """The features with the pixels of another sample's images.
+
+    Raises:
+        ValueError: images of other shapes, or a feature that is not known to be pixels or geometry.
+    """
+    if shape_of(features) != shape_of(partner):
+        sizes = [
+            {key: tuple(value.shape) for key, value in own.items() if value is not None} for own in (features, partner)
+        ]
+        raise ValueError(
+            f"images that are swapped must have the same shapes and grids; got {sizes[0]} and {sizes[1]}. Use images "
+            "of one size, or corruption=blank."
+        )
+    return {key: partner.get(key) if _is_pixels(key) else value for key, value in features.items()}

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corrupted images of every family, against what its processor makes of a picture of the mean colour."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from avar_verl.model.corrupt import PIXELS, blank, check_blank, shape_of, swap
+from avar_verl.model.families import FAMILIES
+from avar_verl.model.render import render
+from tests.model.families.tiny import sample_messages
+
+every_family = pytest.mark.parametrize("model_type", FAMILIES)
+# Colours have 256 levels, and the normalised scale is at most 1 / 0.26 as wide: half a level is less than this.
+HALF_A_LEVEL = 0.5 / 255 / 0.26
+
+
+def features_of(processor, image) -> dict:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]
+    return render(processor, [{"role": "user", "content": content}]).features
+
+
+def photographs(shape: tuple[int, int]):
+    return [sample_messages(1, seed=seed, shapes=[shape])[0]["content"][0]["image"] for seed in (0, 1)]
+
+
+@every_family
+@pytest.mark.parametrize("shape", [(112, 112), (224, 70)])
+def test_blank_is_a_picture_of_the_mean_colour(model_type, family_processor, shape):
+    processor = family_processor(model_type)
+    check_blank(processor)
+    first, second = (features_of(processor, image) for image in photographs(shape))
+    colour = tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
+    mean_coloured = features_of(processor, Image.new("RGB", shape, colour))
+    blanked = blank(first)
+    assert blanked.keys() == mean_coloured.keys()
+    for key, value in blanked.items():
+        if key not in PIXELS:
+            assert torch.equal(value, mean_coloured[key]) and torch.equal(value, first[key]), key
+            continue
+        assert value.shape == first[key].shape and value.dtype == first[key].dtype and not bool(value.any())
+        differs = (value - mean_coloured[key]).abs() > HALF_A_LEVEL
+        # Padding, the same for every picture of this shape.
+        for other in (first, second):
+            assert torch.equal(other[key][differs], mean_coloured[key][differs])
+        pads = model_type in ("llava_next", "llava_onevision", "mllama") and shape != (112, 112)
+        assert bool(differs.any()) == pads and differs.float().mean() < 0.5
+        assert (first[key] - value).abs().max() > 0.1
+
+
+@every_family
+def test_swap_takes_the_pixels_of_a_partner_of_the_same_shape(model_type, family_processor):
+    processor = family_processor(model_type)
+    first, second = (features_of(processor, image) for image in photographs((112, 112)))
+    swapped = swap(first, second)
+    assert swapped.keys() == first.keys()
+    assert all(torch.equal(value, second[key]) for key, value in swapped.items())
+    assert not torch.equal(swapped["pixel_values"], first["pixel_values"])
+    assert shape_of(first) == shape_of(second) and hash(shape_of(first))
+    if model_type != "gemma3":  # Every picture becomes a square.
+        wide = features_of(processor, photographs((224, 112))[0])
+        assert shape_of(wide) != shape_of(first)
+        with pytest.raises(ValueError, match="must have the same shapes and grids; got .*corruption=blank"):
+            swap(first, wide)
+
+
+def test_a_grid_is_part_of_the_shape():
+    """2 x 8 and 4 x 4 patches are 16 each, but not at the same places."""
+    wide, square = (
+        {"pixel_values": torch.ones(16, 3), "image_grid_thw": torch.tensor([grid])} for grid in ([1, 2, 8], [1, 4, 4])
+    )
+    with pytest.raises(ValueError, match="same shapes and grids"):
+        swap(wide, square)
+
+
+def test_a_sample_without_an_image_has_nothing_to_corrupt():
+    assert blank({}) == swap({}, {}) == {} and shape_of({}) == ()
+    nothing = {"pixel_values": None}
+    assert blank(nothing) == swap(nothing, {}) == nothing and shape_of(nothing) == ()
+    with pytest.raises(ValueError, match="same shapes and grids"):
+        swap({"pixel_values": torch.ones(1, 2)}, {})
+
+
+@pytest.mark.parametrize("corrupt", [blank, shape_of, lambda features: swap(features, features)])
+def test_unknown_features_are_refused(corrupt):
+    with pytest.raises(ValueError, match="known to be pixels or not; got 'depth_values'. Add it to PIXELS"):
+        corrupt({"depth_values": torch.ones(1)})
+
+
+def test_a_processor_that_does_not_normalise_has_no_blank_image():
+    with pytest.raises(ValueError, match="do_normalize=False. Corrupt images by swapping them"):
+        check_blank(SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False)))
