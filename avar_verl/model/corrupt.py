@@ -20,6 +20,9 @@ GEOMETRY = (
     "pixel_attention_mask",  # Idefics3, SmolVLM
     *("aspect_ratio_ids", "aspect_ratio_mask"),  # Llama 3.2 Vision
 )
+# Idefics3 and SmolVLM take a tile of nothing but 0 for padding and drop it (modeling_idefics3.py:586 in transformers
+# 5.9), so a blank tile of theirs has the smallest normal number of float16, far less than a level of colour.
+NEARLY_ZERO = 2.0**-14
 
 
 def _is_pixels(key: str) -> bool:
@@ -48,6 +51,8 @@ def check_blank(processor: Any) -> None:
 def blank(features: Features) -> dict[str, torch.Tensor | None]:
     """The features with every pixel 0, which after normalisation is the mean colour (`check_blank`).
 
+    In families that drop tiles of 0, a pixel that `pixel_attention_mask` shows is NEARLY_ZERO instead.
+
     Padding is 0 too, where LLaVA and Llama 3.2 Vision pad a picture with black before they normalise it: which pixels
     are padding says nothing about the picture but its shape, and LLaVA drops their features.
 
@@ -57,10 +62,13 @@ def blank(features: Features) -> dict[str, torch.Tensor | None]:
     >>> blank({"pixel_values": torch.ones(1, 2), "image_grid_thw": torch.tensor([[1, 2, 2]])})
     {'pixel_values': tensor([[0., 0.]]), 'image_grid_thw': tensor([[1, 2, 2]])}
     """
-    return {
-        key: torch.zeros_like(value) if _is_pixels(key) and value is not None else value
-        for key, value in features.items()
-    }
+    mask = features.get("pixel_attention_mask")
+
+    def blanked(pixels: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros_like(pixels)
+        return zeros if mask is None else zeros.masked_fill(mask.bool().unsqueeze(-3), NEARLY_ZERO)
+
+    return {key: blanked(value) if _is_pixels(key) and value is not None else value for key, value in features.items()}
 
 
 def shape_of(features: Features) -> tuple:
