@@ -15,6 +15,7 @@ import torch
 
 from avar_verl.model.roles import TokenRole
 from avar_verl.objectives.agto import normalized_weights
+from avar_verl.objectives.groups import group_index, group_rank
 from avar_verl.objectives.vas import attention_ratio
 
 # What the log-prob pass returns for every sample: a vector of F numbers.
@@ -124,9 +125,7 @@ def shape_visual_reward(
     if shaping == "log":
         return torch.log1p(raw_B)
     if shaping == "rank":
-        same_BB = torch.tensor([[a == b for b in groups] for a in groups]) & correct_B[:, None] & correct_B[None]
-        below_B = (same_BB & (raw_B[None] < raw_B[:, None])).sum(1)
-        equal_B = (same_BB & (raw_B[None] == raw_B[:, None])).sum(1)
-        rank_B = below_B + (equal_B + 1) / 2
-        return torch.where(correct_B, rank_B / same_BB.sum(1).clamp(min=1), 0.0).float()
+        rank_B = torch.zeros_like(raw_B)
+        rank_B[correct_B] = group_rank(raw_B[correct_B], group_index(groups)[correct_B])
+        return rank_B
     raise ValueError(f"shaping must be one of {SHAPINGS}; got {shaping!r}. Set avar.vars.shaping.")
