@@ -5,8 +5,10 @@ Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
 """
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 
+import numpy as np
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
@@ -130,7 +132,7 @@ class AvarPPOTrainer(PPOTrainerSync):
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         extra_fields = [dict(extra) for extra in data["extra_fields"]]
         visual_BF = torch.stack(list(data[VISUAL_OUTPUT].unbind())).float()
-        infos = [extra["reward_extra_info"] for extra in extra_fields]
+        infos = reward_infos(extra_fields)
         parts = validation_parts(visual_BF, infos, list(data["uid"]), self.vars)
         for extra, info, own in zip(extra_fields, infos, parts, strict=True):
             extra["reward_extra_info"] = {**info, **own}
@@ -159,13 +161,13 @@ class AvarPPOTrainer(PPOTrainerSync):
         fields = ["uid", "rm_scores", "extra_fields"] + ([VISUAL_OUTPUT] if self.vars.measures else [])
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         real = [not tag.get("is_padding", False) for tag in batch.tags]
-        infos = [extra["reward_extra_info"] for extra in list(data["extra_fields"])]
+        infos = reward_infos(data["extra_fields"])
         metrics.update(reward_part_metrics(infos, real))
         if not self.vars.measures:
             return
 
         visual_BF = torch.stack(list(data[VISUAL_OUTPUT].unbind())).float()
-        correct_B = correct_answers(infos, real, self.vars)
+        correct_B = gate_if_any(infos, real, self.vars)
         raw_B = visual_BF[:, VISUAL_FIELDS.index(self.vars.statistic)]
         if self.vars.lambda_v == 0:
             metrics.update(visual_metrics(visual_BF, correct_B, real))
@@ -188,13 +190,15 @@ class AvarPPOTrainer(PPOTrainerSync):
         )
 
     def _alarms(self, metrics: dict) -> dict[str, float]:
-        """`avar/alarm/*`, 1 while an alarm is on; empty without a measured rollout."""
+        """`avar/alarm/*`, 1 while an alarm is on; empty without a measured rollout, none of accuracy without a gate."""
         if "avar/ratio" not in metrics:
             return {}
-        statistic = metrics[f"avar/{self.vars.statistic}"]
-        rises = self._rise_alarm.update(statistic, metrics["avar/correct"])
         starved = system_mass_alarm(metrics["avar/system_mass"], self.vars.alarm_system_mass)
-        return {"avar/alarm/system_mass": float(starved), "avar/alarm/rise_without_accuracy": float(rises)}
+        alarms = {"avar/alarm/system_mass": float(starved)}
+        if "avar/correct" in metrics:
+            rises = self._rise_alarm.update(metrics[f"avar/{self.vars.statistic}"], metrics["avar/correct"])
+            alarms["avar/alarm/rise_without_accuracy"] = float(rises)
+        return alarms
 
 
 class _MeasuringBuffer:
@@ -217,17 +221,17 @@ def validation_parts(
 ) -> list[dict[str, float | None]]:
     """`vas`, `ratio`, `image_share`, `r_visual_raw`, `r_visual_gated` and `r_visual_weighted` of validation rollouts.
 
-    None, which verl leaves out of its means, if a rollout has no system turn or no response; its r_visual is 0.
+    None, which verl leaves out of its means, if a rollout has no system turn or no response; its r_visual is 0. The
+    last two need a gate.
     """
     raw_B = visual_BF[:, VISUAL_FIELDS.index(vars_config.statistic)]
-    correct_B = correct_answers(infos, [True] * len(infos), vars_config) & torch.isfinite(raw_B)
-    gated_B = shape_visual_reward(raw_B, correct_B, groups, vars_config.shaping, vars_config.clip_max)
-    columns = {
-        **{name: visual_BF[:, VISUAL_FIELDS.index(name)] for name in ("vas", "ratio", "image_share")},
-        "r_visual_raw": raw_B,
-        "r_visual_gated": gated_B,
-        "r_visual_weighted": vars_config.lambda_v * gated_B,
-    }
+    columns = {name: visual_BF[:, VISUAL_FIELDS.index(name)] for name in ("vas", "ratio", "image_share")}
+    columns["r_visual_raw"] = raw_B
+    correct_B = gate_if_any(infos, [True] * len(infos), vars_config)
+    if correct_B is not None:
+        paid_B = correct_B & torch.isfinite(raw_B)
+        gated_B = shape_visual_reward(raw_B, paid_B, groups, vars_config.shaping, vars_config.clip_max)
+        columns |= {"r_visual_gated": gated_B, "r_visual_weighted": vars_config.lambda_v * gated_B}
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [
         {name: value if math.isfinite(value) else None for name, value in zip(columns, row, strict=True)}
@@ -235,33 +239,56 @@ def validation_parts(
     ]
 
 
+def reward_infos(extra_fields: Iterable[dict]) -> list[dict]:
+    """The reward function's dict of every rollout; empty where no reward function was called.
+
+    verl calls none for a colocated reward model and for agent loops that return a score of their own.
+    """
+    return [extra.get("reward_extra_info") or {} for extra in extra_fields]
+
+
 def correct_answers(infos: list[dict], real: list[bool], vars_config: VarsConfig) -> torch.Tensor:
     """(B,) bool: the gate's value of the reward function's dict is above the threshold; False on padding rows.
 
     Raises:
-        ValueError: the reward function does not return the gate's key.
+        ValueError: a rollout has no reward function's dict, or one without the gate's key.
     """
     key = vars_config.gate_key
-    for info in infos:
-        if key not in info:
+    for info, keep in zip(infos, real, strict=True):
+        if keep and key not in info:
+            returned = f"it returned {sorted(info)}" if info else "no reward function was called"
             raise ValueError(
-                f"r_visual is paid only for correct answers, which the reward function's {key!r} marks; it returned "
-                f"{sorted(info)}. Return {key!r} from compute_score, or set avar.vars.gate_key."
+                f"r_visual is paid only for correct answers, which the reward function's {key!r} marks; {returned}. "
+                f"Return {key!r} from compute_score, or set avar.vars.gate_key; a colocated reward model and agent "
+                "loops that score themselves have no gate and need avar.vars.lambda_v=0."
             )
-    values = [float(info[key]) > vars_config.gate_threshold and keep for info, keep in zip(infos, real, strict=True)]
+    values = [keep and float(info[key]) > vars_config.gate_threshold for info, keep in zip(infos, real, strict=True)]
     return torch.tensor(values)
 
 
+def gate_if_any(infos: list[dict], real: list[bool], vars_config: VarsConfig) -> torch.Tensor | None:
+    """`correct_answers`; None if nothing is paid (lambda_v = 0) and no reward function was called for any rollout."""
+    if vars_config.lambda_v == 0 and not any(infos):
+        return None
+    return correct_answers(infos, real, vars_config)
+
+
 def reward_part_metrics(infos: list[dict], real: list[bool]) -> dict[str, float]:
-    """`avar/reward/<key>`: mean of every numeric part of the reward function's dict over the real rollouts."""
-    kept = [info for info, keep in zip(infos, real, strict=True) if keep]
-    keys = [key for key, value in (kept[0] if kept else {}).items() if isinstance(value, Real)]
-    return {f"avar/reward/{key}": sum(float(info[key]) for info in kept) / len(kept) for key in keys}
+    """`avar/reward/<key>`: mean of every numeric part of the reward function's dict, over real rollouts that have it.
+
+    Data sources may return different parts.
+    """
+    values: dict[str, list[float]] = {}
+    for info, keep in zip(infos, real, strict=True):
+        for key, value in info.items() if keep else ():
+            if isinstance(value, Real | np.bool_):
+                values.setdefault(key, []).append(float(value))
+    return {f"avar/reward/{key}": sum(own) / len(own) for key, own in values.items()}
 
 
 def visual_metrics(
     visual_BF: torch.Tensor,
-    correct_B: torch.Tensor,
+    correct_B: torch.Tensor | None,
     real: list[bool],
     raw_B: torch.Tensor | None = None,
     shaped_B: torch.Tensor | None = None,
@@ -269,14 +296,16 @@ def visual_metrics(
 ) -> dict[str, float]:
     """Metrics of a batch of rollouts, over the real ones.
 
-    `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
+    `avar/correct`, the share of correct answers, if there is a gate; `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
     where they are defined (their number is `avar/measured_rollouts`); `avar/r_visual/raw` of the same;
     `avar/r_visual/gated` after gate and shaping and `avar/r_visual/weighted` after lambda_v, over all.
     """
     real_B = torch.tensor(real)
     fields = dict(zip(VISUAL_FIELDS, visual_BF.unbind(1), strict=True))
     measured_B = real_B & torch.isfinite(fields["ratio"]) & torch.isfinite(fields["image_share"])
-    out = {"avar/measured_rollouts": int(measured_B.sum()), "avar/correct": float(correct_B[real_B].float().mean())}
+    out = {"avar/measured_rollouts": int(measured_B.sum())}
+    if correct_B is not None:
+        out["avar/correct"] = float(correct_B[real_B].float().mean())
     if bool(measured_B.any()):
         for name in ("vas", "ratio", "image_share", "image_mass", "system_mass"):
             out[f"avar/{name}"] = float(fields[name][measured_B].mean())

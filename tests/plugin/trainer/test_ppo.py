@@ -17,7 +17,10 @@ from avar_verl.plugin.trainer.ppo import (
     AvarPPOTrainer,
     check_grpo_config,
     correct_answers,
+    gate_if_any,
+    reward_infos,
     reward_part_metrics,
+    validation_parts,
     visual_metrics,
 )
 
@@ -36,6 +39,28 @@ def test_gate():
 def test_a_reward_function_without_the_gate_is_an_error():
     with pytest.raises(ValueError, match=r"'acc' marks; it returned \['score'\].*gate_key"):
         correct_answers([{"acc": 1.0}, {"score": 1.0}], [True, True], VarsConfig())
+    assert correct_answers([{"acc": 1.0}, {}], [True, False], VarsConfig()).tolist() == [True, False]  # padding
+
+
+def test_rollouts_that_no_reward_function_has_seen():
+    """A colocated reward model and loops with a score of their own: no dict, or none yet."""
+    infos = reward_infos([{}, {"reward_extra_info": None}, {"reward_extra_info": {}, "turns": 2}])
+    assert infos == [{}, {}, {}] and reward_infos([{"reward_extra_info": {"acc": 1}}]) == [{"acc": 1}]
+    real = [True] * 3
+    assert reward_part_metrics(infos, real) == {}
+    for unpaid in (VarsConfig(lambda_v=0), VarsConfig(lambda_v=0, measure=True)):
+        assert gate_if_any(infos, real, unpaid) is None
+    with pytest.raises(ValueError, match=r"no reward function was called.*need avar.vars.lambda_v=0"):
+        gate_if_any(infos, real, VarsConfig())
+    one_without = [*infos[:2], {"acc": 1.0}]
+    with pytest.raises(ValueError, match="no reward function was called"):
+        gate_if_any(one_without, real, VarsConfig(lambda_v=0, measure=True))
+    metrics = visual_metrics(rows(2.0, 4.0, 6.0), None, real)
+    assert metrics["avar/ratio"] == 4 and "avar/correct" not in metrics
+    alarms = trainer_with(VarsConfig(lambda_v=0, measure=True))._alarms(metrics)
+    assert alarms == {"avar/alarm/system_mass": 0.0}
+    parts = validation_parts(rows(2.0, 4.0, 6.0), infos, list("aab"), VarsConfig(lambda_v=0, measure=True))
+    assert parts[1] == {"vas": 0.5, "ratio": 4.0, "image_share": 0.5, "r_visual_raw": 4.0}
 
 
 def test_a_flag_for_every_rollout():
@@ -58,6 +83,14 @@ def test_parts_are_means_over_real_rollouts_and_words_are_left_out():
     ]
     assert reward_part_metrics(infos, [True, True, False]) == {"avar/reward/acc": 0.5, "avar/reward/ok": 0.5}
     assert reward_part_metrics(infos, [False] * 3) == reward_part_metrics([], []) == {}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_parts_of_data_sources_that_return_different_ones(order):
+    """Each part is averaged over the rollouts that have it, whichever comes first."""
+    infos = [{"acc": 1.0, "iou": 0.5, "note": "x"}, {"acc": 0.0, "f1": 0.25, "iou": "none"}, {"acc": 0.5, "iou": 0.0}]
+    got = reward_part_metrics([infos[i] for i in order], [True] * 3)
+    assert got == {"avar/reward/acc": 0.5, "avar/reward/iou": 0.25, "avar/reward/f1": 0.25}
 
 
 def rows(*ratios: float) -> torch.Tensor:
@@ -216,12 +249,6 @@ def test_the_reward_comes_before_the_advantage(monkeypatch):
 
 def test_parts_of_validation_rollouts():
     """Two right answers, one of them without a system turn, and a wrong one."""
-    import torch
-
-    from avar_verl.objectives.vars import VISUAL_FIELDS
-    from avar_verl.plugin.config import VarsConfig
-    from avar_verl.plugin.trainer.ppo import validation_parts
-
     visual = torch.zeros(3, len(VISUAL_FIELDS))
     visual[:, VISUAL_FIELDS.index("ratio")] = torch.tensor([4.0, float("nan"), 2.0])
     visual[:, VISUAL_FIELDS.index("image_share")] = torch.tensor([0.75, float("nan"), 0.5])
