@@ -17,7 +17,15 @@ from omegaconf import OmegaConf
 
 from avar_verl.attention.mass import IMPLEMENTATIONS
 from avar_verl.objectives.vars import SHAPINGS, STATISTICS
-from avar_verl.plugin.config import QUERY_ROLES, AgtoConfig, AvarConfig, RewardManagerConfig, VarsConfig
+from avar_verl.plugin.config import (
+    DROP_GROUPS,
+    QUERY_ROLES,
+    AgtoConfig,
+    AvarConfig,
+    RewardManagerConfig,
+    TrainerConfig,
+    VarsConfig,
+)
 
 CONFIG_DIR = Path(__file__).parents[2] / "recipes" / "avar" / "config"
 PAPER_GRPO = ("trainer.n_gpus_per_node=8", "trainer.nnodes=2")
@@ -37,7 +45,10 @@ def recipe(name: str, *overrides: str):
         GlobalHydra.instance().clear()
 
 
-@pytest.mark.parametrize("node, config", [("agto", AgtoConfig), ("vars", VarsConfig), ("reward", RewardManagerConfig)])
+NODES = {"agto": AgtoConfig, "vars": VarsConfig, "reward": RewardManagerConfig, "trainer": TrainerConfig}
+
+
+@pytest.mark.parametrize("node, config", NODES.items())
 def test_yaml_and_dataclass_agree(node, config):
     text = yaml.safe_load((CONFIG_DIR / "avar" / "avar.yaml").read_text())[node]
     assert text.pop("_target_") == f"avar_verl.plugin.config.{config.__name__}"
@@ -61,14 +72,14 @@ def test_every_field_is_explained_above_it(path):
             for number, line in enumerate(lines)
             if ":" in line and not line.strip().startswith(("#", "_target_"))
         ]
-        assert len(fields) == 34
+        assert len(fields) == 37
         for number in fields:
             assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
     trailing = [line for line in lines if line.split("#")[0].strip() and "#" in line]
     assert not trailing, "comments stand above their field"
 
 
-@pytest.mark.parametrize("config", [AgtoConfig, VarsConfig, RewardManagerConfig, AvarConfig])
+@pytest.mark.parametrize("config", [*NODES.values(), AvarConfig])
 def test_every_field_has_a_string_under_it(config):
     body = ast.parse(inspect.getsource(config)).body[0].body
     explained = {
@@ -107,6 +118,7 @@ NAN = float("nan")
         (VarsConfig, {"lambda_v": -0.3}, "lambda_v must be >= 0; got -0.3"),
         (VarsConfig, {"epsilon": 0.0}, "epsilon must be > 0; got 0.0"),
         (VarsConfig, {"statistic": "vas"}, r"statistic must be one of \('ratio', 'image_share'\); got 'vas'"),
+        (VarsConfig, {"drop_groups": "easy"}, r"drop_groups must be one of \('identical', 'all_wrong'\); got 'easy'"),
         (VarsConfig, {"shaping": "tanh"}, "shaping must be one of .*; got 'tanh'"),
         (VarsConfig, {"shaping": "clip"}, "shaping=clip needs clip_max > 0; got None"),
         (VarsConfig, {"shaping": "clip", "clip_max": 0.0}, "shaping=clip needs clip_max > 0; got 0.0"),
@@ -127,6 +139,8 @@ NAN = float("nan")
         (RewardManagerConfig, {"skip_special_tokens": "no"}, "skip_special_tokens must be true or false; got 'no'"),
         (RewardManagerConfig, {"timeout_s": 0}, "timeout_s must be null or > 0; got 0"),
         (RewardManagerConfig, {"max_failures": 0}, "max_failures must be >= 1; got 0"),
+        (TrainerConfig, {"poll_interval_s": 0}, "poll_interval_s must be null or > 0; got 0"),
+        (TrainerConfig, {"poll_interval_s": NAN}, "poll_interval_s must be null or > 0; got nan"),
         (VarsConfig, {"region": "left"}, "region must be true or false; got 'left'"),
         (VarsConfig, {"layers": [True]}, r"layers must be null or a non-empty list of integers; got \[True\]"),
     ],
@@ -147,8 +161,10 @@ def test_every_rule_is_enforced(config, values, message):
         (VarsConfig, {"alarm_window": 0, "layer_weights": (2.0,)}),
         *((VarsConfig, {"statistic": statistic}) for statistic in STATISTICS),
         *((VarsConfig, {"shaping": shaping}) for shaping in SHAPINGS if shaping != "clip"),
+        *((VarsConfig, {"drop_groups": name}) for name in DROP_GROUPS),
         (VarsConfig, {"shaping": "clip", "clip_max": 20, "layers": (0, -1)}),
         (RewardManagerConfig, {"skip_special_tokens": False, "timeout_s": None, "max_failures": 1}),
+        (TrainerConfig, {"poll_interval_s": None}),
         *((config, {"implementation": name}) for config in (AgtoConfig, VarsConfig) for name in IMPLEMENTATIONS),
     ],
 )

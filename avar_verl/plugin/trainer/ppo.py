@@ -5,10 +5,7 @@ Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
 """
 
 import math
-from collections.abc import Iterable
-from numbers import Real
 
-import numpy as np
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
@@ -20,8 +17,10 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
-from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, VarsConfig
+from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, TrainerConfig, VarsConfig
 from avar_verl.plugin.switch import VARIABLE, is_wanted, switch_on
+from avar_verl.plugin.trainer.replay_buffer import check_drop_groups, configured_replay_buffer
+from avar_verl.plugin.trainer.rewards import gate_if_any, reward_infos, reward_part_metrics
 
 
 def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
@@ -30,6 +29,7 @@ def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
     Raises:
         ValueError: names the field and the value to set.
     """
+    check_drop_groups(config, vars_config)
     if not vars_config.measures:
         return
     if config.actor_rollout_ref.actor.fsdp_config.get("vars") is None:
@@ -77,6 +77,7 @@ class AvarPPOTrainer(PPOTrainerSync):
         check_workers_are_on()
         switch_on()
         self.vars: VarsConfig = omega_conf_to_dataclass(config.avar.vars)
+        self.settings: TrainerConfig = omega_conf_to_dataclass(config.avar.trainer)
         self._rise_alarm = RiseAlarm(self.vars.alarm_window)
         self._is_measuring = False  # In validation, see _get_required_batch_multiple.
         check_grpo_config(config, self.vars)
@@ -92,6 +93,9 @@ class AvarPPOTrainer(PPOTrainerSync):
     @trainer_mode.setter
     def trainer_mode(self, name: str) -> None:
         return
+
+    def _build_replay_buffer(self):
+        return configured_replay_buffer(super()._build_replay_buffer(), self.vars, self.settings)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch.extra_info[MEASURE_FLAG] = self.vars.measures
@@ -239,53 +243,6 @@ def validation_parts(
     ]
 
 
-def reward_infos(extra_fields: Iterable[dict]) -> list[dict]:
-    """The reward function's dict of every rollout; empty where no reward function was called.
-
-    verl calls none for a colocated reward model and for agent loops that return a score of their own.
-    """
-    return [extra.get("reward_extra_info") or {} for extra in extra_fields]
-
-
-def correct_answers(infos: list[dict], real: list[bool], vars_config: VarsConfig) -> torch.Tensor:
-    """(B,) bool: the gate's value of the reward function's dict is above the threshold; False on padding rows.
-
-    Raises:
-        ValueError: a rollout has no reward function's dict, or one without the gate's key.
-    """
-    key = vars_config.gate_key
-    for info, keep in zip(infos, real, strict=True):
-        if keep and key not in info:
-            returned = f"it returned {sorted(info)}" if info else "no reward function was called"
-            raise ValueError(
-                f"r_visual is paid only for correct answers, which the reward function's {key!r} marks; {returned}. "
-                f"Return {key!r} from compute_score, or set avar.vars.gate_key; a colocated reward model and agent "
-                "loops that score themselves have no gate and need avar.vars.lambda_v=0."
-            )
-    values = [keep and float(info[key]) > vars_config.gate_threshold for info, keep in zip(infos, real, strict=True)]
-    return torch.tensor(values)
-
-
-def gate_if_any(infos: list[dict], real: list[bool], vars_config: VarsConfig) -> torch.Tensor | None:
-    """`correct_answers`; None if nothing is paid (lambda_v = 0) and no reward function was called for any rollout."""
-    if vars_config.lambda_v == 0 and not any(infos):
-        return None
-    return correct_answers(infos, real, vars_config)
-
-
-def reward_part_metrics(infos: list[dict], real: list[bool]) -> dict[str, float]:
-    """`avar/reward/<key>`: mean of every numeric part of the reward function's dict, over real rollouts that have it.
-
-    Data sources may return different parts.
-    """
-    values: dict[str, list[float]] = {}
-    for info, keep in zip(infos, real, strict=True):
-        for key, value in info.items() if keep else ():
-            if isinstance(value, Real | np.bool_):
-                values.setdefault(key, []).append(float(value))
-    return {f"avar/reward/{key}": sum(own) / len(own) for key, own in values.items()}
-
-
 def visual_metrics(
     visual_BF: torch.Tensor,
     correct_B: torch.Tensor | None,
@@ -296,9 +253,10 @@ def visual_metrics(
 ) -> dict[str, float]:
     """Metrics of a batch of rollouts, over the real ones.
 
-    `avar/correct`, the share of correct answers, if there is a gate; `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
+    `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
     where they are defined (their number is `avar/measured_rollouts`); `avar/r_visual/raw` of the same;
-    `avar/r_visual/gated` after gate and shaping and `avar/r_visual/weighted` after lambda_v, over all.
+    `avar/r_visual/gated` after gate and shaping, `avar/r_visual/weighted` after lambda_v and, if there is a gate,
+    `avar/correct`, over all.
     """
     real_B = torch.tensor(real)
     fields = dict(zip(VISUAL_FIELDS, visual_BF.unbind(1), strict=True))

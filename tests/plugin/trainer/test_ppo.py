@@ -13,16 +13,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from avar_verl.objectives.alarms import RiseAlarm
 from avar_verl.objectives.vars import VISUAL_FIELDS
 from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, VarsConfig
-from avar_verl.plugin.trainer.ppo import (
-    AvarPPOTrainer,
-    check_grpo_config,
-    correct_answers,
-    gate_if_any,
-    reward_infos,
-    reward_part_metrics,
-    validation_parts,
-    visual_metrics,
-)
+from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, check_grpo_config, validation_parts, visual_metrics
+from avar_verl.plugin.trainer.rewards import correct_answers, gate_if_any, reward_infos, reward_part_metrics
 
 # ---- the gate ------------------------------------------------------------------------------------------------------
 
@@ -278,24 +270,6 @@ def test_placeholders_are_forbidden_and_other_biases_stay():
 # ---- r_visual through a TransferQueue ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def queue():
-    """A TransferQueue of one storage unit on a local Ray."""
-    import ray
-    import transfer_queue as tq
-
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    from hydra import compose, initialize_config_module
-
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer").transfer_queue
-    OmegaConf.update(config, "backend.SimpleStorage.num_data_storage_units", 1)
-    tq.init(config)
-    yield tq
-    tq.close()
-    ray.shutdown()
-
-
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     "vars_config, expected",
@@ -338,3 +312,28 @@ def test_r_visual_lands_on_the_last_token_of_right_answers(queue, vars_config, e
     assert ("avar/vas" in metrics) == vars_config.measures
     assert ("avar/r_visual/weighted" in metrics) == (vars_config.lambda_v > 0)
     queue.kv_clear(keys=keys, partition_id="train")
+
+
+@pytest.mark.e2e
+def test_rollouts_without_a_reward_functions_dict(queue):
+    """As verl stores them beside a colocated reward model: a score, no dict."""
+    from tensordict import TensorDict
+    from tensordict.tensorclass import NonTensorStack
+
+    fields = TensorDict(
+        {
+            "uid": NonTensorStack("a", "a"),
+            "rm_scores": torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+            "extra_fields": NonTensorStack({}, {"turns": 1}),
+            VISUAL_OUTPUT: rows(2.0, 4.0),
+        },
+        batch_size=2,
+    )
+    batch = queue.kv_batch_put(keys=["u_0_0", "u_1_0"], partition_id="train", fields=fields, tags=[{}, {}])
+    for unpaid in (VarsConfig(lambda_v=0), VarsConfig(lambda_v=0, measure=True)):
+        metrics: dict = {}
+        trainer_with(unpaid)._add_visual_reward(batch, metrics)
+        assert metrics.get("avar/ratio") == (3.0 if unpaid.measure else None)
+    with pytest.raises(ValueError, match="no reward function was called"):
+        trainer_with(VarsConfig())._add_visual_reward(batch, {})
+    queue.kv_clear(keys=batch.keys, partition_id="train")
