@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avar_verl.anchors.formats import FORMATS, SCALES
+from avar_verl.anchors.formats import FORMATS, SCALES, Format
 
 COORDINATES = ("auto", "absolute", "relative_1000", "normalized", "percent")
 """Values of `coordinates`: `auto` (defined by the format), then pixels, 0-1000, 0-1 and 0-100 of the image."""
+
+TOLERANCE = 1.03
+"""Numbers may exceed a scale, or a side of the image, by this factor: models are off by a few pixels at the border."""
 
 KOSMOS_GRID = 32
 """Patches per side of the Kosmos-2 location grid, indices row by row."""
@@ -27,13 +31,17 @@ class Anchor:
             subject).
         coords (`tuple[float, ...]` or `None`):
             The numbers as written, so y first for PaliGemma and Gemini, and two patch indices for Kosmos-2. A quad has
-            eight numbers. `None` for a phrase. `to_pixels` gives the same meaning for every format.
+            eight numbers; a confidence after the four of a box is left out, and a width and height become the second
+            corner. `None` for a phrase. `to_pixels` gives the same meaning for every format.
         label (`str` or `None`):
             Name of the object, if the format has one.
         format (`str`):
             Name of the row in `avar_verl.anchors.formats.FORMATS`; `phrase_en` or `phrase_zh` for a phrase.
         region (`str`):
             Innermost open tag: `think`, `answer`, `rethink`, `tool_call` or `none`.
+        scale (`str` or `None`):
+            Scale of the coordinates: `absolute`, `patches`, or a key of `avar_verl.anchors.formats.SCALES`. `None` if
+            the response does not say, and for a phrase. All numbers of a response decide it together.
 
     Source: visual anchors of AVAR, arXiv 2603.03825.
     """
@@ -45,6 +53,7 @@ class Anchor:
     label: str | None = None
     format: str = ""
     region: str = "none"
+    scale: str | None = None
 
 
 def check_coordinates(coordinates: str) -> None:
@@ -69,18 +78,55 @@ def check_image_size(image_size: tuple[float, float]) -> tuple[float, float]:
     return width, height
 
 
-def resolve_scale(format_name: str, coords: tuple[float, ...], coordinates: str) -> str | None:
-    """Scale of `coords`: a key of `SCALES`, `absolute` or `patches`; `None` if the text does not say."""
-    row = FORMATS[format_name]
-    if row.fixed:
-        return row.scale
+def response_scale(
+    written: Sequence[tuple[str, tuple[float, ...]]], image_size: tuple[float, float] | None, coordinates: str
+) -> str | None:
+    """The one scale of all coordinates of a response whose syntax does not define it; `None` if nothing decides.
+
+    `coordinates` unless it is `auto`. Else 0-1000, the scale of Qwen's tags, if a format of the response has it and all
+    numbers are within it; 0-1 if all are; pixels if one is beyond 1000; 0-1000 if one is beyond the image.
+
+    Args:
+        written: (name of the format, coordinates) of every box and point.
+        image_size: (width, height), `None` if unknown.
+        coordinates: a value of `COORDINATES`.
+    """
     if coordinates != "auto":
         return coordinates
-    if row.scale is None and max(coords) <= 1:
-        return "normalized"  # in pixels this would be a box within one pixel
-    if format_name == "qwen2vl_special" and max(coords) > 1030:
-        return "absolute"  # the same tokens, fine-tuned on Qwen2.5-VL
-    return row.scale
+    free = [(FORMATS[name], numbers) for name, numbers in written if not _has_own_scale(FORMATS[name])]
+    if not free:
+        return None
+    greatest = max(max(numbers) for _, numbers in free)
+    thousand = greatest <= 1000 * TOLERANCE
+    if any(row.scale == "relative_1000" for row, _ in free):
+        return "relative_1000" if thousand or image_size and greatest > TOLERANCE * max(image_size) else "absolute"
+    if greatest <= 1:
+        return "normalized"  # in pixels these would be boxes within one pixel
+    if not thousand:
+        return "absolute"
+    if image_size is None:
+        return None
+    beyond = any(
+        max(numbers[::2]) > TOLERANCE * image_size[0] or max(numbers[1::2]) > TOLERANCE * image_size[1]
+        for _, numbers in free
+    )
+    return "relative_1000" if beyond else None
+
+
+def _has_own_scale(row: Format) -> bool:
+    """Whether the scale does not depend on the other numbers of a response; that of XML points is decided by them."""
+    return row.fixed or row.source.startswith("allenai/") or row.name == "qwen_points_xml"
+
+
+def anchor_scale(format_name: str, coordinates: str, response: str | None) -> str | None:
+    """Scale of an anchor: a key of `SCALES`, `absolute` or `patches`; `None` if the text does not say.
+
+    `response` is the scale of `response_scale`.
+    """
+    row = FORMATS[format_name]
+    if row.fixed or coordinates == "auto" and _has_own_scale(row):
+        return row.scale
+    return response
 
 
 def to_pixels(anchor: Anchor, image_size: tuple[float, float], coordinates: str = "auto") -> tuple[float, ...]:
@@ -99,7 +145,8 @@ def to_pixels(anchor: Anchor, image_size: tuple[float, float], coordinates: str 
         coordinates (`str`, *optional*, defaults to `"auto"`):
             Coordinate system of the numbers. Formats with a fixed scale (`fixed` in `FORMATS`) ignore it; Qwen tags and
             Molmo XML use their own scale only with `auto`, because other models write pixels or 0-1000 in the same
-            syntax. JSON boxes have no scale; `auto` then works only if all numbers are at most 1.
+            syntax. JSON boxes have no scale; `auto` then works only if the numbers of the response decide it: all
+            are at most 1, or one is beyond 1000 or beyond the image.
 
     Returns:
         `tuple[float, ...]`: (x1, y1, x2, y2) or (x, y) in pixels, within [0, width] and [0, height].
@@ -118,7 +165,11 @@ def to_pixels(anchor: Anchor, image_size: tuple[float, float], coordinates: str 
     width, height = check_image_size(image_size)
     if anchor.coords is None:
         raise ValueError(f"a phrase has no coordinates; got {anchor}. Pass anchors of kind bbox or point only.")
-    scale = resolve_scale(anchor.format, anchor.coords, coordinates)
+    if coordinates == "auto" and anchor.scale is not None:
+        scale: str | None = anchor.scale
+    else:
+        alone = response_scale([(anchor.format, anchor.coords)], image_size, coordinates)
+        scale = anchor_scale(anchor.format, coordinates, alone)
     if scale is None:
         raise ValueError(
             f"coordinates='auto' needs a format with a scale of its own; got {anchor.format}, which models write in "

@@ -52,6 +52,7 @@ _ROWS = (
         order="yx",
         fixed=True,
     ),
+    Format("gemini_point", "point", "relative_1000", "as gemini_box_2d", order="yx", fixed=True),
     Format("qwen2vl_special", "bbox", "relative_1000", "QwenLM/Qwen3-VL:qwen-vl-finetune/tools/process_bbox.ipynb"),
     Format("qwenvl_ref_box", "bbox", "relative_1000", "QwenLM/Qwen-VL:README.md"),
     Format("qwenvl_quad", "bbox", "relative_1000", "QwenLM/Qwen-VL:README.md"),
@@ -80,6 +81,9 @@ _ROWS = (
         order="yx",
         fixed=True,
     ),
+    Format("florence_loc", "bbox", "relative_1000", "microsoft/Florence-2-large:processing_florence2.py", fixed=True),
+    Format("named_corners", "bbox", None, "JSON objects with a field per number, no definition"),
+    Format("named_point", "point", None, "JSON objects with a field per number, no definition"),
     Format("kosmos_patches", "bbox", "patches", "Kosmos-2 page of the transformers documentation", fixed=True),
     Format("cogvlm_box", "bbox", "relative_1000", "THUDM/CogVLM:README.md", fixed=True),
     Format("llava_shikra_norm", "bbox", "normalized", "shikras/shikra:box_process_function.py", fixed=True),
@@ -109,13 +113,22 @@ class Reference(NamedTuple):
 
 _NUMBER = re.compile(r"-?[0-9]{1,7}(?:\.[0-9]{1,12})?")
 _SPACES = " \t\r\n"
+_QUOTES = ("'", '"')
 
 
 def _numbers(body: str, separator: str | None = ",") -> tuple[float, ...] | None:
-    """Numbers of a list without brackets, `None` if anything else stands between the separators."""
+    """Numbers of a list without brackets, `None` if anything else stands between the separators.
+
+    As in JSON that models write: numbers may be quoted, and a comma may follow the last one.
+    """
     numbers = []
-    for part in body.split(separator, 64):
+    parts = body.split(separator, 64)
+    if len(parts) > 1 and not parts[-1].strip():
+        parts.pop()
+    for part in parts:
         part = part.strip()
+        if part[:1] in _QUOTES and part[-1:] == part[:1] and len(part) > 2:
+            part = part[1:-1].strip()
         if not _NUMBER.fullmatch(part):
             return None
         numbers.append(float(part))
@@ -141,13 +154,16 @@ def _clean_label(label: str | None) -> str | None:
     return (label or "").strip() or None
 
 
+_STRING = {quote: re.compile(rf"{quote}((?:[^{quote}\\]|\\.)*){quote}") for quote in _QUOTES}
+
+
 def _quoted(text: str, start: int) -> str | None:
     """The string literal that begins at `start`."""
     quote = text[start : start + 1]
     if quote not in ("'", '"'):
         return None
-    end = text.find(quote, start + 1, start + 1 + _LABEL_REACH)
-    return None if end < 0 else _clean_label(text[start + 1 : end])
+    match = _STRING[quote].match(text, start, start + _LABEL_REACH)
+    return _clean_label(re.sub(r"\\(.)", r"\1", match[1])) if match else None
 
 
 def _json_label(text: str, start: int, end: int) -> str | None:
@@ -205,6 +221,25 @@ def _scan_paligemma(text: str) -> Iterator[Reference]:
 _PATCHES = re.compile(r"<patch_index_([0-9]{4})><patch_index_([0-9]{4})>")
 
 
+_FLORENCE_RUN = re.compile(r"(?:<loc_[0-9]{1,3}>){4,}")
+_FLORENCE_TOKEN = re.compile(r"<loc_([0-9]{1,3})>")
+
+
+def _scan_florence(text: str) -> Iterator[Reference]:
+    """`label<loc_x1><loc_y1><loc_x2><loc_y2>`: boxes of one label follow one another, or one quad of eight numbers."""
+    for run in _FLORENCE_RUN.finditer(text):
+        tokens = list(_FLORENCE_TOKEN.finditer(text, *run.span()))
+        rows = [tokens[i : i + 4] for i in range(0, len(tokens), 4)]
+        values = [tuple(float(token[1]) for token in row) for row in rows]
+        if len(tokens) % 4:
+            continue  # a polygon
+        if len(rows) == 2 and not all(x1 < x2 and y1 < y2 for x1, y1, x2, y2 in values):
+            rows, values = [tokens], [values[0] + values[1]]
+        label = _words_before(text, run.start())
+        for row, coords in zip(rows, values, strict=True):
+            yield Reference("florence_loc", row[0].start(), row[-1].end(), coords, label)
+
+
 def _scan_kosmos(text: str) -> Iterator[Reference]:
     """`<patch_index_0044><patch_index_0863>`: upper left and lower right patch."""
     labels = _RefLabels(text)
@@ -215,7 +250,7 @@ def _scan_kosmos(text: str) -> Iterator[Reference]:
 
 _POINT_TAG = re.compile(r"<points?\s([^<>]*)>?([^<\n]*)")
 _POINT_XY = re.compile(
-    r"""\bx([0-9]{0,4})\s*=\s*["']\s*([0-9.]{1,16})\s*["']\s*y\1\s*=\s*["']\s*([0-9.]{1,16})\s*["']"""
+    r"""\bx([0-9]{0,4})\s*=\s*["']?\s*([0-9.]{1,16})\s*["']?[\s,]*y\1\s*=\s*["']?\s*([0-9.]{1,16})(?:\s*["'])?"""
 )
 _POINT_COORDS = re.compile(r"""\bcoords\s*=\s*["']([0-9\s:;.]*)["']""")
 _POINT_ALT = re.compile(r"""\balt\s*=\s*(?=["'])""")
@@ -223,6 +258,7 @@ _POINT_ALT = re.compile(r"""\balt\s*=\s*(?=["'])""")
 
 def _scan_points(text: str) -> Iterator[Reference]:
     """`<point x= y=>`, `<points x1= y1= ..>` (Molmo, and Qwen3-VL in 0-1000) and `<points coords=>` (Molmo2)."""
+    tags = []
     for tag in _POINT_TAG.finditer(text):
         offset = tag.start(1)
         alt = _POINT_ALT.search(tag[1])
@@ -232,16 +268,18 @@ def _scan_points(text: str) -> Iterator[Reference]:
             coords = _numbers(f"{match[2]},{match[3]}")
             if coords:
                 found.append((offset + match.start(), offset + match.end(), coords))
-        # Molmo writes a decimal and never exceeds 100; whole numbers beyond that are Qwen3-VL's 0-1000.
-        whole = all(value.is_integer() for *_, coords in found for value in coords)
+        tags.append((tag, label, found))
+    # Molmo writes a decimal and never exceeds 100; whole numbers beyond that are Qwen3-VL's 0-1000. A response has one
+    # of the two.
+    numbers = [value for *_, found in tags for *_, coords in found for value in coords]
+    qwen = all(value.is_integer() for value in numbers) and max(numbers, default=0) > 100
+    for tag, label, found in tags:
         name = "molmo_point" if tag[0][6].isspace() else "molmo_points_xml"
-        if whole and any(value > 100 for *_, coords in found for value in coords):
-            name = "qwen_points_xml"
         for start, end, coords in found:
-            yield Reference(name, start, end, coords, label)
+            yield Reference("qwen_points_xml" if qwen else name, start, end, coords, label)
         listed = _POINT_COORDS.search(tag[1])
         if listed:
-            yield from _molmo2_points(listed[1], offset + listed.start(1), label)
+            yield from _molmo2_points(listed[1], tag.start(1) + listed.start(1), label)
 
 
 _CHUNK = re.compile(r"[^;\t]+")
@@ -261,7 +299,7 @@ def _molmo2_points(body: str, offset: int, label: str | None) -> Iterator[Refere
                 yield Reference("molmo2_coords", *span, coords, label)
 
 
-_HTML_BOX = re.compile(r"""data-bbox\s*=\s*["']([0-9\s.,-]*)["'][^<>]*>?([^<>]*)""")
+_HTML_BOX = re.compile(r"""data-bbox\s*=\s*["']?([0-9\s.,-]*)(?:["'][^<>]*)?>?([^<>]*)""")
 
 
 def _scan_html(text: str) -> Iterator[Reference]:
@@ -272,8 +310,17 @@ def _scan_html(text: str) -> Iterator[Reference]:
             yield Reference("qwenvl_html", *match.span(1), coords, _clean_label(match[2][:_LABEL_REACH]))
 
 
-_TAG_NUMBERS = re.compile(r"<(bbox|box|point)>\s*([0-9][0-9\s.,-]*)</")
-_TAG_FORMATS = {("bbox", 4): "seed_bbox", ("box", 4): "treevgr_box", ("point", 2): "seed_point"}
+_TAG_NUMBERS = re.compile(r"<(bbox|box|point|click|bbox_2d|\|box_start\||\|det\|)>\s*([0-9][0-9\s.,-]*)<[/|]")
+_TAG_FORMATS = {
+    ("bbox", 4): "seed_bbox",
+    ("box", 4): "treevgr_box",
+    ("bbox_2d", 4): "treevgr_box",
+    ("point", 2): "seed_point",
+    ("click", 2): "gui_coordinate",
+    ("|box_start|", 4): "qwen2vl_special",
+    ("|box_start|", 2): "uitars_box",
+    ("|det|", 4): "deepseek_det",
+}
 
 
 def _scan_tag_numbers(text: str) -> Iterator[Reference]:
@@ -282,14 +329,156 @@ def _scan_tag_numbers(text: str) -> Iterator[Reference]:
     for match in _TAG_NUMBERS.finditer(text):
         body = match[2].rstrip()
         coords = _numbers(" ".join(body.replace(",", " ").split()), " ")
+        if coords and match[1] == "bbox" and len(coords) == 4 and coords[:2] == coords[2:]:
+            # UI-TARS clicks at a box without an area.
+            yield Reference("seed_point", match.start(2), match.start(2) + len(body), coords[:2])
+            continue
         name = _TAG_FORMATS.get((match[1], len(coords or ())))
         if coords and name:
             yield Reference(name, match.start(2), match.start(2) + len(body), coords, labels.before(match.start()))
 
 
+# --- A field per number ---
+
+_NAMED = re.compile(
+    r"""(["']?)(?<![A-Za-z0-9_])([A-Za-z][A-Za-z0-9_-]{0,15})\1\s*[:=]\s*["']?(-?[0-9]{1,7}(?:\.[0-9]{1,12})?)(?![0-9.]*[0-9%])["']?"""
+)
+_BETWEEN_NAMED = re.compile(r"[\s,;]{0,40}")
+_CORNERS = (
+    ("x1", "y1", "x2", "y2"),
+    ("x0", "y0", "x1", "y1"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("minx", "miny", "maxx", "maxy"),
+    ("xleft", "ytop", "xright", "ybottom"),
+    ("startx", "starty", "endx", "endy"),
+    ("xstart", "ystart", "xend", "yend"),
+    ("left", "top", "right", "bottom"),
+)
+_SIZES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+_CENTRES = (("cx", "cy", "w", "h"), ("cx", "cy", "width", "height"), ("xcenter", "ycenter", "width", "height"))
+_PLAIN_NAMES = frozenset(("x1", "y1", "x2", "y2", "x0", "y0", "x", "y", "w", "h", "cx", "cy", "width", "height"))
+"""Names that mathematics uses too: without quotes they need a bracket, a tag or a call."""
+_NAMED_OPENING = re.compile(r"""[{\[]\s*$|\w\(\s*$|<(?:bbox|box|bbox_2d|rect|region|click|tap)\s+$""")
+_CLICK_OPENING = re.compile(r"""<(?:click|tap)\s+$|["'](?:action|action_type)["']\s*:[^{}]*$""")
+
+
+_N = r"(-?[0-9]{1,7}(?:\.[0-9]{1,12})?)"
+_PAIR = rf"""["']?\s*[:=]\s*[\[({{]\s*(?:["']x["']\s*:\s*)?{_N}\s*,\s*(?:["']y["']\s*:\s*)?{_N}\s*,?\s*[\])}}]"""
+_PAIR_CORNERS = re.compile(
+    rf"""["']?\b(?:(?:top|upper)[_ -]?left|tl|min){_PAIR}\s*,?\s*["']?\b(?:(?:bottom|lower)[_ -]?right|br|max){_PAIR}"""
+)
+
+
+def _scan_named(text: str) -> Iterator[Reference]:
+    """`{"x1": 10, "y1": 20, "x2": 110, "y2": 220}` and other names of corners, in any order, and `{"x": 10, "y": 20}`.
+
+    A width and a height, or a centre, become corners.
+    """
+    for match in _PAIR_CORNERS.finditer(text):
+        coords = _numbers(",".join(match.groups()))
+        if coords:
+            yield Reference("named_corners", *match.span(), coords, _json_label(text, *match.span()))
+    run: list[re.Match] = []
+    for match in _NAMED.finditer(text):
+        if run and not _BETWEEN_NAMED.fullmatch(text, run[-1].end(), min(match.start(), run[-1].end() + 41)):
+            yield from _named_run(text, run)
+            run = []
+        run.append(match)
+    if run:
+        yield from _named_run(text, run)
+
+
+def _named_run(text: str, run: list[re.Match]) -> Iterator[Reference]:
+    opening = text[max(0, run[0].start() - 24) : run[0].start()]
+    if re.search(r"<points?\s[^<>]*$", opening):
+        return  # Molmo
+    named: dict[str, re.Match] = {}
+    for match in run:
+        named.setdefault(match[2].lower().replace("_", "").replace("-", ""), match)
+    coords, names = _corners({name: float(match[3]) for name, match in named.items()})
+    if coords is None:
+        return
+    used = [named[name] for name in names]
+    if not all(match[1] for match in used) and _PLAIN_NAMES.issuperset(names) and not _NAMED_OPENING.search(opening):
+        return
+    if len(coords) == 2:
+        before = text[: run[0].start()][-40:].rstrip(_SPACES)
+        head = text.rfind("{", max(0, run[0].start() - 40), run[0].start())
+        key = _field(text, head) if before.endswith("{") else None
+        call = before.endswith("(") and _word_before(before, len(before) - 1).lower() in _CLICK_CALLS
+        clicks = _CLICK_OPENING.search(text, max(0, run[0].start() - 100), run[0].start())
+        if not (key and key[0] in _POINT_KEYS or call or clicks or _json_label(text, *_extent(used))):
+            return  # a point of mathematics, unless a field or a label says what it is
+    start, end = _extent(used)
+    closing = _CLOSING.match(text, end)  # the label may be in the object around this one
+    label = _json_label(text, start, closing.end() if closing else end)
+    yield Reference("named_corners" if len(coords) == 4 else "named_point", start, end, coords, label)
+
+
+_CLOSING = re.compile(r"\s{0,20},?\s{0,20}\}\s{0,20}(?=,)")
+
+
+def _extent(matches: list[re.Match]) -> tuple[int, int]:
+    return min(match.start() for match in matches), max(match.end() for match in matches)
+
+
+def _corners(values: dict[str, float]) -> tuple[tuple[float, ...] | None, tuple[str, ...]]:
+    """(numbers, names used): (x1, y1, x2, y2), or (x, y), or `None`."""
+    for names in _CORNERS:
+        if values.keys() >= set(names):
+            return tuple(values[name] for name in names), names
+    for names in _SIZES:
+        if values.keys() >= set(names):
+            x, y, width, height = (values[name] for name in names)
+            return (x, y, x + width, y + height), names
+    for names in _CENTRES:
+        if values.keys() >= set(names):
+            x, y, width, height = (values[name] for name in names)
+            return (x - width / 2, y - height / 2, x + width / 2, y + height / 2), names
+    if values.keys() == {"x", "y"}:
+        return (values["x"], values["y"]), ("x", "y")
+    return None, ()
+
+
+# --- A field with numbers in one string, or separated by spaces ---
+
+_FIELD_NUMBERS = re.compile(
+    r"""([A-Za-z][A-Za-z0-9_-]{1,20})["']?\s*[:=]\s*(["'\[(])\s*([0-9][0-9.]*(?:(?:\s+|\s*,\s*)-?[0-9][0-9.]*){1,4})\s*["'\])]"""
+)
+
+
+def _scan_field_numbers(text: str) -> Iterator[Reference]:
+    """`"bbox_2d": "10, 20, 110, 220"` and `"bbox_2d": [10 20 110 220]`."""
+    for match in _FIELD_NUMBERS.finditer(text):
+        if match[2] in "[(" and "," in match[3]:
+            continue  # a number group
+        key = match[1].lower().replace("_", "").replace("-", "")
+        coords = _numbers(" ".join(match[3].replace(",", " ").split()), " ") or ()
+        if len(coords) == 5 and coords[4] <= 100:
+            coords = coords[:4]
+        span = match.span(3)
+        if len(coords) == 4 and key in _BOX_KEYS:
+            yield Reference(_json_name(text, key, span[0]), *span, coords, _json_label(text, *span))
+        elif len(coords) == 2 and key in _POINT_KEYS:
+            yield Reference(_point_name(key), *span, coords, _json_label(text, *span))
+
+
+# --- Calls ---
+
+_CLICK = re.compile(r"([A-Za-z_]{3,20})\(\s*(-?[0-9][0-9.]{0,8})\s*,\s*(-?[0-9][0-9.]{0,8})\s*,\s*[A-Za-z]")
+
+
+def _scan_clicks(text: str) -> Iterator[Reference]:
+    """`click(540, 1180, button="left")`: a call whose further arguments are no numbers."""
+    for match in _CLICK.finditer(text):
+        coords = _numbers(f"{match[2]},{match[3]}")
+        if coords and match[1].lower() in _CLICK_CALLS:
+            yield Reference("gui_coordinate", match.start(2), match.end(3), coords)
+
+
 # --- Number groups in brackets ---
 
-_BODY = re.compile(r"[0-9\s.,;-]+")
+_BODY = re.compile(r"""[0-9\s.,;"'-]+""")
 
 
 class _Group(NamedTuple):
@@ -382,9 +571,13 @@ _POINT_KEYS = frozenset(
     "point2d point points position coordinate coordinates click startbox endbox startpoint endpoint location xy "
     "coordinate2 pixel clickpoint targetpoint center centroid".split()
 )
+_POINT_LISTS = frozenset(("positions", "coordinates"))
+"""Box keys in the plural: a list of pairs after them is a list of points."""
 _CROP_CALLS = frozenset(("crop", "zoom", "crop_image", "zoom_in", "image_zoom_in_tool", "rectangle"))
 _CLICK_CALLS = frozenset(
-    ("click", "tap", "doubleclick", "rightclick", "moveto", "left_double", "right_single", "double_click", "long_press")
+    "click tap press touch doubleclick rightclick middleclick tripleclick leftclick moveto dragto move_to drag_to "
+    "mouse_move hover left_double right_single left_single left_click right_click middle_click double_click "
+    "triple_click long_press longpress".split()
 )
 _BOX_TAGS = {
     "<box>": "qwenvl_ref_box",
@@ -408,7 +601,7 @@ def _scan_groups(text: str) -> Iterator[Reference]:
 def _classify(text: str, run: list[_Group], labels: _RefLabels) -> Iterator[Reference]:
     """Classify a run of groups by the text before it."""
     first = run[0]
-    if len(run) == 1 and first.size not in (2, 4):
+    if len(run) == 1 and first.size not in (2, 4, 5):
         return
     head = first.start
     outer = ""
@@ -426,7 +619,7 @@ def _classify(text: str, run: list[_Group], labels: _RefLabels) -> Iterator[Refe
     if text[max(0, head - 1) : head] == ">":
         tag = text[max(text.rfind("<", max(0, head - 24), head), 0) : head].lower()
         if tag in _BOX_TAGS:
-            yield from _tagged(text, tag, run, "[" in outer, labels.before(head))
+            yield from _tagged(text, tag, _without_scores(run), "[" in outer, labels.before(head))
             return
 
     field = _field(text, head)
@@ -435,11 +628,18 @@ def _classify(text: str, run: list[_Group], labels: _RefLabels) -> Iterator[Refe
         if "3d" in name:
             return
         if name in _BOX_KEYS or name in _POINT_KEYS:
-            yield from _keyed(text, name, run)
+            yield from _keyed(text, name, _without_scores(run))
             return
         if certain:
             return  # some other field, or a variable
     yield from _bare(text, run, head, outer)
+
+
+def _without_scores(run: list[_Group]) -> list[_Group]:
+    """Without the confidence that follows the four numbers of a box, in 0-1 or in percent."""
+    if all(group.size == 5 and 0 <= row[4] <= 100 for group in run for *_, row in group.rows):
+        return [group._replace(rows=[(*span, row[:4]) for *span, row in group.rows], size=4) for group in run]
+    return run
 
 
 def _boxes(name: str, groups: list[_Group], label: str | None = None) -> Iterator[Reference]:
@@ -455,8 +655,8 @@ def _pairs(groups: list[_Group], size: int) -> Iterator[tuple[int, int, tuple[fl
         yield part[0].start, part[-1].end, tuple(n for group in part for n in group.rows[0][2])
 
 
-def _is_points(groups: list[_Group]) -> bool:
-    return all(group.bracket == "(" and len(group.rows) == 1 and group.size == 2 for group in groups)
+def _is_points(groups: list[_Group], brackets: str = "(") -> bool:
+    return all(group.bracket in brackets and len(group.rows) == 1 and group.size == 2 for group in groups)
 
 
 def _tagged(text: str, tag: str, run: list[_Group], nested: bool, label: str | None) -> Iterator[Reference]:
@@ -465,7 +665,7 @@ def _tagged(text: str, tag: str, run: list[_Group], nested: bool, label: str | N
         if run[0].size == 2:
             yield from _boxes(name, run[:1], label)
         return
-    if _is_points(run):
+    if _is_points(run) or len(run) > 1 and _is_points(run, "(["):
         if name == "glm_begin_of_box":
             return  # a final answer, such as the point (3, 4)
         size = 4 if name == "qwenvl_quad" else 2
@@ -487,20 +687,23 @@ def _tagged(text: str, tag: str, run: list[_Group], nested: bool, label: str | N
 
 def _keyed(text: str, key: str, run: list[_Group]) -> Iterator[Reference]:
     boxes = [group for group in run if group.size == 4]
-    if _is_points(run) and len(run) == 2 and key in _BOX_KEYS:  # Qwen2-VL pair in a JSON field
-        (start, end, coords) = next(_pairs(run, 2))
+    if _is_points(run, "([") and len(run) in (2, 4) and key in _BOX_KEYS - _POINT_LISTS:  # two corners, or all four
+        (start, end, coords) = next(_pairs(run, len(run)))
         yield Reference(_json_name(text, key, start), start, end, coords, _json_label(text, start, end))
     elif boxes and key in _BOX_KEYS:
         for group in boxes:
             name = _json_name(text, key, group.start)
             yield from _boxes(name, [group], _json_label(text, group.start, group.end))
     elif key in _POINT_KEYS:
-        name = "gui_coordinate" if key == "coordinate" else "point_2d_json"
-        if key in ("startbox", "endbox", "startpoint", "endpoint"):
-            name = "uitars_box"
         for group in run:
             if group.size == 2:
-                yield from _boxes(name, [group], _json_label(text, group.start, group.end))
+                yield from _boxes(_point_name(key), [group], _json_label(text, group.start, group.end))
+
+
+def _point_name(key: str) -> str:
+    if key in ("startbox", "endbox", "startpoint", "endpoint"):
+        return "uitars_box"
+    return "gui_coordinate" if key == "coordinate" else "point_2d_json"
 
 
 def _json_name(text: str, key: str, start: int) -> str:
@@ -667,10 +870,14 @@ _REGION_ENDS = ("<think>", "</think>", "<answer>", "<rethink>", "</rethink>")
 
 _SCANNERS = (
     (("<loc",), _scan_paligemma),
+    (("<loc_",), _scan_florence),
     (("<patch_index_",), _scan_kosmos),
     (("<point",), _scan_points),
     (("data-bbox",), _scan_html),
-    (("<bbox>", "<box>", "<point>"), _scan_tag_numbers),
+    (("<bbox>", "<box>", "<point>", "<bbox_2d>", "<click>", "<|box_start|>", "<|det|>"), _scan_tag_numbers),
+    (("y", "Y", "top"), _scan_named),
+    ((":", "="), _scan_field_numbers),
+    (("(",), _scan_clicks),
     (("]", ")"), _scan_groups),
 )
 """(strings one of which a text must have, scanner)."""
@@ -683,6 +890,12 @@ def scan_coordinates(text: str) -> list[Reference]:
         if any(trigger in text for trigger in triggers):
             found.extend(scanner(text))
     found.sort(key=lambda reference: reference.start)
+    # Who writes boxes y first writes points so too.
+    if any(reference.format == "gemini_box_2d" for reference in found):
+        found = [
+            ref._replace(format="gemini_point") if ref.format in ("point_2d_json", "named_point") else ref
+            for ref in found
+        ]
     # GRIT puts several bbox_2d keys into one object: no brace between two boxes.
     for i in range(1, len(found)):
         first, second = found[i - 1], found[i]

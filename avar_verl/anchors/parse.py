@@ -11,12 +11,19 @@ import re
 from collections import Counter
 from operator import itemgetter
 
-from avar_verl.anchors.anchor import Anchor, check_coordinates, check_image_size, resolve_scale
+from avar_verl.anchors.anchor import (
+    TOLERANCE,
+    Anchor,
+    anchor_scale,
+    check_coordinates,
+    check_image_size,
+    response_scale,
+)
 from avar_verl.anchors.formats import FORMATS, SCALES, Reference, scan_coordinates
 from avar_verl.anchors.phrases import Sentences, scan_chinese, scan_english
 
-CLIP_TOLERANCE = 0.03
-"""Fraction of a side by which coordinates may be outside the image. Models are off by a few pixels at the border."""
+CLIP_TOLERANCE = TOLERANCE - 1
+"""Fraction of a side by which coordinates may be outside the image."""
 
 MAX_PIXELS = 100_000
 """Largest coordinate if neither the image size nor the scale is known."""
@@ -40,6 +47,26 @@ def _to_ascii(text: str) -> str:
     for wide, narrow in _FULL_WIDTH.items():
         text = text.replace(wide, narrow)
     return text
+
+
+_ESCAPED_KEY = re.compile(r"""\\+["'][A-Za-z0-9_ -]{1,24}\\+["']\s*:""")
+_ESCAPED_QUOTE = re.compile(r"""(\w?)\\+(["'])""")
+_ESCAPED_SPACE = re.compile(r"""\\+[nrt](?=[\s\[\]{}()"'0-9\\-])""")
+
+
+def _unescape(text: str) -> str:
+    """JSON inside a JSON string: `\\"` if a key is written so, `\\n` between brackets, numbers and quotes.
+
+    One for one, as above; the quote stays next to the word it closes or opens.
+    """
+    if "\\" not in text:
+        return text
+    if _ESCAPED_KEY.search(text):
+        text = _ESCAPED_QUOTE.sub(
+            lambda match: (match[1] + match[2]).ljust(len(match[0])) if match[1] else match[2].rjust(len(match[0])),
+            text,
+        )
+    return _ESCAPED_SPACE.sub(lambda match: " " * len(match[0]), text)
 
 
 def _lower(text: str) -> str:
@@ -133,20 +160,32 @@ def _fits(numbers: tuple[float, ...], width: float, height: float) -> bool:
     )
 
 
-def _valid(reference: Reference, image_size: tuple[float, float] | None, coordinates: str) -> bool:
-    """Whether the numbers are a box with an area, or a point, inside the image."""
+def _has_area(reference: Reference) -> bool:
+    """Whether the numbers are a box with an area, or a point."""
     row = FORMATS[reference.format]
     numbers = reference.coords
     if row.scale == "patches":
         (y1, x1), (y2, x2) = divmod(numbers[0], 32), divmod(numbers[1], 32)
         return x1 <= x2 and y1 <= y2 and max(numbers) < 32 * 32
+    if len(numbers) == 4:
+        return numbers[0] < numbers[2] and numbers[1] < numbers[3]
+    return len(numbers) == 2 or len(set(numbers[::2])) > 1 and len(set(numbers[1::2])) > 1
+
+
+def _inside(reference: Reference, scale: str | None, image_size: tuple[float, float] | None) -> bool:
+    """Whether the numbers are inside the image, and a box is at least a pixel wide and high."""
+    row = FORMATS[reference.format]
+    numbers = reference.coords
+    if scale == "patches":
+        return True
     if row.order == "yx":
         numbers = tuple(number for y, x in zip(numbers[::2], numbers[1::2], strict=True) for number in (x, y))
-    if len(numbers) == 4 and not (numbers[0] < numbers[2] and numbers[1] < numbers[3]):
-        return False
-    if len(numbers) == 8 and (len(set(numbers[::2])) < 2 or len(set(numbers[1::2])) < 2):
-        return False
-    scale = resolve_scale(reference.format, numbers, coordinates)
+    if len(numbers) > 2:
+        width, height = max(numbers[::2]) - min(numbers[::2]), max(numbers[1::2]) - min(numbers[1::2])
+        if scale in SCALES and image_size is not None:
+            width, height = width * image_size[0] / SCALES[scale], height * image_size[1] / SCALES[scale]
+        if min(width, height) < 1 and (image_size is not None or scale not in SCALES):
+            return False
     systems = []
     if scale == "absolute" or scale is None:
         systems.append(image_size or (MAX_PIXELS, MAX_PIXELS))
@@ -178,8 +217,8 @@ def parse_anchors(text: str, image_size: tuple[int, int] | None = None, coordina
             (width, height) in pixels of the image the model saw. Without it pixel boxes have no upper bound.
         coordinates (`str`, *optional*, defaults to `"auto"`):
             Coordinate system of the numbers: `absolute` (pixels), `relative_1000`, `normalized` (0-1), `percent`, or
-            `auto`: the scale of the format, else pixels or 0-1000, whichever fits. Used only to decide what is inside
-            the image.
+            `auto`: that of the format, else the one that all numbers of the response fit. Decides what is inside the
+            image, and is the `scale` of the anchors.
 
     Returns:
         `list[Anchor]`: In text order.
@@ -203,26 +242,34 @@ def parse_anchors(text: str, image_size: tuple[int, int] | None = None, coordina
     plain = _to_ascii(text)
     low = _lower(plain)
     sentences = Sentences(low)
-    found: list[_Found] = [
+    foreign = _foreign_spans(plain)
+    written = [
         (ref.start, ref.end, FORMATS[ref.format].kind, ref.coords, ref.label, ref.format)
-        for ref in scan_coordinates(plain)
-        if _valid(ref, size, coordinates)
+        for ref in scan_coordinates(_unescape(plain))
+        if _has_area(ref)
     ]
-    found += [(*span, "phrase", None, None, "phrase_en") for span in scan_english(low, sentences)]
+    own = _outside(written, foreign)
+    scale = response_scale([(name, numbers) for *_, numbers, _, name in own], size, coordinates)
+    found: list[_Found] = []
+    for start, end, kind, numbers, label, name in own:
+        its_scale = anchor_scale(name, coordinates, scale)
+        if _inside(Reference(name, start, end, numbers), its_scale, size):
+            found.append((start, end, kind, numbers, label, name, its_scale))
+    phrases = [(*span, "phrase", None, None, "phrase_en", None) for span in scan_english(low, sentences)]
     if not text.isascii():
-        found += [(*span, "phrase", None, None, "phrase_zh") for span in scan_chinese(plain)]
+        phrases += [(*span, "phrase", None, None, "phrase_zh", None) for span in scan_chinese(plain)]
+    found += _outside(phrases, foreign)
     if not found:
         return []
     found.sort(key=itemgetter(0, 1))
-    found = _without_copies(_without_chains(_outside(found, _foreign_spans(plain)), low), low, sentences)
-    return _with_regions(found, _regions(plain))
+    return _with_regions(_without_copies(_without_chains(found, low), low, sentences), _regions(plain))
 
 
-_Found = tuple[int, int, str, tuple[float, ...] | None, str | None, str]
-"""(start, end, kind, coords, label, format): an anchor before its region is known."""
+_Found = tuple[int, int, str, tuple[float, ...] | None, str | None, str, str | None]
+"""(start, end, kind, coords, label, format, scale): an anchor before its region is known."""
 
 
-def _outside(found: list[_Found], spans: list[tuple[int, int]]) -> list[_Found]:
+def _outside(found: list[tuple], spans: list[tuple[int, int]]) -> list[tuple]:
     """The text outside all of the spans."""
     if not spans:
         return found
@@ -274,8 +321,8 @@ def _without_chains(found: list[_Found], low: str) -> list[_Found]:
 def _with_regions(found: list[_Found], stretches: list[tuple[int, str]]) -> list[Anchor]:
     i = 0
     anchors = []
-    for start, end, kind, coords, label, name in found:
+    for start, end, kind, coords, label, name, scale in found:
         while i + 1 < len(stretches) and stretches[i + 1][0] <= start:
             i += 1
-        anchors.append(Anchor(kind, start, end, coords, label, name, stretches[i][1]))
+        anchors.append(Anchor(kind, start, end, coords, label, name, stretches[i][1], scale))
     return anchors

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from avar_verl.anchors import Anchor, parse_anchors, to_pixels
-from avar_verl.anchors.anchor import resolve_scale
+from avar_verl.anchors.anchor import TOLERANCE
 from avar_verl.anchors.phrases import Sentences
 from avar_verl.rewards.grounding import box_iou
 
@@ -32,8 +32,6 @@ MAX_AREA = 0.9
 SAME_POINT = 0.02
 # Number of places that a new one is compared with, so that a list of thousands takes linear time.
 MAX_KEPT = 64
-# Numbers slightly beyond the edge of the image still count as pixels.
-TOLERANCE = 1.03
 # Usual scales of relative coordinates, and a large image.
 SCALES = (1.0, 100.0, 1000.0, 1024.0, 4096.0)
 
@@ -99,7 +97,7 @@ def _unit_coordinates(
     Numbers of unknown scale are read as pixels if the image is known and contains them all, else in the smallest common
     scale that contains them. This is enough to compare them with one another.
     """
-    scales = [a.coords and resolve_scale(a.format, a.coords, coordinates) for a in found]
+    scales = [a.scale for a in found]
     unknown = [a.coords for a, scale in zip(found, scales, strict=True) if a.coords and scale in (None, "absolute")]
     greatest = max((max(coords) for coords in unknown), default=0.0)
     if image_size is not None and (coordinates == "absolute" or greatest <= TOLERANCE * max(image_size)):

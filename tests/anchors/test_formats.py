@@ -3,7 +3,7 @@
 
 import pytest
 
-from avar_verl.anchors import parse_anchors
+from avar_verl.anchors import parse_anchors, to_pixels
 from avar_verl.anchors.formats import FORMATS
 
 # format, text, [(reference, coords, label)]
@@ -175,6 +175,26 @@ CASES = [
     ("bare_untagged", "The dog [12, 30, 300, 400] runs", [("[12, 30, 300, 400]", (12, 30, 300, 400), "dog")]),
     ("bare_untagged", "`[0, 15, 640, 90]` -> sky", [("[0, 15, 640, 90]", (0, 15, 640, 90), None)]),
     ("bare_point", "The red button is located at (412, 288).", [("(412, 288)", (412, 288), None)]),
+    (
+        "gemini_point",
+        '{"box_2d": [100, 640, 100, 810]} [{"point": [120, 700], "label": "hook"}]',
+        [("[120, 700]", (120, 700), "hook")],
+    ),
+    (
+        "florence_loc",
+        "cat<loc_95><loc_86><loc_901><loc_918>dog<loc_5><loc_6><loc_70><loc_80><loc_1><loc_2><loc_30><loc_40>",
+        [
+            ("<loc_95><loc_86><loc_901><loc_918>", (95, 86, 901, 918), "cat"),
+            ("<loc_5><loc_6><loc_70><loc_80>", (5, 6, 70, 80), "dog"),
+            ("<loc_1><loc_2><loc_30><loc_40>", (1, 2, 30, 40), "dog"),
+        ],
+    ),
+    (
+        "named_corners",
+        '{"ymin": 20, "xmin": 10, "ymax": 220, "xmax": 110, "label": "cat"}',
+        [('"ymin": 20, "xmin": 10, "ymax": 220, "xmax": 110', (10, 20, 110, 220), "cat")],
+    ),
+    ("named_point", "pyautogui.click(x=540, y=118)", [("x=540, y=118", (540, 118), None)]),
     ("code_crop", "part = img.crop((40, 60, 400, 300))", [("(40, 60, 400, 300)", (40, 60, 400, 300), None)]),
 ]
 
@@ -258,3 +278,90 @@ def test_zero_width_characters_break_a_group():
 
 def test_other_digits_are_not_numbers():
     assert parse_anchors('{"bbox_2d": [\u0661\u0660, \u0662\u0660, \u0663\u0660, \u0664\u0660]}') == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"bbox_2d": [10, 20, 110, 220,], "label": "cat"}',
+        '{"bbox_2d": ["10", "20", "110", "220"], "label": "cat",}',
+        '{"bbox_2d": "10, 20, 110, 220", "label": "cat"}',
+        '{"bbox_2d": [10 20 110 220], "label": "cat"}',
+        '{"bbox_2d": [10, 20, 110, 220, 0.97], "label": "cat"}',
+        '{"bbox_2d": [10, 20, 110, 220, 97], "label": "cat"}',
+        '{"bbox_2d": [[10, 20], [110, 220]], "label": "cat"}',
+        '{"bbox": {"x1": 10, "y1": 20, "x2": 110, "y2": 220}, "label": "cat"}',
+        '{"label": "cat", "x0": "10", "y0": "20", "x1": "110", "y1": "220"}',
+        '{"left": 10, "top": 20, "right": 110, "bottom": 220, "label": "cat"}',
+        '{"x_min": 10, "y_min": 20, "x_max": 110, "y_max": 220, "label": "cat"}',
+        '{"x": 10, "y": 20, "width": 100, "height": 200, "label": "cat"}',
+        '{"cx": 60, "cy": 120, "w": 100, "h": 200, "label": "cat"}',
+        '{"top_left": [10, 20], "bottom_right": [110, 220], "label": "cat"}',
+        '{"top_left": {"x": 10, "y": 20}, "bottom_right": {"x": 110, "y": 220}, "label": "cat"}',
+        r"{\"bbox_2d\": [10, 20, 110, 220], \"label\": \"cat\"}",
+        r"[\n {\"bbox_2d\": [\n 10,\n 20,\n 110,\n 220\n],\n \"label\": \"cat\"}\n]",
+        "cat<loc_10><loc_20><loc_110><loc_220>",
+    ],
+)
+def test_json_as_models_write_it(text):
+    (anchor,) = parse_anchors(text, (640, 480))
+    assert anchor.coords == (10, 20, 110, 220) and anchor.label == "cat"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<box x1=10 y1=20 x2=110 y2=220>", "<bbox_2d>10, 20, 110, 220</bbox_2d>", "<|box_start|>10,20,110,220<|box_end|>"]
+    + [
+        "<h2 data-bbox=10 20 110 220>Report</h2>",
+        "<box>[[10, 20], [110, 220]]</box>",
+        "<box>[10, 20, 110, 220, 0.9]</box>",
+    ]
+    + ["Box(x1=10, y1=20, x2=110, y2=220)"],
+)
+def test_tags_without_quotes(text):
+    assert [a.coords for a in parse_anchors(text)] == [(10, 20, 110, 220)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "click(540, 118)",
+        "pyautogui.click(540, 118, clicks=2)",
+        "click(x=540, y=118)",
+        "left_double(540, 118)",
+        "click(start_box='(540,118)')",
+        "click(start_box='[540, 118]')",
+        "click(start_box='540 118')",
+        "click(point='<point>540 118</point>')",
+        "click(start_box='<bbox>540 118 540 118</bbox>')",
+        '{"action": "click", "x": 540, "y": 118}',
+        '{"action": "click", "point": {"x": 540, "y": 118}}',
+        "<click>540, 118</click>",
+        "<point x=540 y=118>",
+    ],
+)
+def test_clicks(text):
+    assert [(a.kind, a.coords) for a in parse_anchors(text)] == [("point", (540, 118))]
+
+
+def test_points_are_y_first_where_boxes_are():
+    box, point = '{"box_2d": [100, 640, 420, 810]}', '{"point": [120, 700], "label": "hook"}'
+    assert [a.format for a in parse_anchors(point + box)] == ["gemini_point", "gemini_box_2d"]
+    assert [to_pixels(a, (500, 1000)) for a in parse_anchors(point + box)] == [(350, 120), (320, 100, 405, 420)]
+    assert [a.format for a in parse_anchors(point)] == ["point_2d_json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The slope uses x1 = 3, y1 = 4, x2 = 60, y2 = 80.",
+        "Take (x1 = 3, y1 = 4, x2 = 60, y2 = 80).",
+        '{"width": 100, "height": 200}',
+        '{"x": 3, "y": 4}',
+        "f(x=3, y=4)",
+        "<loc_10><loc_20><loc_30>",
+        '{"scores": ["10", "20", "110", "220"]}',
+    ],
+)
+def test_fields_that_are_no_places(text):
+    assert [a for a in parse_anchors(text) if a.kind != "phrase"] == []

@@ -7,6 +7,8 @@ from avar_verl.anchors import Anchor, parse_anchors, to_pixels
 from avar_verl.anchors.formats import FORMATS
 
 SIZE = (640, 480)
+# Qwen2-VL tags in pixels: the second box alone would be 0-1000.
+PIXELS = "<|box_start|>(1769,1013),(1778,1027)<|box_end|><|box_start|>(483,954),(519,987)<|box_end|>"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,49 @@ SIZE = (640, 480)
 def test_pixels(text, coordinates, expected):
     (anchor,) = parse_anchors(text)
     assert to_pixels(anchor, SIZE, coordinates) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "scale"),
+    [
+        # Qwen2-VL tags in pixels: the second box alone would be 0-1000.
+        (
+            "<|box_start|>(1769,1013),(1778,1027)<|box_end|><|box_start|>(483,954),(519,987)<|box_end|>",
+            None,
+            "absolute",
+        ),
+        ("<|box_start|>(483,954),(519,987)<|box_end|>", None, "relative_1000"),
+        ('{"bbox_2d": [10, 20, 300, 400]} {"bbox_2d": [100, 200, 900, 400]}', (640, 480), "relative_1000"),
+        ('{"bbox_2d": [10, 20, 300, 400]} {"bbox_2d": [100, 200, 900, 400]}', (1000, 480), None),
+        ('{"bbox_2d": [10, 20, 300, 400]} {"bbox_2d": [100, 200, 1900, 400]}', None, "absolute"),
+        ('{"bbox_2d": [0.1, 0.2, 0.3, 0.4]} {"point_2d": [0.5, 0.5]}', (640, 480), "normalized"),
+        ('{"bbox_2d": [10, 20, 300, 400]} <|box_start|>(483,954),(519,987)<|box_end|>', None, "relative_1000"),
+        ('<points x1="10" y1="20">a</points> <points x1="310" y1="20">b</points>', None, "relative_1000"),
+        ('<points x1="10" y1="20">a</points> <points x1="31" y1="20">b</points>', None, "percent"),
+    ],
+)
+def test_one_scale_a_response(text, size, scale):
+    anchors = parse_anchors(text, size)
+    assert len(anchors) in (1, 2) and {anchor.scale for anchor in anchors} == {scale}
+
+
+def test_boxes_that_are_read_together():
+    assert to_pixels(parse_anchors(PIXELS, (1932, 1092))[1], (1932, 1092)) == (483, 954, 519, 987)
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "coordinates", "found"),
+    [
+        ("[10, 20, 11, 40]", None, "absolute", 1),
+        ("[10, 20, 10.9, 40]", None, "absolute", 0),
+        ("[0.1, 0.2, 0.3, 0.4]", (640, 480), "absolute", 0),
+        ("[500, 500, 502, 600]", (640, 480), "relative_1000", 1),  # 1.28 pixels
+        ("[500, 500, 501, 600]", (640, 480), "relative_1000", 0),  # 0.64
+        ("[500, 500, 501, 600]", None, "relative_1000", 1),
+    ],
+)
+def test_nothing_below_a_pixel(box, size, coordinates, found):
+    assert len(parse_anchors(f'{{"bbox_2d": {box}}}', size, coordinates)) == found
 
 
 @pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.scale is None])
