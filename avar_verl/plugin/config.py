@@ -17,6 +17,8 @@ from avar_verl.objectives.vars import SHAPINGS, STATISTICS
 # not a mode, because with LoRA the same engine also runs the reference pass, whose masses are not needed.
 MEASURE_FLAG = "avar_measure"
 VISUAL_OUTPUT = "avar_visual"
+# The names of TRL's `multi_objective_aggregation`.
+ADVANTAGES = ("sum_then_normalize", "normalize_then_sum")
 DROP_GROUPS = ("identical", "all_wrong")
 QUERY_ROLES = {
     "user": (TokenRole.USER,),
@@ -174,6 +176,12 @@ class VarsConfig:
     `extra_info["boxes_size"]` (width, height), one image per sample; [] means the whole image. Paper: false.
     """
 
+    advantage: str = "sum_then_normalize"
+    """How r_visual enters the advantage: sum_then_normalize (paper: into the reward, which the estimator then
+    normalises) or normalize_then_sum (each normalised by mean and standard deviation of the group, then r_visual's times
+    lambda_v added: GDPO, arXiv 2601.05242; for grpo and grpo_vectorized).
+    """
+
     drop_groups: str = "identical"
     """Which groups verl's filter drops where `algorithm.filter_groups.enable` is on: identical (verl's, DAPO's: the
     metric is the same in all rollouts, right or wrong) or all_wrong (no answer is right by the gate; all-right groups,
@@ -209,6 +217,8 @@ class VarsConfig:
         )
         _check(self.shaping in SHAPINGS, f"shaping must be one of {SHAPINGS}", self.shaping, fix + "shaping.")
         _check(isinstance(self.region, bool), "region must be true or false", self.region, fix + "region=false.")
+        ok = self.advantage in ADVANTAGES
+        _check(ok, f"advantage must be one of {ADVANTAGES}", self.advantage, fix + "advantage=sum_then_normalize.")
         ok = self.drop_groups in DROP_GROUPS
         _check(ok, f"drop_groups must be one of {DROP_GROUPS}", self.drop_groups, fix + "drop_groups=identical.")
         if self.shaping == "clip":

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from avar_verl.attention.mass import IMPLEMENTATIONS
 from avar_verl.objectives.vars import SHAPINGS, STATISTICS
 from avar_verl.plugin.config import (
+    ADVANTAGES,
     DROP_GROUPS,
     QUERY_ROLES,
     AgtoConfig,
@@ -72,7 +73,7 @@ def test_every_field_is_explained_above_it(path):
             for number, line in enumerate(lines)
             if ":" in line and not line.strip().startswith(("#", "_target_"))
         ]
-        assert len(fields) == 37
+        assert len(fields) == 38
         for number in fields:
             assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
     trailing = [line for line in lines if line.split("#")[0].strip() and "#" in line]
@@ -118,6 +119,7 @@ NAN = float("nan")
         (VarsConfig, {"lambda_v": -0.3}, "lambda_v must be >= 0; got -0.3"),
         (VarsConfig, {"epsilon": 0.0}, "epsilon must be > 0; got 0.0"),
         (VarsConfig, {"statistic": "vas"}, r"statistic must be one of \('ratio', 'image_share'\); got 'vas'"),
+        (VarsConfig, {"advantage": "total"}, r"advantage must be one of \('sum_then_normalize', .*\); got 'total'"),
         (VarsConfig, {"drop_groups": "easy"}, r"drop_groups must be one of \('identical', 'all_wrong'\); got 'easy'"),
         (VarsConfig, {"shaping": "tanh"}, "shaping must be one of .*; got 'tanh'"),
         (VarsConfig, {"shaping": "clip"}, "shaping=clip needs clip_max > 0; got None"),
@@ -161,6 +163,7 @@ def test_every_rule_is_enforced(config, values, message):
         (VarsConfig, {"alarm_window": 0, "layer_weights": (2.0,)}),
         *((VarsConfig, {"statistic": statistic}) for statistic in STATISTICS),
         *((VarsConfig, {"shaping": shaping}) for shaping in SHAPINGS if shaping != "clip"),
+        *((VarsConfig, {"advantage": name}) for name in ADVANTAGES),
         *((VarsConfig, {"drop_groups": name}) for name in DROP_GROUPS),
         (VarsConfig, {"shaping": "clip", "clip_max": 20, "layers": (0, -1)}),
         (RewardManagerConfig, {"skip_special_tokens": False, "timeout_s": None, "max_failures": 1}),

@@ -19,6 +19,7 @@ from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
 from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, TrainerConfig, VarsConfig
 from avar_verl.plugin.switch import VARIABLE, is_wanted, switch_on
+from avar_verl.plugin.trainer.advantage import add_to_advantages, check_advantage, visual_advantage
 from avar_verl.plugin.trainer.replay_buffer import check_drop_groups, configured_replay_buffer
 from avar_verl.plugin.trainer.rewards import gate_if_any, reward_infos, reward_part_metrics
 
@@ -30,6 +31,7 @@ def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
         ValueError: names the field and the value to set.
     """
     check_drop_groups(config, vars_config)
+    check_advantage(config, vars_config)
     if not vars_config.measures:
         return
     if config.actor_rollout_ref.actor.fsdp_config.get("vars") is None:
@@ -69,8 +71,9 @@ class AvarPPOTrainer(PPOTrainerSync):
     """`PPOTrainerSync` plus `lambda_v * r_visual` on the last response token of correct answers, before the advantage.
 
     Changes relative to verl's trainer: the old-log-prob pass also returns attention masses; the weighted visual reward
-    is added to `rm_scores` of rollouts with a correct answer; `avar/*` metrics. With lambda_v = 0, `rm_scores` are not
-    changed.
+    is added to `rm_scores` of rollouts with a correct answer, or normalised to the advantages (`avar.vars.advantage`);
+    which groups the replay buffer drops and how often it looks; `avar/*` metrics. With lambda_v = 0, rewards and advantages
+    are verl's.
     """
 
     def __init__(self, config: DictConfig):
@@ -157,18 +160,24 @@ class AvarPPOTrainer(PPOTrainerSync):
         return dp_size * (1 if rollout.log_prob_use_dynamic_bsz else rollout.log_prob_micro_batch_size_per_gpu)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        self._add_visual_reward(batch, metrics)
-        return super()._compute_advantage(batch, metrics)
+        advantage_B = self._add_visual_reward(batch, metrics)
+        done = super()._compute_advantage(batch, metrics)
+        if advantage_B is not None:
+            add_to_advantages(batch, advantage_B)
+        return done
 
-    def _add_visual_reward(self, batch: KVBatchMeta, metrics: dict) -> None:
-        """Add the weighted r_visual to `rm_scores` in the TransferQueue and log every part of the reward."""
+    def _add_visual_reward(self, batch: KVBatchMeta, metrics: dict) -> torch.Tensor | None:
+        """Add the weighted r_visual to `rm_scores` in the TransferQueue and log every part of the reward.
+
+        With `normalize_then_sum`, `rm_scores` stay as they are, and the (B,) float32 to add to the advantages returns.
+        """
         fields = ["uid", "rm_scores", "extra_fields"] + ([VISUAL_OUTPUT] if self.vars.measures else [])
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         real = [not tag.get("is_padding", False) for tag in batch.tags]
         infos = reward_infos(data["extra_fields"])
         metrics.update(reward_part_metrics(infos, real))
         if not self.vars.measures:
-            return
+            return None
 
         visual_BF = torch.stack(list(data[VISUAL_OUTPUT].unbind())).float()
         correct_B = gate_if_any(infos, real, self.vars)
@@ -176,11 +185,15 @@ class AvarPPOTrainer(PPOTrainerSync):
         if self.vars.lambda_v == 0:
             metrics.update(visual_metrics(visual_BF, correct_B, real))
             metrics.update(self._alarms(metrics))
-            return
+            return None
         shaped_B = shape_visual_reward(raw_B, correct_B, list(data["uid"]), self.vars.shaping, self.vars.clip_max)
         weighted_B = self.vars.lambda_v * shaped_B
         metrics.update(visual_metrics(visual_BF, correct_B, real, raw_B, shaped_B, weighted_B))
         metrics.update(self._alarms(metrics))
+        if self.vars.advantage == "normalize_then_sum":
+            advantage_B = self.vars.lambda_v * visual_advantage(shaped_B, batch, list(data["uid"]))
+            metrics["avar/r_visual/advantage"] = float(advantage_B[torch.tensor(real)].abs().mean())
+            return advantage_B
 
         scores = list(data["rm_scores"].unbind())
         for score, reward in zip(scores, weighted_B, strict=True):
@@ -192,6 +205,7 @@ class AvarPPOTrainer(PPOTrainerSync):
             partition_id=batch.partition_id,
             fields=TensorDict({"rm_scores": rm_scores}, batch_size=len(batch)),
         )
+        return None
 
     def _alarms(self, metrics: dict) -> dict[str, float]:
         """`avar/alarm/*`, 1 while an alarm is on; empty without a measured rollout, none of accuracy without a gate."""

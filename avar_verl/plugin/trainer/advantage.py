@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""r_visual normalised on its own and added to verl's advantages: `avar.vars.advantage=normalize_then_sum`.
+
+Shape suffixes: B = rollouts, T = response tokens
+"""
+
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.core_algos import AdvantageEstimator
+
+from avar_verl.objectives.groups import group_index, group_normalize
+from avar_verl.plugin.config import VarsConfig
+
+# The estimators that divide by the standard deviation of the group, as r_visual's own part is.
+ESTIMATORS = (AdvantageEstimator.GRPO.value, AdvantageEstimator.GRPO_VECTORIZED.value)
+
+
+def check_advantage(config: DictConfig, vars_config: VarsConfig) -> None:
+    """Refuse `normalize_then_sum` with an advantage that is not normalised by the group.
+
+    Without the division by the standard deviation both orders give the same numbers, and an advantage with a baseline
+    or a normalisation of another kind has no part to which a group-relative one can be added.
+
+    Raises:
+        ValueError: names the field and the value to set.
+    """
+    if vars_config.advantage != "normalize_then_sum":
+        return
+    fix = "Set avar.vars.advantage=sum_then_normalize, or the estimator to grpo."
+    estimator = config.algorithm.adv_estimator
+    if estimator not in ESTIMATORS:
+        raise ValueError(
+            f"normalize_then_sum needs algorithm.adv_estimator in {ESTIMATORS}; got {str(estimator)!r}. {fix}"
+        )
+    if not config.algorithm.get("norm_adv_by_std_in_grpo", True):
+        raise ValueError(
+            "normalize_then_sum divides by standard deviations; got algorithm.norm_adv_by_std_in_grpo=False, with which "
+            "lambda_v has the same meaning in the sum. Set avar.vars.advantage=sum_then_normalize."
+        )
+
+
+def visual_advantage(visual_B: torch.Tensor, batch: KVBatchMeta, groups: list) -> torch.Tensor:
+    """(B,) float32: `group_normalize` of r_visual over the rollouts of a prompt; 0 for padding.
+
+    As in verl's GRPO, the last output of a rollout stands for it, and its other outputs share its advantage
+    (trainer/ppo/v1/utils.py:148 compute_advantage_for_multi_trajectories).
+
+    Args:
+        visual_B: r_visual, gated and shaped; 0 for wrong answers, which count in mean and standard deviation.
+        groups: B ids of prompts (uid).
+    """
+    outputs: dict[str, list[int]] = {}  # Rows of a rollout: keys are {uid}_{session}_{output}.
+    for row, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
+        if not tag.get("is_padding", False):
+            outputs.setdefault(key.rsplit("_", 1)[0], []).append(row)
+    last = [max(rows, key=lambda row: int(batch.keys[row].rsplit("_", 1)[1])) for rows in outputs.values()]
+    normalized = group_normalize(visual_B[last], group_index([groups[row] for row in last]))
+    advantage_B = torch.zeros(len(batch.keys))
+    for rows, value in zip(outputs.values(), normalized, strict=True):
+        advantage_B[rows] = value
+    return advantage_B
+
+
+def add_to_advantages(batch: KVBatchMeta, advantage_B: torch.Tensor) -> None:
+    """Add a number per rollout to `advantages` and `returns` of its response tokens, in the TransferQueue.
+
+    `response_mask` is read after verl's advantage, which writes the mask of rejected tokens to it.
+    """
+    fields = ["advantages", "returns", "response_mask"]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+    masks = list(data["response_mask"].unbind())
+    added = {
+        name: torch.nested.as_nested_tensor(
+            [
+                row_T + value * mask_T
+                for row_T, mask_T, value in zip(data[name].unbind(), masks, advantage_B, strict=True)
+            ],
+            layout=torch.jagged,
+        )
+        for name in ("advantages", "returns")
+    }
+    tq.kv_batch_put(
+        keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(added, batch_size=len(batch.keys))
+    )
