@@ -178,8 +178,8 @@ class VarsConfig:
 
     advantage: str = "sum_then_normalize"
     """How r_visual enters the advantage: sum_then_normalize (paper: into the reward, which the estimator then
-    normalises) or normalize_then_sum (each normalised by mean and standard deviation of the group, then r_visual's times
-    lambda_v added: GDPO, arXiv 2601.05242; for grpo and grpo_vectorized).
+    normalises) or normalize_then_sum (each normalised by mean and standard deviation of the group, then r_visual's,
+    times lambda_v, added: GDPO, arXiv 2601.05242; for grpo and grpo_vectorized).
     """
 
     drop_groups: str = "identical"

@@ -37,13 +37,16 @@ def check_advantage(config: DictConfig, vars_config: VarsConfig) -> None:
         )
     if not config.algorithm.get("norm_adv_by_std_in_grpo", True):
         raise ValueError(
-            "normalize_then_sum divides by standard deviations; got algorithm.norm_adv_by_std_in_grpo=False, with which "
-            "lambda_v has the same meaning in the sum. Set avar.vars.advantage=sum_then_normalize."
+            "normalize_then_sum divides by standard deviations; got algorithm.norm_adv_by_std_in_grpo=False, with "
+            "which a sum keeps the weight of each part. Set avar.vars.advantage=sum_then_normalize."
         )
 
 
 def visual_advantage(visual_B: torch.Tensor, batch: KVBatchMeta, groups: list) -> torch.Tensor:
     """(B,) float32: `group_normalize` of r_visual over the rollouts of a prompt; 0 for padding.
+
+    GDPO (arXiv 2601.05242) for a reward conditioned on another one, without its last step, the rescaling of the batch,
+    which would let lambda_v change the size of the accuracy's part.
 
     As in verl's GRPO, the last output of a rollout stands for it, and its other outputs share its advantage
     (trainer/ppo/v1/utils.py:148 compute_advantage_for_multi_trajectories).

@@ -72,8 +72,8 @@ class AvarPPOTrainer(PPOTrainerSync):
 
     Changes relative to verl's trainer: the old-log-prob pass also returns attention masses; the weighted visual reward
     is added to `rm_scores` of rollouts with a correct answer, or normalised to the advantages (`avar.vars.advantage`);
-    which groups the replay buffer drops and how often it looks; `avar/*` metrics. With lambda_v = 0, rewards and advantages
-    are verl's.
+    which groups the replay buffer drops and how often it looks; `avar/*` metrics. With lambda_v = 0, rewards and
+    advantages are verl's.
     """
 
     def __init__(self, config: DictConfig):
