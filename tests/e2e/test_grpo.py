@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 def killed_and_resumed(tmp_path_factory, tiny_model_path):
     """Two steps, a kill, the third step from the checkpoint: (folder, metrics before, metrics after).
 
-    The first two with `launch.REWARD`, the third with a composition of it and a shipped part.
+    The first two with `launch.REWARD`, the third with a composition of it and a shipped part, and r_visual normalised
+    on its own.
     """
     work = tmp_path_factory.mktemp("grpo")
     photo_grid.make_rl_parquet(work / "rl.parquet", 12, 0, "train")
@@ -38,6 +39,7 @@ def killed_and_resumed(tmp_path_factory, tiny_model_path):
         f"+reward.custom_reward_function.reward_kwargs.parts={parts}",
         "trainer.test_freq=3",
         "data.val_batch_size=5",
+        "avar.vars.advantage=normalize_then_sum",
     ]
     return work, before, launch.run([*command, *composed], work, "resumed")
 
@@ -57,8 +59,10 @@ def test_rewards_are_what_the_formula_says(all_steps):
         assert 0 < record["avar/r_visual/gated"] <= record["avar/correct"]
         assert record["avar/r_visual/weighted"] == pytest.approx(0.3 * record["avar/r_visual/gated"], rel=1e-5)
         assert record["avar/reward/acc"] == pytest.approx(record["avar/correct"])
-        total = record["avar/reward/score"] + record["avar/r_visual/weighted"]
+        in_reward = record["avar/r_visual/weighted"] if step < 3 else 0.0
+        total = record["avar/reward/score"] + in_reward
         assert record["critic/score/mean"] == pytest.approx(total, rel=1e-5)
+    assert 0 < all_steps[3]["avar/r_visual/advantage"] < 0.3 and "avar/r_visual/advantage" not in all_steps[2]
 
 
 def test_parts_of_a_swapped_reward_function_are_logged(all_steps):

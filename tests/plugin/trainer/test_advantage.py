@@ -6,6 +6,8 @@ prompt b one right answer, ratio 4, and one wrong answer, ratio 9: r_visual is 4
 +-2. A row of padding. All right answers get 1.1, wrong ones 0.1.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +160,18 @@ def test_rejected_tokens_get_nothing(queue):
     masks = [[1, 0], *MASKS[1:]]
     expected = [*0.3 * A / ROOT_7, *1.3 * B / ROOT_2, torch.tensor(0.0)]
     check(got, [float(value) for value in expected], masks)
+
+
+@pytest.mark.parametrize(
+    "choice, case", [("GRPO", "sum, GRPO"), ("Dr.GRPO", "sum, Dr.GRPO"), ("decoupled", "normalize")]
+)
+def test_the_example_of_the_docs(choice, case):
+    lines = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"| {choice} | 0.3 |"))
+    for line, lambda_v in zip(lines[first : first + 2], (0.3, 0.03), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        expected = [f"{float(value):.2f}" for value in CASES[case][1](lambda_v)]
+        assert cells[1:] == [str(lambda_v), ", ".join(expected[:3]), ", ".join(expected[3:])]
 
 
 # ---- the formula is verl's -----------------------------------------------------------------------------------------
