@@ -35,6 +35,34 @@ DECODING_ERRORS = (
 )
 # A dict of a row has its image under the first of these keys that is not None.
 KEYS = ("bytes", "image", "path")
+# How the formats begin, in base64.
+BASE64 = {"iVBORw0KGgo": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp", "SUkq": "tiff", "TU0A": "tiff"}
+SHORTEST_BASE64 = 40  # Characters of an image, which needs some thirty bytes.
+LONGEST_SHOWN = 200
+
+
+def _cut(text: str) -> str:
+    """A text for an error message, without its middle if it is long."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:60]} ... {text[-30:]} ({len(text)} characters)"
+
+
+def check_not_base64(held: str | bytes) -> None:
+    """Refuse base64 where a path or the bytes of a file are wanted.
+
+    Raises:
+        ValueError: it looks like base64 of an image; the message says what to write instead.
+    """
+    start = (held[:4096].decode("ascii", "replace") if isinstance(held, bytes) else held[:4096]).strip()
+    got = f"an image must be the bytes of a file, a path or a data URI; got {len(held)} characters that look like"
+    if start.startswith("data:image"):  # In bytes; as text it is a data URI.
+        raise ValueError(f"{got} a data URI ({start[:24]!r}). Write it as text.")
+    kind = next((kind for magic, kind in BASE64.items() if start.startswith(magic)), None)
+    if len(start) < (SHORTEST_BASE64 if kind else 1024) or re.fullmatch(r"[A-Za-z0-9+/_=\s-]+", start) is None:
+        return
+    of = f" of a {kind.upper()} file" if kind else ""
+    raise ValueError(
+        f"{got} base64{of} ({start[:24]!r}). Put 'data:image/{kind or 'png'};base64,' before it, or decode it into bytes."
+    )
 
 
 def _held(value: Any) -> Any:
@@ -43,7 +71,7 @@ def _held(value: Any) -> Any:
         held = [value[key] for key in KEYS if value.get(key) is not None]
         if not held:
             raise ValueError(
-                f"an image dict must have one of the keys {list(KEYS)} with a value; got {dict(value)}. Write "
+                f"an image dict must have one of the keys {list(KEYS)} with a value; got {_cut(str(dict(value)))}. Write "
                 '{"bytes": ...} or {"image": path}.'
             )
         value = held[0]
@@ -68,7 +96,10 @@ def _scheme(text: str) -> str:
 def _local_path(text: str, root: str | os.PathLike | None) -> Path:
     """The file of a path or file:// URI. No percent-decoding: `qwen_vl_utils.fetch_image` does none."""
     path = Path(text[7:] if _scheme(text) == "file" else text)
-    return Path(root, path) if root is not None else path
+    path = Path(root, path) if root is not None else path
+    if not os.path.exists(path):  # Not `Path.exists`, to which a name may be too long.
+        check_not_base64(text)
+    return path
 
 
 def _data_uri(text: str) -> bytes:
@@ -85,7 +116,7 @@ def _download(url: str) -> bytes:
     import requests
 
     if _scheme(url) not in ("http", "https"):
-        raise ValueError(f"an image URL must be http or https; got {url!r}. Download the file first and give its path.")
+        raise ValueError(f"an image URL must be http or https; got {_cut(url)!r}. Download the file first and give its path.")
     deadline = time.monotonic() + URL_TIMEOUT_S
     chunks = []
     try:
@@ -97,7 +128,7 @@ def _download(url: str) -> bytes:
                 if time.monotonic() > deadline:
                     raise requests.Timeout(f"not whole after {URL_TIMEOUT_S:.0f} s")
     except requests.RequestException as error:
-        raise ValueError(f"an image URL must answer; got {url!r}: {error}. Download the file first.") from error
+        raise ValueError(f"an image URL must answer; got {_cut(url)!r}: {error}. Download the file first.") from error
     return b"".join(chunks)
 
 
@@ -109,7 +140,7 @@ def _name(held: Any, root: str | os.PathLike | None) -> str:
         return f"{len(held)} bytes that start with {held[:8]!r}"
     if _scheme(held) == "data":
         return f"the data URI {held[:40]!r}"
-    return repr(held if _scheme(held) in ("http", "https") else str(_local_path(held, root)))
+    return repr(_cut(held if _scheme(held) in ("http", "https") else str(_local_path(held, root))))
 
 
 def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike | None = None) -> Image.Image:
@@ -127,7 +158,7 @@ def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike 
             source = _download(held)
         else:
             raise ValueError(
-                f"images must be on this machine; got the URL {held!r}. Download it, or allow URLs (allow_urls=True, "
+                f"images must be on this machine; got the URL {_cut(held)!r}. Download it, or allow URLs (allow_urls=True, "
                 "--allow-urls), which makes the training wait for a server."
             )
     if isinstance(source, bytes):
@@ -149,13 +180,15 @@ def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike 
             f"an image must be within Pillow's limit of pixels; got {name}: {error}. Shrink it."
         ) from error
     except UnidentifiedImageError as error:
+        if isinstance(held, bytes):
+            check_not_base64(held)
         raise ValueError(
             f"an image must be in a format that Pillow reads; got {name}. Convert it to PNG or JPEG, or leave the row "
             "out."
         ) from error
     except DECODING_ERRORS as error:
         raise ValueError(
-            f"an image must be readable as a whole; got {name}: {error}. Write the file anew, or leave the row out."
+            f"an image must be readable as a whole; got {name}: {_cut(str(error))}. Write the file anew, or leave the row out."
         ) from error
     if min(image.size) < 1:
         raise ValueError(f"an image must have pixels; got {name} of size {image.size}. Leave the row out.")
@@ -215,7 +248,7 @@ def as_verl_image(value: Any, *, embed: bool = False, root: str | os.PathLike | 
             held = path.read_bytes()
         except OSError as error:
             raise ValueError(
-                f"an image file must be readable; got {str(path)!r}: {error.strerror}. Check the path and the folder "
+                f"an image file must be readable; got {_cut(str(path))!r}: {error.strerror}. Check the path and the folder "
                 "that relative paths start from."
             ) from error
     elif isinstance(held, str) and _scheme(held) == "data" and embed:
@@ -231,6 +264,8 @@ def layout_problem(value: Any, kind: str) -> str | None:
     if isinstance(value, Mapping):
         if "bytes" in value and value["bytes"] is None:  # verl only checks for the key.
             return "a dict whose `bytes` is null"
+        if isinstance(value.get("bytes"), str):
+            return "a dict whose `bytes` is text"
         if "bytes" in value and "image" in value and kind == "sft":
             return "a dict with both `bytes` and `image`"
         if "bytes" not in value and value.get("image") is None:

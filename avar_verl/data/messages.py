@@ -13,6 +13,8 @@ from typing import Any
 IMAGE = "<image>"
 # Types of blocks other than text, and the columns with their content.
 MEDIA = {"image": "images", "video": "videos"}
+# Keys of a turn that say whether it is trained on.
+FLAGS = ("loss_mask", "trainable")
 _MARKER = re.compile(f"<({'|'.join(MEDIA)})>")
 
 
@@ -126,31 +128,59 @@ def turns_of(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
 
 
 def other_keys(turn: Mapping[str, Any]) -> list[str]:
-    """Keys of a turn other than role and content, such as tool calls."""
-    return sorted(key for key, value in turn.items() if value and key not in ("role", "content"))
+    """Keys of a turn that nothing reads, such as tool calls, whatever their value. Parquet writes None for no key."""
+    return sorted(key for key, value in turn.items() if value is not None and key not in ("role", "content", *FLAGS))
+
+
+def is_trained(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is trained on: assistant turns are, unless `loss_mask` is 0 or `trainable` false.
+
+    Raises:
+        ValueError: a flag that is neither 0 nor 1, flags that disagree, or one that trains on another role.
+
+    >>> is_trained({"role": "assistant", "content": "cat"}), is_trained({"role": "assistant", "loss_mask": 0})
+    (True, False)
+    """
+    flags = {name: turn[name] for name in FLAGS if turn.get(name) is not None}
+    unknown = {name: value for name, value in flags.items() if value not in (0, 1)}
+    if unknown:
+        raise ValueError(f"a turn's {' and '.join(FLAGS)} must be 0 or 1; got {shown(unknown)}. Write one of them.")
+    values = {bool(value) for value in flags.values()}
+    if len(values) > 1:
+        raise ValueError(f"a turn's {' and '.join(FLAGS)} must agree; got {shown(flags)}. Keep one of them.")
+    answers = turn["role"] == "assistant"
+    if True in values and not answers:
+        raise ValueError(
+            f"only assistant turns are trained on; got {shown(flags)} in a {turn['role']} turn. Take the flag out."
+        )
+    return answers and False not in values
 
 
 def read_messages(messages: Any, name: str = "messages", *, markers: bool = True) -> list[dict[str, Any]]:
     """A conversation with blocks as content (`blocks_of`).
 
-    With `markers`, as in data files, a turn may have only role and content; otherwise other keys are kept.
+    With `markers`, as in data files, a turn may have only role, content and FLAGS (`is_trained`); otherwise other keys
+    are kept.
 
     Raises:
-        ValueError: anything that `turns_of` or `blocks_of` refuses, or (with `markers`) tool calls; the message names
-            the turn.
+        ValueError: anything that `turns_of` or `blocks_of` refuses, or (with `markers`) other keys or wrong flags; the
+            message names the turn.
     """
     out = []
     for number, turn in enumerate(turns_of(messages, name)):
         if markers and (others := other_keys(turn)):
             raise ValueError(
-                f"a turn must have a role and content and nothing else; got {others} in turn {number}. Write tool "
-                "calls as content, or use verl's data set."
+                f"a turn must have a role and content and nothing else but {' or '.join(FLAGS)}; got {others} in turn "
+                f"{number}. Write tool calls and reasoning as content."
             )
         try:
             blocks = blocks_of(turn["content"], markers)
+            if markers:
+                is_trained(turn)
         except ValueError as error:
             raise ValueError(f"turn {number}: {error}") from error
-        out.append({"role": turn["role"], "content": blocks} if markers else {**turn, "content": blocks})
+        kept = {key: value for key, value in turn.items() if key in FLAGS and value is not None} if markers else turn
+        out.append({**kept, "role": turn["role"], "content": blocks})
     return out
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of data files, one at a time: parquet, json lines and json, or folders of them. No verl, no torch."""
 
+import codecs
 import contextlib
 import itertools
 import json
@@ -89,7 +90,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parsed(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.decode())  # Of bytes, json would guess UTF-16, or skip a byte order mark in any line.
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{where} must be JSON in UTF-8; got: {error}. Correct the file.") from error
 
@@ -101,10 +102,12 @@ def _as_row(value: Any, where: str) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of json lines, or of one array (which is read whole)."""
+    """Rows of json lines, or of one array (which is read whole). A byte order mark may open the file."""
     with path.open("rb") as file:
+        begin = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+        file.seek(begin)
         start = file.read(1024).lstrip()
-        file.seek(0)
+        file.seek(begin)
         if path.suffix == ".json" and start.startswith(b"["):
             for number, value in enumerate(_parsed(file.read(), str(path))):
                 yield _as_row(value, f"row {number} of {path}")

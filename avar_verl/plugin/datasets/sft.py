@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from verl.utils.fs import copy_local_path_from_hdfs
 from verl.utils.tokenizer import get_processor_token_id
 
-from avar_verl.data.messages import place_images, plain, read_messages, shown, template_kwargs
+from avar_verl.data.messages import place_images, plain, shown, template_kwargs
+from avar_verl.data.rows import read_rows
 from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.plugin.datasets.images import open_resized, patch_size_of
@@ -107,7 +108,7 @@ class AvarSFTDataset(Dataset):
     def _read(file: str) -> pandas.DataFrame:
         local = copy_local_path_from_hdfs(file, verbose=True)
         if str(local).endswith((".jsonl", ".json")):
-            return pandas.read_json(local, lines=str(local).endswith(".jsonl"))
+            return pandas.DataFrame([row.values for row in read_rows(local)])
         return pandas.read_parquet(local, dtype_backend="pyarrow")
 
     def __len__(self) -> int:

@@ -46,6 +46,26 @@ async def served_name(client: openai.AsyncOpenAI, wanted: str) -> str:
     return names[0]
 
 
+def response_text(message: Any) -> str:
+    """What the model wrote, also where a reasoning parser of the server has taken it apart.
+
+    The parser moves the reasoning to `reasoning` (vLLM; `reasoning_content` elsewhere) and drops its tags. They are put
+    back, so that the answer is found where the reasoning ends. Without any content, the reasoning did not end.
+
+    Raises:
+        ValueError: a reply that was parsed into something else, such as tool calls.
+    """
+    extra = message.model_extra or {}
+    content = message.content or ""
+    reasoning = extra.get("reasoning") or extra.get("reasoning_content") or ""
+    if other := [name for name in ("tool_calls", "function_call", "refusal", "audio") if getattr(message, name, None)]:
+        raise ValueError(
+            f"a reply must be text; got {', '.join(other)}. Start the server without --enable-auto-tool-choice, or use "
+            "another one."
+        )
+    return f"<think>{reasoning}</think>{content}" if reasoning and content else reasoning + content
+
+
 async def ask(
     client: openai.AsyncOpenAI, model: str, item: Question, sampling: Sampling, extra_body: dict[str, Any] | None = None
 ) -> Reply:
@@ -69,7 +89,7 @@ async def ask(
         raise ValueError(f"a reply must have a choice and its usage; got {reply.model_dump_json()[:200]}. Use vLLM.")
     choice = reply.choices[0]
     return Reply(
-        text=choice.message.content or "",
+        text=response_text(choice.message),
         finish_reason=choice.finish_reason,
         prompt_tokens=reply.usage.prompt_tokens,
         response_tokens=reply.usage.completion_tokens,
