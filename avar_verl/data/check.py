@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from avar_verl.data.images import layout_problem, load_image, pixel_notes, to_rgb
-from avar_verl.data.messages import MEDIA, blocks_of, other_keys, shown, turns_of
+from avar_verl.data.messages import MEDIA, blocks_of, is_trained, other_keys, shown, turns_of
 from avar_verl.data.rows import Paths, count_rows, data_files, read_rows
 
 Kind = Literal["sft", "rl"]
@@ -76,7 +76,8 @@ CHECKS: dict[str, Check] = {
     "content": _error("Write text with <image> for each image, or a list of text and image blocks."),
     "null_block": _error("Write text with <image>: parquet gives every block the keys of all blocks of its column."),
     "empty_turn": _error("Leave the row out."),
-    "tool_calls": _error("Write the call into the content: AvarSFTDataset renders only role and content."),
+    "tool_calls": _error("Write the call, or the reasoning, into the content: AvarSFTDataset renders nothing else."),
+    "flags": _error("Write loss_mask 0 or trainable false on assistant turns not to be trained on, and on no other."),
     "markers": _error("Name every image once with <image>, in order; spell a marker that is only meant differently."),
     "video": _error("Leave the row out: AvarSFTDataset takes only images."),
     "video_not_opened": _warning("Videos are counted; they are neither opened nor rendered."),
@@ -104,6 +105,7 @@ CHECKS: dict[str, Check] = {
     "render": _error("Correct what the processor or the chat template refuses, or leave the row out."),
     "length": _error("Raise the limit, make the images smaller, or leave the row out."),
     "image_tokens": _error("Take processor and tokenizer from one checkpoint."),
+    "responses": _error("Use a chat template that writes responses as they are, or rows as the template writes them."),
     "turns": _error("Use the chat template of the model: the turns it writes must be those of its family."),
 }
 
@@ -177,7 +179,9 @@ def check_messages(messages: Any, kind: Kind, result: RowResult) -> list[dict[st
     try:
         for turn in turns_of(messages, COLUMN[kind]):
             check = "content"
-            turns.append({**turn, "content": blocks_of(turn["content"], markers=True)})
+            # verl's data set for RL hands every key to the template.
+            kept = {key: value for key, value in turn.items() if value is not None or kind == "rl"}
+            turns.append({**kept, "content": blocks_of(turn["content"], markers=True)})
     except ValueError as error:
         result.add(check, f"turn {len(turns)}: {error}" if check == "content" else str(error))
         return None
@@ -199,6 +203,12 @@ def check_messages(messages: Any, kind: Kind, result: RowResult) -> list[dict[st
             what = "response" if turn["role"] == "assistant" else f"{turn['role']} turn"
             text = messages[number]["content"]
             result.add("empty_turn", f"a {what} must say something; got {text!r} as turn {number}.")
+    if kind == "sft":
+        try:
+            if not any([is_trained(turn) for turn in turns]):
+                result.add("flags", f"a row must have a turn that is trained on; got none of {shown(roles)}.")
+        except ValueError as error:
+            result.add("flags", str(error))
     return turns
 
 
@@ -239,6 +249,15 @@ def check_media(values: dict, turns: list[dict], kind: Kind, result: RowResult) 
                 f"<{name}> must occur once for each of `{column}`; got {markers[name]} for {len(stored[name])}.",
             )
     return stored["image"] + own["image"]
+
+
+def check_special_tokens(turns: list[dict], special_tokens: Sequence[str], result: RowResult) -> None:
+    """Delimiters and placeholders of a tokenizer in the text of turns."""
+    for turn in turns:
+        for block in turn["content"]:
+            for token in special_tokens:
+                if token in block.get("text", ""):
+                    result.add("special_token", f"text must not spell {token!r}; got it in a {turn['role']} turn.")
 
 
 def _numbers(value: Any, count: int) -> bool:
@@ -367,15 +386,12 @@ class RowChecker:
         return result
 
     def _check_text(self, turns: list[dict], result: RowResult) -> None:
-        known = self.rendering.special_tokens if self.rendering else ()
+        if self.rendering is not None:
+            return check_special_tokens(turns, self.rendering.special_tokens, result)
         for turn in turns:
             for block in turn["content"]:
-                text, where = block.get("text", ""), f"in a {turn['role']} turn"
-                for token in known:
-                    if token in text:
-                        result.add("special_token", f"text must not spell {token!r}; got it {where}.")
-                for token in [] if self.rendering else sorted(set(SPECIAL.findall(text))):
-                    result.add("special_token_like", f"text spells {token!r} {where}.")
+                for token in sorted(set(SPECIAL.findall(block.get("text", "")))):
+                    result.add("special_token_like", f"text spells {token!r} in a {turn['role']} turn.")
 
     def _open(self, stored: list[Any], kind: Kind, result: RowResult) -> list[Image.Image]:
         """The images that can be opened, in RGB."""

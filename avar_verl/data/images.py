@@ -36,7 +36,15 @@ DECODING_ERRORS = (
 # A dict of a row has its image under the first of these keys that is not None.
 KEYS = ("bytes", "image", "path")
 # How the formats begin, in base64.
-BASE64 = {"iVBORw0KGgo": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp", "SUkq": "tiff", "TU0A": "tiff"}
+BASE64 = {
+    "iVBORw0KGgo": "png",
+    "/9j/": "jpeg",
+    "R0lGOD": "gif",
+    "UklGR": "webp",
+    "Qk": "bmp",
+    "SUkq": "tiff",
+    "TU0A": "tiff",
+}
 SHORTEST_BASE64 = 40  # Characters of an image, which needs some thirty bytes.
 LONGEST_SHOWN = 200
 
@@ -61,7 +69,8 @@ def check_not_base64(held: str | bytes) -> None:
         return
     of = f" of a {kind.upper()} file" if kind else ""
     raise ValueError(
-        f"{got} base64{of} ({start[:24]!r}). Put 'data:image/{kind or 'png'};base64,' before it, or decode it into bytes."
+        f"{got} base64{of} ({start[:24]!r}). Put 'data:image/{kind or 'png'};base64,' before it, or decode it into "
+        "bytes."
     )
 
 
@@ -71,8 +80,8 @@ def _held(value: Any) -> Any:
         held = [value[key] for key in KEYS if value.get(key) is not None]
         if not held:
             raise ValueError(
-                f"an image dict must have one of the keys {list(KEYS)} with a value; got {_cut(str(dict(value)))}. Write "
-                '{"bytes": ...} or {"image": path}.'
+                f"an image dict must have one of the keys {list(KEYS)} with a value; got {_cut(str(dict(value)))}. "
+                'Write {"bytes": ...} or {"image": path}.'
             )
         value = held[0]
     if isinstance(value, Image.Image | bytes):
@@ -116,7 +125,9 @@ def _download(url: str) -> bytes:
     import requests
 
     if _scheme(url) not in ("http", "https"):
-        raise ValueError(f"an image URL must be http or https; got {_cut(url)!r}. Download the file first and give its path.")
+        raise ValueError(
+            f"an image URL must be http or https; got {_cut(url)!r}. Download the file first and give its path."
+        )
     deadline = time.monotonic() + URL_TIMEOUT_S
     chunks = []
     try:
@@ -158,8 +169,8 @@ def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike 
             source = _download(held)
         else:
             raise ValueError(
-                f"images must be on this machine; got the URL {_cut(held)!r}. Download it, or allow URLs (allow_urls=True, "
-                "--allow-urls), which makes the training wait for a server."
+                f"images must be on this machine; got the URL {_cut(held)!r}. Download it, or allow URLs "
+                "(allow_urls=True, --allow-urls), which makes the training wait for a server."
             )
     if isinstance(source, bytes):
         if not source:
@@ -188,7 +199,8 @@ def load_image(value: Any, *, allow_urls: bool = False, root: str | os.PathLike 
         ) from error
     except DECODING_ERRORS as error:
         raise ValueError(
-            f"an image must be readable as a whole; got {name}: {_cut(str(error))}. Write the file anew, or leave the row out."
+            f"an image must be readable as a whole; got {name}: {_cut(str(error))}. Write the file anew, or leave "
+            "the row out."
         ) from error
     if min(image.size) < 1:
         raise ValueError(f"an image must have pixels; got {name} of size {image.size}. Leave the row out.")
@@ -248,8 +260,8 @@ def as_verl_image(value: Any, *, embed: bool = False, root: str | os.PathLike | 
             held = path.read_bytes()
         except OSError as error:
             raise ValueError(
-                f"an image file must be readable; got {_cut(str(path))!r}: {error.strerror}. Check the path and the folder "
-                "that relative paths start from."
+                f"an image file must be readable; got {_cut(str(path))!r}: {error.strerror}. Check the path and "
+                "the folder that relative paths start from."
             ) from error
     elif isinstance(held, str) and _scheme(held) == "data" and embed:
         held = _data_uri(held)

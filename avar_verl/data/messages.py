@@ -170,8 +170,8 @@ def read_messages(messages: Any, name: str = "messages", *, markers: bool = True
     for number, turn in enumerate(turns_of(messages, name)):
         if markers and (others := other_keys(turn)):
             raise ValueError(
-                f"a turn must have a role and content and nothing else but {' or '.join(FLAGS)}; got {others} in turn "
-                f"{number}. Write tool calls and reasoning as content."
+                f"a turn must have a role and content and nothing else; got {others} in turn {number}. Write tool "
+                f"calls and reasoning as content; only {' and '.join(FLAGS)} may be beside it."
             )
         try:
             blocks = blocks_of(turn["content"], markers)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from avar_verl.data.messages import images_of, read_messages
+from avar_verl.data.messages import images_of, read_messages, shown
 from avar_verl.model.families import Family
 
 # Per-position outputs of a processor. They are recomputed from ids (`Family.token_inputs`), because rollouts append ids
@@ -49,6 +49,33 @@ def _chat_text(processor, messages: Sequence[dict], **kwargs) -> str:
     return processor.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
+def _check_texts(text: str, messages: Sequence[dict]) -> None:
+    """Whether the template has written what the system and the user say. Responses: `avar_verl.model.responses`.
+
+    Raises:
+        ValueError: it has not, up to white space.
+    """
+    squeezed = "".join(text.split())
+    for message in messages:
+        for block in message["content"] if message["role"] in ("system", "user") else ():
+            if "".join(block.get("text", "").split()) not in squeezed:
+                raise ValueError(
+                    f"a chat template must write the text of every turn; got none of {shown(block['text'])} of the "
+                    f"{message['role']}. Use a template that writes it as it is."
+                )
+
+
+def _special_tokens(tokenizer, text: str) -> bool:
+    """Whether the tokenizer shall add its special tokens: not if the template has written BOS."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def generation_prompt(processor, messages: Sequence[dict], template_kwargs: dict) -> list[int]:
+    """`Rendered.prompt_ids` of a conversation of blocks, with the generation prompt; its images are not read."""
+    text = _chat_text(processor, messages, add_generation_prompt=True, **template_kwargs)
+    return processor.tokenizer(text, add_special_tokens=_special_tokens(processor.tokenizer, text))["input_ids"]
+
+
 def render(
     processor,
     messages: Sequence[dict],
@@ -64,7 +91,8 @@ def render(
         processor_kwargs: for the processor (`min_pixels`).
 
     Raises:
-        ValueError: text that contains the placeholder, or anything that the processor refuses.
+        ValueError: text that contains the placeholder, text that the template does not write, or anything that the
+            processor refuses.
     """
     messages = read_messages(messages, markers=False)
     placeholder = getattr(processor, "image_token", None)
@@ -76,20 +104,21 @@ def render(
                     "Give images as image blocks, and strip the placeholder from the text."
                 )
     text = _chat_text(processor, messages, add_generation_prompt=add_generation_prompt, **(template_kwargs or {}))
+    _check_texts(text, messages)
     tokenizer = processor.tokenizer
-    written_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    add_special_tokens = _special_tokens(tokenizer, text)
     images = images_of(messages)
     inputs = processor(
         text=[text],
         # A flat list: with a list per text, LLaVA-OneVision does not tile images that come in pairs, but vLLM does.
         images=images or None,
-        add_special_tokens=not written_bos,
+        add_special_tokens=add_special_tokens,
         return_tensors="pt",
         **(processor_kwargs or {}),
     )
     return Rendered(
         ids_S=inputs["input_ids"][0],
-        prompt_ids=tokenizer(text, add_special_tokens=not written_bos)["input_ids"],
+        prompt_ids=tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"],
         features={key: value for key, value in inputs.items() if key not in PER_TOKEN},
     )
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`avar data check`: a clean file passes, and every check finds its row; exit codes, report, and what trainers do."""
 
+import base64
 import copy
 import io
 import json
@@ -92,6 +93,14 @@ FORMS = [
      "a turn must have a role and content and nothing else; got ['tool_calls']."),
     ("sft", ["messages", 1, "name"], "me", "tool_calls",
      "a turn must have a role and content and nothing else; got ['name']."),
+    ("sft", ["messages", 1, "name"], "", "tool_calls",
+     "a turn must have a role and content and nothing else; got ['name']."),
+    ("sft", ["messages", 2, "loss_mask"], 2, "flags",
+     "a turn's loss_mask and trainable must be 0 or 1; got {'loss_mask': 2}."),
+    ("sft", ["messages", 1, "trainable"], True, "flags",
+     "only assistant turns are trained on; got {'trainable': True} in a user turn."),
+    ("sft", ["messages", 2, "loss_mask"], 0, "flags",
+     "a row must have a turn that is trained on; got none of ['system', 'user', 'assistant']."),
     ("sft", ["messages", 1, "content"], "What?", "markers",
      "<image> must occur once for each of `images`; got 0 for 1."),
     ("rl", ["prompt", 1, "content"], "<image><image>What?", "markers",
@@ -114,6 +123,9 @@ FORMS = [
      "image 0: an image file must exist; got '/nowhere.png'"),
     ("rl", ["images", 0], {"image": "https://example.org/a.png"}, "image",
      "image 0: images must be on this machine; got the URL 'https://example.org/a.png'"),
+    ("rl", ["images", 0], {"image": base64.b64encode(png((112, 112))["bytes"]).decode()}, "image",
+     "image 0: an image must be the bytes of a file, a path or a data URI; got 156 characters that look like base64 of "
+     "a PNG file ('iVBORw0KGgoAAAANSUhEUgAA'). Put 'data:image/png;base64,' before it"),
     ("sft", ["images", 0], png((402, 2)), "image_ratio",
      "a side may be 200 times the other; got (402, 2) of image 0."),
     ("sft", ["images", 0], png((112, 27)), "image_small",
@@ -275,6 +287,19 @@ def test_brackets_in_messages_are_shown_as_they_are(clean, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     report.print(console)
     assert "got [9.0, 0.0, 9.0, 56.0] in 112 x 112" in console.file.getvalue()
+
+
+def test_a_byte_order_mark_opens_a_file_and_no_line(clean, tmp_path):
+    rows = [{"messages": turns("a", "b", "c")}] * 2
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    texts = {"a.jsonl": lines, "b.json": json.dumps(rows), "c.jsonl": "\n\ufeff".join(lines.splitlines())}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    for name in ("a.jsonl", "b.json"):
+        report = check_files(tmp_path / name, Settings())
+        assert report.rows == {"sft": 2} and report.count("error") == 0
+    (error,) = [one for one in check_files(tmp_path / "c.jsonl", Settings()).findings if one.level == "error"]
+    assert error.check == "file" and "line 2 of " in error.message and "BOM" in error.message
 
 
 def test_kinds(clean, tmp_path):

@@ -9,6 +9,7 @@ from avar_verl.data.messages import (
     as_list,
     blocks_of,
     images_of,
+    is_trained,
     place_images,
     read_messages,
     text_of,
@@ -68,11 +69,41 @@ def test_images_stand_in_their_order():
 def test_tool_calls_are_kept_where_no_data_file_is_read():
     turn = {"role": "assistant", "content": "Look.", "tool_calls": [{"name": "zoom"}], "name": None}
     assert read_messages([turn], markers=False) == [{**turn, "content": [{"type": "text", "text": "Look."}]}]
-    with pytest.raises(ValueError, match=r"nothing else; got \['tool_calls'\] in turn 0"):
-        read_messages([turn])
-    assert read_messages([{**turn, "tool_calls": []}]) == [
+    for calls in (turn["tool_calls"], [], False):  # Only None, which parquet writes, is no key.
+        with pytest.raises(ValueError, match=r"nothing else; got \['tool_calls'\] in turn 0"):
+            read_messages([{**turn, "tool_calls": calls}])
+    assert read_messages([{**turn, "tool_calls": None}]) == [
         {"role": "assistant", "content": [{**TEXT, "text": "Look."}]}
     ]
+
+
+@pytest.mark.parametrize(
+    ("role", "flags", "trained"),
+    [
+        ("assistant", {}, True),
+        ("assistant", {"loss_mask": 0}, False),
+        ("assistant", {"loss_mask": 1}, True),
+        ("assistant", {"trainable": False}, False),
+        ("assistant", {"loss_mask": None, "trainable": True}, True),
+        ("assistant", {"loss_mask": 0.0, "trainable": False}, False),
+        ("user", {}, False),
+        ("user", {"loss_mask": 0, "trainable": False}, False),
+        ("assistant", {"loss_mask": 2}, "must be 0 or 1; got {'loss_mask': 2}"),
+        ("assistant", {"trainable": "no"}, "must be 0 or 1; got {'trainable': 'no'}"),
+        ("assistant", {"loss_mask": [1, 0]}, "must be 0 or 1"),
+        ("assistant", {"loss_mask": 0, "trainable": True}, "must agree"),
+        ("user", {"loss_mask": 1}, "only assistant turns are trained on; got .* in a user turn"),
+    ],
+)
+def test_flags_of_a_turn(role, flags, trained):
+    turn = {"role": role, "content": "a", **flags}
+    if isinstance(trained, str):
+        for read in (is_trained, lambda turn: read_messages([turn])):
+            with pytest.raises(ValueError, match=trained):
+                read(turn)
+    else:
+        assert is_trained(turn) is trained
+        assert is_trained(read_messages([turn])[0]) is trained
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from avar_verl.data.messages import place_images, template_kwargs
 from avar_verl.model.checkpoint import load_config, load_processor
 from avar_verl.model.families import get_family
 from avar_verl.model.render import render
+from avar_verl.model.responses import response_mask, special_tokens
 from avar_verl.model.roles import TokenRole
 from avar_verl.plugin.datasets.images import patch_size_of, resized
 
@@ -23,7 +24,7 @@ REFUSALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, 
 class Rendering:
     """`Rendering(settings)(...)` adds the findings about a row's tokens to its `RowResult`.
 
-    special_tokens: delimiters and placeholders, which text must not contain. Other special tokens may write boxes.
+    special_tokens: see `avar_verl.model.responses`.
     factor: side of one token in pixels, if the image processor has a patch size and a merge size.
 
     Raises:
@@ -40,13 +41,7 @@ class Rendering:
         patch_size, merge_size = (getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
         self.patch_size = patch_size_of(self.processor)
         self.factor = patch_size * merge_size if patch_size and merge_size else None
-        turns = self.role_map.find_turns
-        ids = {token for header, _ in turns.headers for token in header} | {*turns.end_ids, tokenizer.eos_token_id}
-        ids |= {tokenizer.bos_token_id, tokenizer.pad_token_id, *self.role_map.image_token_ids}
-        named = config.to_dict().items()
-        ids |= {value for key, value in named if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
-        added = tokenizer.added_tokens_decoder.items()
-        self.special_tokens = tuple(str(token) for index, token in added if token.special and index in ids)
+        self.special_tokens = special_tokens(tokenizer, self.role_map, config)
 
     def __call__(
         self, values: dict, turns: list[dict], stored: list, images: list[Image.Image], kind: Kind, result: RowResult
@@ -55,14 +50,8 @@ class Rendering:
         columns = (values.get("tools"), values.get("enable_thinking")) if kind == "sft" else (None, None)
         try:
             images = [resized(value, image, self.patch_size) for value, image in zip(stored, images, strict=True)]
-            if kind == "sft":  # AvarSFTDataset reads only these keys of a turn; verl's agent loop keeps every key.
-                turns = [{key: turn[key] for key in ("role", "content")} for turn in turns]
-            rendered = render(
-                self.processor,
-                place_images(turns, images),
-                add_generation_prompt=kind == "rl",
-                template_kwargs=template_kwargs(*columns),
-            )
+            turns, kwargs = place_images(turns, images), template_kwargs(*columns)
+            rendered = render(self.processor, turns, add_generation_prompt=kind == "rl", template_kwargs=kwargs)
         except REFUSALS as error:
             result.add("render", f"{type(error).__name__}: {error}")
             return
@@ -79,6 +68,11 @@ class Rendering:
         for role in wanted:
             if not bool((roles_S == role).any()):
                 result.add("turns", f"a rendered row must have tokens of the role {role.name}; got none.")
+        if kind == "sft" and not any(check == "turns" for check, _ in result.findings):
+            try:
+                response_mask(self.processor, self.role_map, turns, rendered, kwargs)
+            except ValueError as error:
+                result.add("responses", str(error))
         if not self.family.cross_attention and not bool((roles_S == TokenRole.SYSTEM).any()):
             result.add("no_system", "the row has no system turn, and the chat template writes none.")
 

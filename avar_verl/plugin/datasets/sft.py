@@ -6,7 +6,8 @@
 Rows are those of verl's `MultiTurnSFTDataset`: `messages` with `<image>` for each image, and `images`. verl's data set
 tokenizes every message separately, which the chat templates of Gemma, Idefics and LLaVA do not allow, requires a patch
 size of every image processor, and gives GLM-4.1V the positions of text. This data set renders the whole conversation
-once, and the token roles define the response; for Qwen2.5-VL the samples are identical.
+once, and the token roles define the response; for Qwen2.5-VL the samples are identical. Turns with `loss_mask` 0 or
+`trainable` false are read and not trained on.
 
 Shape suffixes: S = positions.
 """
@@ -20,10 +21,12 @@ from torch.utils.data import Dataset
 from verl.utils.fs import copy_local_path_from_hdfs
 from verl.utils.tokenizer import get_processor_token_id
 
-from avar_verl.data.messages import place_images, plain, shown, template_kwargs
+from avar_verl.data.check import RowResult, check_media, check_messages, check_special_tokens
+from avar_verl.data.messages import place_images, plain, template_kwargs
 from avar_verl.data.rows import read_rows
 from avar_verl.model.render import Rendered, render
-from avar_verl.model.roles import RoleMap, TokenRole
+from avar_verl.model.responses import response_mask, special_tokens
+from avar_verl.model.roles import RoleMap
 from avar_verl.plugin.datasets.images import open_resized, patch_size_of
 from avar_verl.plugin.switch import switch_on
 
@@ -62,8 +65,9 @@ class AvarSFTDataset(Dataset):
             `apply_chat_template_kwargs`, `image_patch_size`; `allow_urls` (default false) allows image URLs.
 
     Raises:
-        ValueError: no processor of a known family, or a missing column; in `__getitem__`, naming the row: a sample that
-            cannot be rendered, has no response, is longer than `max_length`, or would lose image tokens to it.
+        ValueError: no processor of a known family, or a missing column; in `__getitem__`, naming the row: what
+            `avar data check` finds, a sample whose rendered responses are not the row's (`model.responses`), is longer
+            than `max_length`, or would lose image tokens to it.
     """
 
     def __init__(self, parquet_files, tokenizer, config: DictConfig, processor=None, max_samples: int = -1):
@@ -77,6 +81,7 @@ class AvarSFTDataset(Dataset):
             )
         self.processor, self.tokenizer = processor, tokenizer
         self.role_map = RoleMap.from_pretrained(processor, processor.config)
+        self.special_tokens = special_tokens(processor.tokenizer, self.role_map, processor.config)
         self.messages_key = config.get("messages_key", "messages")
         self.image_key = config.get("image_key", "images")
         self.tools_key = config.get("tools_key", "tools")
@@ -124,43 +129,51 @@ class AvarSFTDataset(Dataset):
 
     def images(self, row: dict) -> list:
         """The images of a row as stored."""
-        images = row.get(self.image_key) or []
-        if not isinstance(images, list):
-            raise ValueError(f"`{self.image_key}` must be a list; got {shown(images)}. Write a list of images.")
-        return images
+        return row.get(self.image_key) or []
 
     def _open(self, image) -> Any:
         return open_resized(image, self.image_patch_size, allow_urls=self.allow_urls)
 
-    def render(self, row: dict) -> Rendered:
-        """The conversation of a row as ids and features."""
-        messages = read_messages(row[self.messages_key], self.messages_key)
-        messages = place_images(messages, self.images(row), self._open)
+    def _messages(self, row: dict) -> list[dict]:
+        """The conversation of a row with its images, after the checks of `avar data check`."""
+        values = {"messages": row[self.messages_key], "images": row.get(self.image_key), "videos": row.get("videos")}
+        result = RowResult()
+        turns = check_messages(values["messages"], "sft", result)
+        if turns is not None:
+            images = check_media(values, turns, "sft", result)
+            check_special_tokens(turns, self.special_tokens, result)
+        if result.errors:
+            raise ValueError(result.errors[0][1])
+        return place_images(turns, images, self._open)
+
+    def render(self, row: dict) -> tuple[Rendered, torch.Tensor]:
+        """The conversation of a row as ids and features, and its loss mask (S,)."""
+        messages = self._messages(row)
         thinking = row.get(self.enable_thinking_key, self.enable_thinking)
         kwargs = {**self.template_kwargs, **template_kwargs(row.get(self.tools_key), thinking)}
-        return render(self.processor, messages, template_kwargs=kwargs)
+        rendered = render(self.processor, messages, template_kwargs=kwargs)
+        return rendered, response_mask(self.processor, self.role_map, messages, rendered, kwargs).long()
 
     def _sample(self, row: dict) -> dict:
-        rendered = self.render(row)
+        rendered, mask_S = self.render(row)
         ids_S = rendered.ids_S
-        roles_S = self.role_map(ids_S[None], torch.ones_like(ids_S)[None])[0]
         if len(ids_S) > self.max_length:
             if self.truncation == "error":
                 raise ValueError(
                     f"a sample must have at most data.max_length={self.max_length} tokens; got {len(ids_S)}. Raise it, "
                     "leave the row out, or set data.truncation=right."
                 )
-            if bool((roles_S[self.max_length :] == TokenRole.IMAGE).any()):
+            if bool(torch.isin(ids_S[self.max_length :], ids_S.new_tensor(self.role_map.image_token_ids)).any()):
                 raise ValueError(
                     f"truncation must not cut image tokens; got one after data.max_length={self.max_length}. Raise it "
                     "or leave the row out."
                 )
         positions = position_ids(self.processor, ids_S, rendered.features)[..., : self.max_length]
-        loss_mask_S = (roles_S == TokenRole.RESPONSE).long()[: self.max_length]
+        loss_mask_S = mask_S[: self.max_length]
         if not bool(loss_mask_S.any()):
             raise ValueError(
-                f"a sample must have a response within data.max_length={self.max_length} tokens; got none. End the "
-                "conversation with an assistant turn that is not empty, or raise data.max_length."
+                f"a sample must have a response within data.max_length={self.max_length} tokens; got none. Raise it, "
+                "or leave the row out."
             )
         return {
             "input_ids": ids_S[: self.max_length],

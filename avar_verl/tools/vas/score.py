@@ -17,6 +17,7 @@ from avar_verl.attention.capture import resolve_indices, select_queries
 from avar_verl.model.checkpoint import Checkpoint, generate_ids
 from avar_verl.model.families import Family
 from avar_verl.model.render import Rendered, render
+from avar_verl.model.responses import response_mask
 from avar_verl.model.roles import TokenRole
 from avar_verl.tools.rows import Conversation
 
@@ -154,8 +155,12 @@ class Scorer:
             prompt = self._render(conversation, conversation.prompt, answered=False)
             return self._with_ids(conversation, prompt, conversation.response_ids)
         answered = conversation.response is not None
-        rendered = self._render(conversation, conversation.answered(), answered)
+        messages = conversation.answered()
+        rendered = self._render(conversation, messages, answered)
         roles_S = self._roles(rendered.ids_S)
+        if answered:  # The roles of training.
+            parts = (self.checkpoint.processor, self.checkpoint.role_map, messages, rendered)
+            roles_S = self._roles(rendered.ids_S, response_mask(*parts, conversation.template_kwargs))
         if not conversation.turns:
             roles_S = _without_earlier_turns(roles_S, answered)
         return self._sample(conversation, rendered, roles_S, None)
