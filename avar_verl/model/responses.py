@@ -34,7 +34,7 @@ def _squeezed(tokenizer, ids: Sequence[int]) -> str:
     return "".join(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).split())
 
 
-def _opening(processor, role_map: RoleMap, messages: Sequence[dict], template_kwargs: dict) -> list[int]:
+def opening_of(processor, role_map: RoleMap, messages: Sequence[dict], template_kwargs: dict) -> list[int]:
     """What the generation prompt writes after the assistant's header, such as `<think>`; [] for white space."""
     ids = generation_prompt(processor, messages, template_kwargs)
     roles = role_map(torch.tensor([ids]))[0].tolist()
@@ -98,7 +98,9 @@ def response_mask(
         got = _squeezed(tokenizer, ids[start:end])
         trained = is_trained(messages[number])
         opening = (
-            _opening(processor, role_map, messages[:number], template_kwargs or {}) if trained or got != wanted else []
+            opening_of(processor, role_map, messages[:number], template_kwargs or {})
+            if trained or got != wanted
+            else []
         )
         opened = _squeezed(tokenizer, opening)
         if got not in (wanted, opened + wanted):

@@ -98,6 +98,15 @@ def added_token(folder, monkeypatch):
     tokenizer.save_pretrained(folder)
 
 
+def template_without_reasoning(folder, monkeypatch):
+    edit_template(folder, "{{ content['text'] }}", "{{ content['text'].split('</think>')[-1] }}")
+
+
+def template_without_earlier_reasoning(folder, monkeypatch):
+    last = "{{ content['text'] if message == messages[-1] else content['text'].split('</think>')[-1] }}"
+    edit_template(folder, "{{ content['text'] }}", last)
+
+
 def no_stop(folder, monkeypatch):
     edit_json(folder / "generation_config.json", eos_token_id=1)
     edit_json(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
@@ -409,6 +418,16 @@ BROKEN = {
             text_that_the_template_adds,
             "fail",
             r"RESPONSE must be the responses and nothing else; got \['Most of the .*Over",
+        ),
+        (
+            template_without_reasoning,
+            "fail",
+            "a rendered response must be the row's text; got '<answer>a cup</answer>' for '<think>I look at",
+        ),
+        (
+            template_without_earlier_reasoning,
+            "warn",
+            "Rows with several turns of reasoning are refused: a rendered response must be .* in turn 1",
         ),
         (
             roles_by_padding,

@@ -3,6 +3,7 @@
 
 import torch
 
+from avar_verl.model.responses import opening_of, response_mask
 from avar_verl.model.roles import TokenRole
 from avar_verl.tools.doctor.check import Finding, check
 from avar_verl.tools.doctor.samples import assistant, conversations, picture, system, user
@@ -31,9 +32,12 @@ def _shared_prefix(first: list[int], second: list[int]) -> int:
 def chat_template(subject: Subject) -> Finding:
     tokenizer = subject.tokenizer
     question = user("What is in this picture?", [picture(112, 112)])
-    whole = subject.render([system(), question, assistant("A pattern of squares.")])
-    prompt = subject.render([system(), question], add_generation_prompt=True)
-    whole_ids, prompt_ids = whole.ids_S.tolist(), prompt.ids_S.tolist()
+    prompt_ids = subject.render([system(), question], add_generation_prompt=True).ids_S.tolist()
+    opening = tokenizer.decode(opening_of(subject.processor, subject.role_map, [system(), question], {}))
+    # A thinking model's response begins as its generation prompt ends.
+    thought = f"{opening}I look.</think>" if opening.strip() == "<think>" else ""
+    answer = f"{thought}A pattern of squares."
+    whole_ids = subject.render([system(), question, assistant(answer)]).ids_S.tolist()
     shared = _shared_prefix(prompt_ids, whole_ids)
     prompt_text, whole_text = ("".join(tokenizer.decode(ids).split()) for ids in (prompt_ids, whole_ids))
     differs = ""
@@ -153,7 +157,7 @@ def check_texts(subject: Subject, name: str, messages: list[dict], ids: list[int
     "for.",
     needs=["vocabulary"],
 )
-def roles(subject: Subject) -> str:
+def roles(subject: Subject) -> Finding | str:
     role_map, tokenizer = subject.role_map, subject.tokenizer
     pad_id = tokenizer.pad_token_id
     known: dict[str, tuple[list[int], list[int]]] = {}
@@ -181,7 +185,15 @@ def roles(subject: Subject) -> str:
                 f"{TokenRole(wanted[place]).name} at {tokenizer.decode(ids[place])!r}, position {place} of {name}."
             )
     total = sum(len(ids) for ids, _ in known.values())
-    return f"{len(known)} samples: single, padded on either side and packed; all {total} tokens are right"
+    detail = f"{len(known)} samples: single, padded on either side and packed; all {total} tokens are right"
+    once = [user("What is in the corner?"), assistant("<think>I look at the corner.</think><answer>a cup</answer>")]
+    again = [user("And beside it?"), assistant("<think>I look beside it.</think><answer>a plate</answer>")]
+    response_mask(subject.processor, role_map, once, subject.render(once))
+    try:
+        response_mask(subject.processor, role_map, once + again, subject.render(once + again))
+    except ValueError as error:
+        return Finding(detail, f"Rows with several turns of reasoning are refused: {error}")
+    return detail
 
 
 @check(
