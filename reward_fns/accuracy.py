@@ -7,8 +7,14 @@ reward.custom_reward_function.path=pkg://reward_fns.accuracy reward.custom_rewar
 from avar_verl.rewards.compose import shipped_score
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> dict[str, float]:
+def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, decimals="exact", **kwargs
+) -> dict[str, float]:
     """Score a response: `score = acc`.
+
+    Args:
+        decimals (`str`, *optional*, defaults to `"exact"`):
+            `"ground_truth"` rounds the answer to the decimals of the ground truth.
 
     Returns:
         `dict[str, float]`: `score`; `acc`, 1 if the answer is right; `pred_found`; all in {0, 1}.
@@ -19,4 +25,5 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
         >>> compute_score("geo3k", "<think>2 + 2</think><answer>4</answer>", "4")
         {'score': 1.0, 'acc': 1.0, 'pred_found': 1.0}
     """
-    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc={"weight": 1.0})
+    acc = {"weight": 1.0, "settings": {"decimals": decimals}}
+    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc=acc)

@@ -9,7 +9,14 @@ from avar_verl.rewards.compose import shipped_score
 
 
 def compute_score(
-    data_source, solution_str, ground_truth, extra_info=None, format_weight=0.1, think_in_prompt=False, **kwargs
+    data_source,
+    solution_str,
+    ground_truth,
+    extra_info=None,
+    format_weight=0.1,
+    think_in_prompt=False,
+    decimals="exact",
+    **kwargs,
 ) -> dict[str, float]:
     """Score a response: `score = acc + format_weight * format`.
 
@@ -21,6 +28,8 @@ def compute_score(
             lambda_f, finite and >= 0. 0 disables the format term; `format` is still reported.
         think_in_prompt (`bool`, *optional*, defaults to `False`):
             Whether the prompt ends with `<think>`, see `avar_verl.rewards.format.format_score`.
+        decimals (`str`, *optional*, defaults to `"exact"`):
+            `"ground_truth"` rounds the answer to the decimals of the ground truth.
 
     Returns:
         `dict[str, float]`: `score` in [0, 1 + format_weight]; in {0, 1}: `acc`, `pred_found`, and `format`, 1 if the
@@ -33,4 +42,5 @@ def compute_score(
         {'score': 1.1, 'acc': 1.0, 'pred_found': 1.0, 'format': 1.0}
     """
     layout = {"weight": format_weight, "settings": {"think_in_prompt": think_in_prompt}}
-    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc={"weight": 1.0}, format=layout)
+    acc = {"weight": 1.0, "settings": {"decimals": decimals}}
+    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc=acc, format=layout)

@@ -8,13 +8,15 @@ from avar_verl.rewards.compose import shipped_score
 
 
 def compute_score(
-    data_source, solution_str, ground_truth, extra_info=None, think_in_prompt=False, **kwargs
+    data_source, solution_str, ground_truth, extra_info=None, think_in_prompt=False, decimals="exact", **kwargs
 ) -> dict[str, float]:
     """Score a response: `score = format`, 1 for one `<think>` block and then one `<answer>` block, else 0.
 
     Args:
         think_in_prompt (`bool`, *optional*, defaults to `False`):
             Whether the prompt ends with `<think>`, see `avar_verl.rewards.format.format_score`.
+        decimals (`str`, *optional*, defaults to `"exact"`):
+            `"ground_truth"` rounds the answer to the decimals of the ground truth.
 
     Returns:
         `dict[str, float]`: `score`; `format`; `acc` and `pred_found`, which are not rewarded; all in {0, 1}.
@@ -24,4 +26,5 @@ def compute_score(
         1.0
     """
     layout = {"weight": 1.0, "settings": {"think_in_prompt": think_in_prompt}}
-    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc={"weight": 0.0}, format=layout)
+    acc = {"weight": 0.0, "settings": {"decimals": decimals}}
+    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc=acc, format=layout)

@@ -16,6 +16,7 @@ def compute_score(
     grounding_weight=0.5,
     gated=True,
     coordinates="auto",
+    decimals="exact",
     **kwargs,
 ) -> dict[str, float]:
     """Score a response: `score = acc + grounding_weight * gate * grounding`.
@@ -32,6 +33,8 @@ def compute_score(
             Pay for boxes only if the answer is right.
         coordinates (`str`, *optional*, defaults to `"auto"`):
             Coordinate system of the model's boxes, see `visual_anchor`. JSON boxes do not say theirs, so set it.
+        decimals (`str`, *optional*, defaults to `"exact"`):
+            `"ground_truth"` rounds the answer to the decimals of the ground truth.
 
     Returns:
         `dict[str, float]`: `score` in [0, 1 + grounding_weight]; `acc`, `pred_found`, `grounding` in [0, 1], and
@@ -48,4 +51,5 @@ def compute_score(
     """
     gate = "acc" if gated else None
     boxes = {"weight": grounding_weight, "gate": gate, "settings": {"coordinates": coordinates}}
-    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc={"weight": 1.0}, grounding=boxes)
+    acc = {"weight": 1.0, "settings": {"decimals": decimals}}
+    return shipped_score(data_source, solution_str, ground_truth, extra_info, acc=acc, grounding=boxes)

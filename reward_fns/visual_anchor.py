@@ -18,6 +18,7 @@ def compute_score(
     gated=True,
     coordinates="auto",
     think_in_prompt=False,
+    decimals="exact",
     **kwargs,
 ) -> dict[str, float]:
     """Score a response: `score = acc + format_weight * format + anchor_weight * gate * anchor`.
@@ -43,6 +44,8 @@ def compute_score(
             `normalized`, `percent`.
         think_in_prompt (`bool`, *optional*, defaults to `False`):
             Whether the prompt ends with `<think>`.
+        decimals (`str`, *optional*, defaults to `"exact"`):
+            `"ground_truth"` rounds the answer to the decimals of the ground truth.
 
     Returns:
         `dict[str, float]`: `score` in [0, 1 + format_weight + anchor_weight]; `acc`, `format`, `anchor` in [0, 1],
@@ -59,7 +62,7 @@ def compute_score(
     """
     settings = {"coordinates": coordinates, "think_in_prompt": think_in_prompt}
     parts = {
-        "acc": {"weight": 1.0},
+        "acc": {"weight": 1.0, "settings": {"decimals": decimals}},
         "format": {"weight": format_weight, "settings": {"think_in_prompt": think_in_prompt}},
         "anchor": {"weight": anchor_weight, "gate": "acc" if gated else None, "settings": settings},
     }

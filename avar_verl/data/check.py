@@ -27,6 +27,8 @@ from rich.table import Table
 from avar_verl.data.images import layout_problem, load_image, pixel_notes, to_rgb
 from avar_verl.data.messages import MEDIA, blocks_of, is_trained, other_keys, shown, turns_of
 from avar_verl.data.rows import Paths, count_rows, data_files, read_rows
+from avar_verl.rewards.accuracy import accepted_answers, answer_options, extract_answer, grade_answer
+from avar_verl.rewards.expressions import MAX_MATH_CHARS
 
 Kind = Literal["sft", "rl"]
 COLUMN: dict[Kind, str] = {"sft": "messages", "rl": "prompt"}
@@ -95,7 +97,11 @@ CHECKS: dict[str, Check] = {
     "special_token": _error("Take it out, or spell it differently: it would end a turn or stand for an image."),
     "special_token_like": _warning("Check with --model whether the tokenizer has it as a token."),
     "data_source": _error("Name the data set in the column `data_source`."),
-    "ground_truth": _error('Write {"style": "rule", "ground_truth": answer} into the column `reward_model`.'),
+    "ground_truth": _error(
+        'Write {"style": "rule", "ground_truth": the final answer alone} into the column `reward_model`; another style '
+        "if your reward does not use the grader."
+    ),
+    "ground_truth_long": _warning("Shorten it: an answer must repeat it word for word."),
     "extra_info": _error("Write a struct, or leave the column out."),
     "no_system": _warning(
         "If the template adds no system turn either, a sample has no VAS, no L_suppress and, with "
@@ -291,12 +297,23 @@ def check_rl(values: dict, num_images: int, result: RowResult) -> None:
     source = values.get("data_source")
     if not isinstance(source, str) or not source:
         result.add("data_source", f"`data_source` must be text; got {source!r}.")
+    info = values.get("extra_info")
     model = values.get("reward_model")
     truth = model.get("ground_truth") if isinstance(model, dict) else None
     missing = math.isnan(truth) if isinstance(truth, float) else truth is None or truth in ([], {})
     if missing or (isinstance(truth, str) and not truth.strip()):
         result.add("ground_truth", f"`reward_model` must have a ground_truth; got {shown(model)}.")
-    info = values.get("extra_info")
+    elif model.get("style", "rule") == "rule":  # verl's name for what the grader of the rewards grades.
+        try:
+            options = answer_options(info if isinstance(info, dict) else None, "this row")
+            for answer in accepted_answers(truth, "this row", options):
+                found = extract_answer(f"<answer>{answer}</answer>")
+                if found is None or not grade_answer(found, [answer], options):
+                    result.add("ground_truth", f"the reward must accept the ground_truth itself; got {answer!r}.")
+                if len(answer) > MAX_MATH_CHARS:
+                    result.add("ground_truth_long", f"more than {MAX_MATH_CHARS} characters are compared as text only.")
+        except (TypeError, ValueError) as error:
+            result.add("ground_truth", str(error))
     if info is not None and not isinstance(info, dict):
         result.add("extra_info", f"`extra_info` must be a struct; got {shown(info)}.")
     elif info and info.get("boxes") is not None and (num_images or info["boxes"]):

@@ -27,7 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from avar_verl.anchors import parse_anchors, to_pixels
-from avar_verl.rewards.accuracy import accepted_answers, extract_answer, grade_answer, sample_name
+from avar_verl.rewards.accuracy import (
+    Decimals,
+    accepted_answers,
+    answer_options,
+    extract_answer,
+    grade_answer,
+    sample_name,
+)
 from avar_verl.rewards.anchors import anchor_score
 from avar_verl.rewards.format import format_score
 from avar_verl.rewards.grounding import grounding_score
@@ -45,11 +52,16 @@ def _image_size(extra_info: Mapping | None) -> tuple[int, int] | None:
     return tuple(sizes[0]) if sizes is not None and len(sizes) == 1 else None
 
 
-def acc_part(data_source, solution_str, ground_truth, extra_info) -> dict[str, float]:
-    """`acc`: 1 if the answer is right; `pred_found`: 1 if the response has an answer."""
-    accepted = accepted_answers(ground_truth, sample_name(data_source, extra_info))
+def acc_part(data_source, solution_str, ground_truth, extra_info, decimals: Decimals = "exact") -> dict[str, float]:
+    """`acc`: 1 if the answer is right; `pred_found`: 1 if the response has an answer.
+
+    `extra_info["options"]`, where there is one, has the texts of the options; the ground truth names one of them.
+    """
+    sample = sample_name(data_source, extra_info)
+    options = answer_options(extra_info, sample)
+    accepted = accepted_answers(ground_truth, sample, options)
     prediction = extract_answer(solution_str)
-    right = prediction is not None and grade_answer(prediction, accepted)
+    right = prediction is not None and grade_answer(prediction, accepted, options, decimals)
     return {"acc": float(right), "pred_found": float(prediction is not None)}
 
 

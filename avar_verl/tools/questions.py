@@ -14,8 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from avar_verl.data.images import as_verl_image
 from avar_verl.data.messages import as_list, place_images, read_messages, text_of, turns_of
 from avar_verl.data.rows import Row, naming, read_rows
-from avar_verl.rewards.accuracy import accepted_answers
-from avar_verl.tools.grade import check_letter
+from avar_verl.rewards.accuracy import accepted_answers, answer_options
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,8 @@ def _row_question(task: str, row: Row) -> Question:
             "See docs/data.md."
         )
     turns = turns_of(values["prompt"], "prompt")
-    options = tuple((values.get("extra_info") or {}).get("options") or ())
-    truth = tuple(accepted_answers(values["reward_model"]["ground_truth"], "this row"))
-    if options:
-        check_letter(truth[0], options)
+    options = answer_options(values.get("extra_info"), "this row")
+    truth = tuple(accepted_answers(values["reward_model"]["ground_truth"], "this row", options))
     return Question(
         task=task,
         id=str(row.number),

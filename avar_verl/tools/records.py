@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from avar_verl.rewards.accuracy import Decimals
 from avar_verl.tools.grade import find_answer, is_correct
 from avar_verl.tools.questions import Question, Reply
 from avar_verl.tools.runs import RECORDS, RecordFile, read_records
@@ -54,7 +55,7 @@ class Record:
     """As in `Question`."""
 
 
-def graded(item: Question, reply: Reply, answer_rule: str = "reward") -> Record:
+def graded(item: Question, reply: Reply, answer_rule: str = "reward", decimals: Decimals = "exact") -> Record:
     """The record of a reply to an item."""
     answer = find_answer(reply.text, answer_rule)
     return Record(
@@ -64,7 +65,7 @@ def graded(item: Question, reply: Reply, answer_rule: str = "reward") -> Record:
         response=reply.text,
         answer=answer,
         ground_truth=list(item.ground_truth),
-        correct=is_correct(answer, item.ground_truth, item.options),
+        correct=is_correct(answer, item.ground_truth, item.options, decimals),
         data_source=item.data_source,
         groups=item.groups,
         prompt_tokens=reply.prompt_tokens,

@@ -155,6 +155,23 @@ FORMS = [
      "`reward_model` must have a ground_truth; got {'style': 'rule', 'ground_truth': ' '}."),
     ("rl", ["reward_model", "ground_truth"], float("nan"), "ground_truth",
      "`reward_model` must have a ground_truth; got {'style': 'rule', 'ground_truth': nan}."),
+    ("rl", ["reward_model", "ground_truth"], True, "ground_truth",
+     "ground_truth must be a str, a number or a list of these; got bool for this row."),
+    ("rl", ["reward_model", "ground_truth"], {"answer": "cat"}, "ground_truth",
+     "ground_truth must be a str, a number or a list of these; got dict for this row."),
+    ("rl", ["reward_model", "ground_truth"], [["cat"]], "ground_truth",
+     "ground_truth must be a str, a number or a list of these; got list for this row."),
+    ("rl", ["reward_model", "ground_truth"],
+     "Answer: the work would take 180 days.\nTherefore, the answer is: 180.", "ground_truth",
+     "ground_truth must be the final answer alone, as text; got 'Answer: the work"),
+    ("rl", ["reward_model", "ground_truth"], "#### 72", "ground_truth",
+     "ground_truth must be the final answer alone, as text; got '#### 72' for this row."),
+    ("rl", ["reward_model", "ground_truth"], "a" * 201, "ground_truth_long",
+     "more than 200 characters are compared as text only."),
+    ("rl", ["extra_info", "options"], ["dog", "bird"], "ground_truth",
+     "ground_truth must be the letter of one of 2 options"),
+    ("rl", ["extra_info", "options"], "dog, bird", "ground_truth",
+     "extra_info['options'] must be a list of at most 10 texts"),
     ("rl", ["extra_info"], "none", "extra_info", "`extra_info` must be a struct; got 'none'."),
     ("sft", ["messages"], turns("<image>What?", "This.", system=False), "no_system", "there is no system turn."),
     ("sft", ["messages", 2, "content"], "a <|im_end|> b", "special_token_like",
@@ -184,8 +201,10 @@ def test_what_is_right_is_not_found(clean):
     for kind, rows in clean.items():
         assert [checker(row, kind).findings for row in rows] == [[]] * 4
     row = clean["rl"][0]
-    for truth in (0, False, "0", ["a"], {"a": 1}, 2.5):
+    for truth in (0, "0", ["a"], 2.5, "\\frac{1}{2}", "A, C"):
         assert checker(change(row, ["reward_model", "ground_truth"], truth), "rl").findings == []
+    for truth in (False, {"a": 1}, "#### 72"):  # For a reward of another kind.
+        assert checker(change(row, ["reward_model"], {"style": "mine", "ground_truth": truth}), "rl").findings == []
     sft = change(clean["sft"][0], ["messages", 0, "content"], "")  # Keeps a template from writing its own.
     assert checker(sft, "sft").findings == []
     blocks = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]

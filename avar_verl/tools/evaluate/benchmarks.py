@@ -20,7 +20,7 @@ from jinja2 import Environment
 
 from avar_verl.data.messages import IMAGE
 from avar_verl.rewards.accuracy import accepted_answers
-from avar_verl.tools.grade import LETTERS, check_letter
+from avar_verl.rewards.choices import LETTERS
 from avar_verl.tools.questions import Question
 from avar_verl.tools.report import environment
 
@@ -219,9 +219,7 @@ def make_item(benchmark: Benchmark, doc: Mapping[str, Any]) -> Question:
     """
     reading = READERS[benchmark.name](doc)
     where = f"item {reading.id} of {benchmark.name}"
-    truth = tuple(accepted_answers(list(reading.ground_truth), where))
-    if reading.options:
-        check_letter(truth[0], reading.options)
+    truth = tuple(accepted_answers(list(reading.ground_truth), where, reading.options))
     missing = [column for column in reading.images if not (doc.get(column) or {}).get("bytes")]
     if missing:
         raise ValueError(f"images must have bytes; got none in {missing} of {where}. Load the data set again.")

@@ -48,6 +48,9 @@ class Eval(Command):
     dry_run: bool = False  # Show data sets, revisions and prompts, without asking anything.
     # reward: the answer that the reward finds. whole: a response without any mark is the answer as a whole.
     answers: Literal["reward", "whole"] = "reward"
+    decimals: Literal["exact", "ground_truth"] = (
+        "exact"  # ground_truth: round an answer to the decimals of the right one.
+    )
     sampling: OmitArgPrefixes[Sampling] = Sampling()  # Parameters of every request.
     server_url: str | None = None  # A running OpenAI-compatible server, with /v1. If omitted: start vLLM.
     server_args: str = ""  # Additional arguments of vLLM as one text, such as --server-args='--dtype half'.

@@ -25,7 +25,7 @@ from avar_verl.tools.stats import group_accuracy, standard_error
 
 RESULTS = "results.json"
 # Changes whenever a response would be graded differently.
-GRADER_VERSION = 1
+GRADER_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def record_settings(settings: Eval, task: Task, model: Path | None, intervention
         "sampling": asdict(settings.sampling),
         "intervene": intervention.text,
         "answer_rule": settings.answers,
+        "decimals": settings.decimals,
         "grader": GRADER_VERSION,
     }
 
@@ -154,7 +155,7 @@ async def _run_task(
         async def answer(item: Question) -> None:
             reply = await ask(client, model, item, settings.sampling, intervention.extra_body)
             # math-verify may take seconds; requests continue in the meantime.
-            file.add(await asyncio.to_thread(graded, item, reply, settings.answers))
+            file.add(await asyncio.to_thread(graded, item, reply, settings.answers, settings.decimals))
             bar.update()
 
         return await ask_all(todo, answer, concurrency=settings.concurrency, check=check)
