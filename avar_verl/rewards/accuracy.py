@@ -368,8 +368,8 @@ def accepted_answers(ground_truth: Any, sample: str = "this sample", options: Se
         for answer in accepted:
             if known.read_truth(clean(answer)) is None:
                 raise ValueError(
-                    f"ground_truth must be the letter of one of {len(options)} options, letters of several, or the "
-                    f"text of one; got {answer!r} for {sample}. Correct the row or leave it out."
+                    f"ground_truth must be the letter of one of {len(options)} options; got {answer!r} for {sample}. "
+                    "Write its letter, letters of several, or the text of one, or leave the row out."
                 )
     return accepted
 

@@ -58,5 +58,5 @@ def test_a_response_without_marks_as_a_whole(response, found):
 def test_refusals():
     with pytest.raises(ValueError, match="answer rule must be one of"):
         find_answer("x", "other")
-    with pytest.raises(ValueError, match="letter of one of 2 options, .*; got 'C'"):
+    with pytest.raises(ValueError, match="letter of one of 2 options; got 'C'"):
         is_correct("A", ("C",), ("x", "y"))
