@@ -9,6 +9,8 @@ from tyro.conf import arg
 
 from avar_verl.tools.options import AtLeast, Command, Count, Files, Pairs, Size, Words
 
+QUERY_ROLES = {"user": ("user",), "response": ("response",), "both": ("user", "response"), "none": ()}
+
 
 @dataclass(frozen=True)
 class Vas(Command):
@@ -19,9 +21,14 @@ class Vas(Command):
     split: str | None = None  # Split of a data set on the hub.
     columns: Pairs = field(default_factory=dict)  # Column names of the data if they differ, such as question=query.
     n: Count = 0  # Measure only the first N rows; 0: all.
-    query: Literal["user", "response", "both"] = "both"  # Whose attention is measured.
+    query: Literal["user", "response", "both", "none"] = (
+        "both"  # Whose attention is measured; none: --dependency alone.
+    )
     # Layers to measure; negative indices count from the end. If omitted: all.
     layers: Annotated[tuple[int, ...] | None, AtLeast(1), arg(metavar="INT ...")] = None
+    # Also measure how much less likely responses are with a corrupted image: without content (blank), or with the image
+    # of another row (swap). One more forward pass. If omitted: not measured.
+    dependency: Literal["blank", "swap"] | None = None
     generate: bool = False  # Measure responses that the model generates greedily, instead of the rows' responses.
     max_new_tokens: Size = 1024  # Maximum number of tokens of a generated response.
     system: str | None = None  # System turn for conversations without one.
@@ -35,6 +42,15 @@ class Vas(Command):
     seed: Count = 0  # Seed of the bootstrap.
     out: Path | None = None  # Folder for vas.json, report.html and the records. A killed run continues in it.
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.queries and self.dependency is None:
+            raise ValueError("query=none leaves dependency to measure; got none. Pass --dependency blank.")
+        if not self.queries and self.layers is not None:
+            raise ValueError(
+                f"layers are those whose attention is measured; got {self.layers} and query=none. Omit them."
+            )
+
     def run(self) -> None:
         from rich.console import Console
 
@@ -46,7 +62,12 @@ class Vas(Command):
     @property
     def queries(self) -> tuple[str, ...]:
         """Query roles, keys of `measure.QUERIES`."""
-        return ("user", "response") if self.query == "both" else (self.query,)
+        return QUERY_ROLES[self.query]
+
+    @property
+    def needs_response(self) -> bool:
+        """Whether a response is measured."""
+        return "response" in self.queries or self.dependency is not None
 
     @property
     def response_tokens(self) -> int | None:

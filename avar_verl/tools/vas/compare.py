@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`avar vas compare`: compares checkpoints, and correlates VAS with benchmark scores.
+"""`avar vas compare`: compares checkpoints, and correlates VAS and visual dependency with benchmark scores.
 
 Differences are paired if two measurements share samples (same row, same prompt): both use the same draws of the shared
 samples, so effects of a sample on both cancel. A correlation is over checkpoints; its interval is the percentile
@@ -26,8 +26,8 @@ from avar_verl.tools.runs import dumps, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap, correlate, with_interval
 from avar_verl.tools.text import numbers_table
 from avar_verl.tools.vas.command import Compare
-from avar_verl.tools.vas.score import SUMS
-from avar_verl.tools.vas.show import estimate
+from avar_verl.tools.vas.score import DEPENDENCY, SUMS
+from avar_verl.tools.vas.show import CORRUPTED, estimate
 from avar_verl.tools.vas.statistics import MEAN_STATISTICS, means
 
 # Statistics that are correlated with scores; the others are functions of these or redundant.
@@ -43,12 +43,18 @@ class Measurement:
     name: str
     summary: Mapping[str, Any]
 
+    @property
+    def corruption(self) -> str | None:
+        """Of the visual dependency; None if it was not measured (or by a version without it)."""
+        return self.summary.get("corruption")
+
 
 def read_measurements(files: Sequence[str]) -> list[Measurement]:
     """Parse `[NAME=]FILE`; the default name is that of the folder.
 
     Raises:
-        ValueError: fewer than two files, a file that is not a `vas.json`, a repeated name, or no common query role.
+        ValueError: fewer than two files, a file that is not a `vas.json`, a repeated name, or neither a common query
+            role nor a common corruption.
     """
     if len(files) < 2:
         raise ValueError(f"a comparison needs at least two files; got {len(files)}. Name another vas.json.")
@@ -66,10 +72,10 @@ def read_measurements(files: Sequence[str]) -> list[Measurement]:
         if name in {one.name for one in out}:
             raise ValueError(f"checkpoints need names of their own; got {name!r} twice. Write NAME={path}.")
         out.append(Measurement(name, summary))
-    if not common_queries(out):
+    if not common_queries(out) and common_corruption(out) is None:
+        found = [(sorted(one.summary["queries"]), one.corruption) for one in out]
         raise ValueError(
-            f"a comparison needs a query role that all have; got {[sorted(one.summary['queries']) for one in out]}. "
-            "Measure them alike."
+            f"a comparison needs a query role or a dependency that all have; got {found}. Measure them alike."
         )
     return out
 
@@ -80,11 +86,17 @@ def common_queries(measurements: Sequence[Measurement]) -> list[str]:
     return [name for name in first if all(name in other for other in others)]
 
 
+def common_corruption(measurements: Sequence[Measurement]) -> str | None:
+    """The corruption of all measurements; None if they differ, since dependencies on different ones do not compare."""
+    found = {one.corruption for one in measurements}
+    return found.pop() if len(found) == 1 else None
+
+
 # ---- differences -----------------------------------------------------------------------------------------------
 
 
 def shared_samples(one: Measurement, other: Measurement, query: str) -> tuple[list[int], list[int]]:
-    """Indices, in either measurement, of the samples that both measured for a query role."""
+    """Indices, in either measurement, of the samples that both measured for a query role, or for DEPENDENCY."""
 
     def keys(measurement: Measurement) -> dict[tuple, int]:
         samples = measurement.summary["samples"]
@@ -97,8 +109,11 @@ def shared_samples(one: Measurement, other: Measurement, query: str) -> tuple[li
 
 
 def _statistics(measurement: Measurement, query: str, indices: Sequence[int], counts_DN: torch.Tensor) -> dict:
-    """(D,) of MEAN_STATISTICS over selected samples."""
+    """(D,) of MEAN_STATISTICS, or of DEPENDENCY, over selected samples."""
     columns = measurement.summary["samples"][query]
+    if query == DEPENDENCY:
+        values = torch.from_numpy(numbers(columns[DEPENDENCY])[list(indices)])
+        return means(counts_DN, torch.ones(len(values)), {DEPENDENCY: values})
     chosen = {key: torch.from_numpy(numbers(columns[key])[list(indices)]) for key in ("queries", *SUMS)}
     sums = {key: chosen[key][:, None, None] for key in SUMS}
     mean_of = means(counts_DN, chosen["queries"], sums)
@@ -106,7 +121,8 @@ def _statistics(measurement: Measurement, query: str, indices: Sequence[int], co
 
 
 def differences(one: Measurement, reference: Measurement, query: str, bootstrap: Bootstrap) -> dict[str, Any] | None:
-    """`one` minus `reference` in MEAN_STATISTICS, paired, with `num_samples`; None without a shared sample.
+    """`one` minus `reference` in MEAN_STATISTICS, or in DEPENDENCY if this is the query, paired, with `num_samples`;
+    None without a shared sample.
 
     The median over heads would need sums by head, which `vas.json` does not have per sample.
     """
@@ -115,7 +131,7 @@ def differences(one: Measurement, reference: Measurement, query: str, bootstrap:
         return None
     counts_DN = torch.from_numpy(bootstrap.counts(len(mine)))
     value, other = (_statistics(m, query, at, counts_DN) for m, at in ((one, mine), (reference, theirs)))
-    parts = {key: with_interval(value[key] - other[key]) for key in MEAN_STATISTICS}
+    parts = {key: with_interval(value[key] - other[key]) for key in value if key in (*MEAN_STATISTICS, DEPENDENCY)}
     return {"num_samples": len(mine), **parts}
 
 
@@ -183,51 +199,85 @@ def compare(
         "bootstrap": {"draws": bootstrap.num_draws, "seed": bootstrap.seed, "level": LEVEL},
         "scores": scores,
         "queries": {},
+        "dependency": None,
+        "uncompared": None,  # The corruptions, if some have a dependency but not all the same.
     }
-    for query in common_queries(measurements):
-        parts = [one.summary["queries"][query] for one in measurements]
-        overall = {one.name: part["overall"] for one, part in zip(measurements, parts, strict=True)}
+
+    def entry_of(query: str, parts: Sequence[Mapping[str, Any]], correlated: Sequence[str]) -> dict[str, Any]:
         entry = {
-            "overall": overall,
-            "band": {one.name: part["band"] for one, part in zip(measurements, parts, strict=True)},
+            "overall": {one.name: part["overall"] for one, part in zip(measurements, parts, strict=True)},
             "num_samples": {one.name: part["num_samples"] for one, part in zip(measurements, parts, strict=True)},
             "difference": {one.name: differences(one, reference, query, bootstrap) for one in others},
         }
         if scores is not None:
-            values = {key: [float(numbers(part["overall"][key]["value"])) for part in parts] for key in CORRELATED}
+            values = {key: [float(numbers(part["overall"][key]["value"])) for part in parts] for key in correlated}
             entry["correlation"] = {
                 key: {benchmark: correlate(values[key], score, bootstrap) for benchmark, score in scores.items()}
-                for key in CORRELATED
+                for key in correlated
             }
+        return entry
+
+    for query in common_queries(measurements):
+        parts = [one.summary["queries"][query] for one in measurements]
+        entry = entry_of(query, parts, CORRELATED)
+        entry["band"] = {one.name: part["band"] for one, part in zip(measurements, parts, strict=True)}
         out["queries"][query] = entry
+    corruption = common_corruption(measurements)
+    if corruption is not None:
+        parts = [one.summary["dependency"] for one in measurements]
+        parts = [{**part, "overall": {DEPENDENCY: part["overall"]}} for part in parts]
+        out["dependency"] = {"corruption": corruption, **entry_of(DEPENDENCY, parts, (DEPENDENCY,))}
+    elif any(one.corruption for one in measurements):
+        out["uncompared"] = {one.name: one.corruption for one in measurements}
     return out
 
 
 def print_comparison(result: Mapping[str, Any], console: Console) -> None:
     """Tables of values, differences and correlations."""
     for query, entry in result["queries"].items():
-        table = numbers_table(f"attention of {query} tokens [95 % interval]", ["", *result["names"]])
-        for key in STATISTICS:
-            table.add_row(key, *(estimate(entry["overall"][name][key]) for name in result["names"]))
+        _print_entry(result, entry, f"attention of {query} tokens", f"{query} tokens", STATISTICS, console)
+    if result["dependency"] is not None:
+        corrupted = CORRUPTED[result["dependency"]["corruption"]]
+        what = f"visual dependency of responses against {corrupted}, nats per token"
+        _print_entry(result, result["dependency"], what, "responses", (DEPENDENCY,), console)
+    if result["uncompared"]:
+        console.print(uncompared_text(result["uncompared"]))
+
+
+def uncompared_text(corruptions: Mapping[str, str | None]) -> str:
+    """Why dependencies are not compared."""
+    found = ", ".join(f"{name}: {corruption or 'not measured'}" for name, corruption in corruptions.items())
+    return f"Visual dependency is compared if all checkpoints have it with the same corruption; here {found}."
+
+
+def _print_entry(
+    result: Mapping[str, Any], entry: Mapping[str, Any], title: str, what: str, keys: Sequence[str], console: Console
+) -> None:
+    table = numbers_table(f"{title} [95 % interval]", ["", *result["names"]])
+    for key in keys:
+        table.add_row(key, *(estimate(entry["overall"][name][key]) for name in result["names"]))
+    if "band" in entry:
         table.add_row("band of the paper", *(entry["band"][name] or "none" for name in result["names"]))
-        table.add_row("samples", *(str(entry["num_samples"][name]) for name in result["names"]))
-        console.print(table)
-        found = {name: part for name, part in entry["difference"].items() if part is not None}
-        if found:
-            table = numbers_table(f"paired difference from {result['names'][0]}, {query} tokens", ["", *found])
-            for key in MEAN_STATISTICS:
+    table.add_row("samples", *(str(entry["num_samples"][name]) for name in result["names"]))
+    console.print(table)
+    found = {name: part for name, part in entry["difference"].items() if part is not None}
+    if found:
+        table = numbers_table(f"paired difference from {result['names'][0]}, {what}", ["", *found])
+        for key in keys:
+            if all(key in part for part in found.values()):
                 table.add_row(key, *(estimate(part[key]) for part in found.values()))
-            table.add_row("shared samples", *(str(part["num_samples"]) for part in found.values()))
-            console.print(table)
-        for name in entry["difference"].keys() - found.keys():
-            console.print(f"{name} shares no sample with {result['names'][0]}: no paired difference of {query} tokens")
-        for key, by_benchmark in entry.get("correlation", {}).items():
-            columns = ["", "Pearson", "Spearman", "checkpoints", "undefined draws"]
-            table = numbers_table(f"{key} of {query} tokens against scores", columns)
-            for benchmark, part in by_benchmark.items():
-                cells = [estimate(part["pearson"]), estimate(part["spearman"])]
-                table.add_row(benchmark, *cells, str(part["num_models"]), str(part["undefined"]))
-            console.print(table)
+        table.add_row("shared samples", *(str(part["num_samples"]) for part in found.values()))
+        console.print(table)
+    for name in entry["difference"].keys() - found.keys():
+        console.print(f"{name} shares no sample with {result['names'][0]}: no paired difference of {what}")
+    for key, by_benchmark in entry.get("correlation", {}).items():
+        table = numbers_table(
+            f"{key} of {what} against scores", ["", "Pearson", "Spearman", "checkpoints", "undefined draws"]
+        )
+        for benchmark, part in by_benchmark.items():
+            cells = [estimate(part["pearson"]), estimate(part["spearman"])]
+            table.add_row(benchmark, *cells, str(part["num_models"]), str(part["undefined"]))
+        console.print(table)
 
 
 def run_compare(options: Compare, console: Console) -> dict[str, Any]:

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from markupsafe import Markup, escape
 
+from avar_verl.objectives.dependency import CLAMP
 from avar_verl.objectives.vas import BANDS, STATISTICS, band
-from avar_verl.tools.figures import BLUE, VERMILION, Line, curves_figure, heat_figure
+from avar_verl.tools.figures import BLUE, GREEN, VERMILION, Line, curves_figure, heat_figure
 from avar_verl.tools.report import data_uri, decode_image, duration_text, number_text, numbers, overlay, page, printable
+from avar_verl.tools.vas.score import DEPENDENCY
+from avar_verl.tools.vas.show import CORRUPTED
 from avar_verl.tools.vas.words import raster
 
 QUERY_COLORS = {"user": BLUE, "response": VERMILION}
@@ -24,12 +27,16 @@ LABELS = {
     "image_share": "image share",
     "image_mass": "image mass",
     "system_mass": "system mass",
+    DEPENDENCY: "dependency",
 }
 SETTINGS = (
     *("model", "data", "split", "columns", "queries", "layers", "max_new_tokens", "system", "dtype", "device"),
-    *("num_rows", "bootstrap"),
+    *("corruption", "num_rows", "bootstrap"),
 )
-DIGITS = {"log_ratio": 3, "image_share": 3, "image_mass": 3, "system_mass": 3, "mass_per_token": 5}
+# Colours of words by dependency: more, or less, likely with the image. The clip is opaque.
+WORD_RGB = {True: "213, 94, 0", False: "0, 114, 178"}
+WORD_OPACITY = 0.7
+DIGITS = {DEPENDENCY: 3, "log_ratio": 3, "image_share": 3, "image_mass": 3, "system_mass": 3, "mass_per_token": 5}
 
 
 def estimate_text(part: Mapping[str, Any], digits: int = 2) -> str:
@@ -72,6 +79,11 @@ def summary_text(summary: Mapping[str, Any]) -> str:
                 f"One of the {vas_LH.size} heads makes up {100 * finite.max() / finite.sum():.0f}\u00a0% of the VAS of "
                 f"{name} tokens: read the median head, the ratio of means and the image share instead."
             )
+    if summary["dependency"] is not None:
+        out.append(
+            f"Visual dependency of responses: {estimate_text(summary['dependency']['overall'], 3)} nats per token more "
+            f"likely with their image than with {CORRUPTED[summary['corruption']]}."
+        )
     return " ".join(out)
 
 
@@ -98,6 +110,42 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
             )
     if not out:
         out.append("No sample was left out.")
+    return out
+
+
+def dependency_section(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Visual dependency as a row of numbers, notes, and a curve over the position; None if it was not measured."""
+    part = summary["dependency"]
+    if part is None:
+        return None
+    positions = part["positions"]
+    line = Line.of(LABELS[DEPENDENCY], GREEN, range(len(positions)), [one[DEPENDENCY] for one in positions])
+    figure = curves_figure(
+        "position-dependency", [line], "dependency (nats)", "token of the response", x_ticks=bin_ticks(positions)
+    )
+    return {
+        **part,
+        "cell": cell(part["overall"], DIGITS[DEPENDENCY]),
+        "corrupted": CORRUPTED[summary["corruption"]],
+        "notes": [
+            f"{count} of {summary['num_rows']} samples have no dependency: {reason}."
+            for reason, count in part["skipped"].items()
+        ],
+        "figures": [] if figure is None else [figure],
+    }
+
+
+def coloured(parts: Sequence[tuple[str, float | None]] | None) -> Markup:
+    """The response as HTML, each part on the colour of its dependency, which the pointer shows in nats."""
+    out = Markup()
+    for text, value in parts or ():
+        shown = escape(printable(text))
+        if value is None:
+            out += shown
+            continue
+        opacity = WORD_OPACITY * min(1.0, abs(value) / CLAMP)
+        style = f"background: rgba({WORD_RGB[value >= 0]}, {opacity:.2f})"
+        out += Markup('<span style="{}" title="{}">{}</span>').format(style, number_text(value, 2), shown)
     return out
 
 
@@ -191,6 +239,7 @@ def sample_rows(shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "images": [data_uri(image) for image in images],
                 "words": words,
                 "note": sample["note"],
+                "coloured": coloured(sample["dependency"]),
             }
         )
     return rows
@@ -224,16 +273,18 @@ def write_report(path: Path, summary: Mapping[str, Any], shown: Sequence[Mapping
     positions = summary["queries"].get("response", {}).get("positions", [])
     text = page(
         "vas/report.html.j2",
-        title=f"VAS of {summary['name']}",
+        title=f"{'VAS' if summary['queries'] else 'Visual dependency'} of {summary['name']}",
         summary=summary_text(summary),
         queries=query_rows(summary),
         labels={key: LABELS[key] for key in STATISTICS},
         notes=notes(summary),
-        heat_svg=heat_maps(summary),
+        heat_svg=heat_maps(summary) if summary["queries"] else None,
         layer_svgs=layer_figures(summary),
         position_svgs=position_figures(positions),
         position_rows=position_rows(positions),
         image_rows=image_rows(summary),
+        dependency=dependency_section(summary),
+        clamp=CLAMP,
         samples=sample_rows(shown),
         settings=setting_rows(summary),
         versions=summary["versions"],

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,17 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from avar_verl.data.rows import batched
-from avar_verl.model.checkpoint import load_config
+from avar_verl.data.rows import Row, batched
+from avar_verl.model.checkpoint import load_config, load_processor
 from avar_verl.model.families import get_family
+from avar_verl.plugin.datasets.images import patch_size_of
 from avar_verl.tools import rows as data_rows
 from avar_verl.tools.options import default_device
 from avar_verl.tools.progress import progress
 from avar_verl.tools.runs import RECORDS, RecordFile, absolute, dumps, fingerprint, write_json
 from avar_verl.tools.stats import LEVEL, Bootstrap
 from avar_verl.tools.vas.command import Vas
-from avar_verl.tools.vas.score import measurable_layers
-from avar_verl.tools.vas.statistics import by_sample, summarize_query
+from avar_verl.tools.vas.partners import jobs, looks_of, partners_of
+from avar_verl.tools.vas.score import DEPENDENCY, measurable_layers
+from avar_verl.tools.vas.statistics import by_sample, summarize_dependency, summarize_query
 from avar_verl.tools.vas.work import LocalWorkers, RayWorkers
 
 FORMAT = 1
@@ -43,6 +45,7 @@ def identity(settings: Vas) -> dict[str, Any]:
         "data": absolute(settings.data),
         "data_files": fingerprint(Path(settings.data)),
         "max_new_tokens": settings.response_tokens,
+        "corruption": settings.dependency,
         **{name: getattr(settings, name) for name in ("split", "columns", "queries", "layers", "system", "dtype")},
     }
 
@@ -86,38 +89,72 @@ def _check_model(settings: Vas) -> tuple[int, ...]:
     if unknown:
         raise ValueError(f"columns must name some of {data_rows.COLUMNS}; got {unknown}. Write NAME=COLUMN.")
     config = load_config(settings.model)
-    return measurable_layers(get_family(config.model_type), config, settings.layers)
+    family = get_family(config.model_type)
+    return measurable_layers(family, config, settings.layers) if settings.queries else ()
+
+
+def _rows(settings: Vas) -> Iterator[Row]:
+    return data_rows.read(settings.data, settings.split, settings.columns)
+
+
+def swap_partners(settings: Vas) -> dict[int, int]:
+    """Row -> row whose images it is given (`partners_of`).
+
+    Raises:
+        ValueError: a row with images that no other row has in these shapes; the message names the first one.
+    """
+    processor = load_processor(settings.model)
+    looks = looks_of(_rows(settings), processor, patch_size_of(processor))
+    partners = partners_of(looks, settings.n)
+    alone = [index for index, partner in partners.items() if partner is None]
+    if alone:
+        row = next(row for row in _rows(settings) if row.index == alone[0])
+        raise ValueError(
+            f"{row.where}: dependency=swap needs another row with other images of the same shapes; got none, for this "
+            f"row and {len(alone) - 1} more. Leave such rows out, resize the images to one size, or use "
+            "--dependency blank."
+        )
+    return partners
 
 
 def measure(settings: Vas, records: RecordFile, workers) -> None:
     """Add records for all rows that have none."""
-    rows = data_rows.read(settings.data, settings.split, settings.columns)
-    rows = islice(rows, settings.n) if settings.n else rows
+    partners: dict[int, int] = {}
+    first = islice(_rows(settings), settings.n or None)
+    if settings.dependency == "swap" and any(row.index not in records.records for row in first):
+        partners = swap_partners(settings)
+    # Partners may be behind the first n rows.
+    last = max([settings.n, *(partner + 1 for partner in partners.values())]) if settings.n else None
     total = data_rows.count(settings.data)
     total = min(total, settings.n) if total and settings.n else total or settings.n or None
     with progress(total=total, desc="VAS", unit="sample") as bar:
 
-        def pending():
-            for row in rows:
-                if row.index in records.records:
-                    bar.update()
-                else:
-                    yield row
+        def is_pending(row: Row) -> bool:
+            if settings.n and row.index >= settings.n:
+                return False
+            if row.index in records.records:
+                bar.update()
+                return False
+            return True
 
-        for batch in workers.measure(batched(pending(), settings.batch_size)):
+        pending = jobs(islice(_rows(settings), last), partners, is_pending)
+        for batch in workers.measure(batched(pending, settings.batch_size)):
             records.append(batch)
             bar.update(len(batch))
 
 
 def look(settings: Vas, records: Sequence[dict[str, Any]], workers) -> list[dict[str, Any]]:
     """Where the model looks as it writes words, for the first `show` samples with a measured response."""
-    wanted = {record["row"]: record.get("generated_ids") for record in records if "response" in record}
-    wanted = dict(islice(wanted.items(), settings.show))
+    measured = [record for record in records if "response" in record or DEPENDENCY in record]
+    wanted = {record["row"]: record for record in measured[: settings.show]}
     if not wanted:
         return []
-    rows = data_rows.read(settings.data, settings.split, settings.columns)
-    jobs = [(row, wanted[row.index], settings.words) for row in islice(rows, max(wanted) + 1) if row.index in wanted]
-    return workers.look(jobs)
+    shown = [
+        (row, wanted[row.index].get("generated_ids"), settings.words, wanted[row.index].get(DEPENDENCY))
+        for row in islice(_rows(settings), max(wanted) + 1)
+        if row.index in wanted
+    ]
+    return workers.look(shown)
 
 
 def summarize(
@@ -126,7 +163,7 @@ def summarize(
     """What `vas.json` holds.
 
     Raises:
-        ValueError: no sample has VAS for a query role.
+        ValueError: no sample has VAS for a query role, or a dependency.
     """
     bootstrap = Bootstrap(settings.resamples, settings.seed)
     return {
@@ -140,6 +177,7 @@ def summarize(
         "seconds": seconds,
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "queries": {name: summarize_query(name, records, layers, bootstrap) for name in settings.queries},
+        "dependency": summarize_dependency(records, bootstrap) if settings.dependency else None,
         "samples": by_sample(records, settings.queries),
     }
 

@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From conversations to records: one forward pass per batch, with masses reduced to sums in each layer.
+"""From conversations to records: one forward pass per batch, with masses reduced to sums in each layer, and with
+`corruption` a second one for the visual dependency of the responses.
 
 Shape suffixes:
-    B = samples, S = positions, Q = selected queries, L = measured layers, H = query heads, I = images of a sample,
-    G = groups of queries (user, then bins of positions in the response), C = key groups, K = statistics
+    B = samples, S = positions, T = response tokens, V = vocabulary, Q = selected queries, L = measured layers,
+    H = query heads, I = images of a sample, G = groups of queries (user, then bins of positions in the response),
+    C = key groups, K = statistics
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL import Image
 
 from avar_verl.attention import capture_mass
 from avar_verl.attention.capture import resolve_indices, select_queries
+from avar_verl.model import corrupt
 from avar_verl.model.checkpoint import Checkpoint, generate_ids
 from avar_verl.model.families import Family
 from avar_verl.model.render import Rendered, render
 from avar_verl.model.responses import response_mask
 from avar_verl.model.roles import TokenRole
+from avar_verl.objectives.dependency import CORRUPTIONS, token_dependency
 from avar_verl.tools.rows import Conversation
 
 QUERIES = {"user": TokenRole.USER, "response": TokenRole.RESPONSE}
@@ -26,6 +32,7 @@ QUERIES = {"user": TokenRole.USER, "response": TokenRole.RESPONSE}
 # length.
 BIN_STARTS = (0, 4, *(edge for power in range(3, 18) for edge in (2**power, 3 * 2 ** (power - 1))))
 SUMS = ("ratio", "share", "image", "system")
+DEPENDENCY = "dependency"
 NO_IMAGE, NO_SYSTEM = "no image", "no system turn"
 NO_QUERY = {"user": "no user token", "response": "no response"}
 NUM_ROLES = len(TokenRole)
@@ -42,7 +49,7 @@ def measurable_layers(family: Family, config, layers: Sequence[int] | None) -> t
             "VAS needs image and system keys in one softmax; got "
             f"model_type={config.model_type!r}, which reads images in cross-attention layers: image mass over system "
             "mass is a division by zero there and zero elsewhere, whatever the weights (docs/families.md). There is no "
-            "VAS of this family."
+            "VAS of this family. Measure how its responses depend on the image: --query none --dependency blank."
         )
     text_config = config.get_text_config()
     chosen = resolve_indices("layers", layers, text_config.num_hidden_layers)
@@ -76,6 +83,22 @@ class LabelledSample:
         roles = set(self.roles_S.tolist())
         return NO_IMAGE if TokenRole.IMAGE not in roles else NO_SYSTEM if TokenRole.SYSTEM not in roles else None
 
+    @property
+    def without_dependency(self) -> str | None:
+        """Why the sample has no visual dependency; None if it has one. It needs no system turn and no image tokens."""
+        has_response = bool((self.roles_S == TokenRole.RESPONSE).any())
+        return NO_IMAGE if not self.tokens_I else None if has_response else NO_QUERY["response"]
+
+
+def image_features(processor, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    """What the processor makes of images, whatever the text around them; {} without an image."""
+    return _images_alone(processor, images).features if images else {}
+
+
+def _images_alone(processor, images: Sequence[Image.Image]) -> Rendered:
+    blocks = [{"type": "image", "image": image} for image in images]
+    return render(processor, [{"role": "user", "content": [*blocks, {"type": "text", "text": "."}]}])
+
 
 def tokens_by_image(checkpoint: Checkpoint, conversation: Conversation, rendered: Rendered, total: int) -> list[int]:
     """Number of the `total` image tokens that belong to each image, in order.
@@ -94,8 +117,7 @@ def tokens_by_image(checkpoint: Checkpoint, conversation: Conversation, rendered
     else:
         counts = []
         for image in images:
-            single = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "."}]}]
-            ids_S = render(checkpoint.processor, single).ids_S
+            ids_S = _images_alone(checkpoint.processor, [image]).ids_S
             is_image_S = torch.isin(ids_S, ids_S.new_tensor(checkpoint.role_map.image_token_ids))
             counts.append(int(is_image_S.sum()))
     if len(counts) != len(images) or sum(counts) != total:
@@ -114,6 +136,10 @@ class Scorer:
         layers: default all, see `measurable_layers`.
         max_new_tokens: None measures the response in the conversation; a number generates one first.
         padding_side: of the measured batches; the numbers do not depend on it.
+        corruption: of CORRUPTIONS; None measures no dependency.
+
+    Raises:
+        ValueError: anything that `measurable_layers` or `corrupt.check_blank` refuses, or an unknown corruption.
     """
 
     def __init__(
@@ -123,10 +149,15 @@ class Scorer:
         layers: Sequence[int] | None = None,
         max_new_tokens: int | None = None,
         padding_side: str = "right",
+        corruption: str | None = None,
     ):
-        self.checkpoint, self.queries = checkpoint, tuple(queries)
-        self.layers = measurable_layers(checkpoint.family, checkpoint.model.config, layers)
+        self.checkpoint, self.queries, self.corruption = checkpoint, tuple(queries), corruption
+        self.layers = measurable_layers(checkpoint.family, checkpoint.model.config, layers) if queries else ()
         self.max_new_tokens, self.padding_side = max_new_tokens, padding_side
+        if corruption not in (None, *CORRUPTIONS):
+            raise ValueError(f"corruption must be one of {CORRUPTIONS}; got {corruption!r}. Name one.")
+        if corruption == "blank":
+            corrupt.check_blank(checkpoint.processor)
 
     # ---- rendering ---------------------------------------------------------------------------------------------
 
@@ -187,27 +218,85 @@ class Scorer:
         tokens_I = tokens_by_image(self.checkpoint, conversation, rendered, total)
         return LabelledSample(rendered, roles_S, tuple(tokens_I), response_ids)
 
-    # ---- masses ------------------------------------------------------------------------------------------------
+    # ---- measuring ---------------------------------------------------------------------------------------------
 
-    def score(self, samples: Sequence[LabelledSample]) -> list[dict[str, Any]]:
-        """Record content (`_parts`) of every sample, from one forward pass over those that can be measured."""
-        wanted = [int(QUERIES[name]) for name in self.queries]
-        measured = [
+    def score(
+        self, samples: Sequence[LabelledSample], partners: Sequence[Mapping[str, torch.Tensor] | None] | None = None
+    ) -> list[dict[str, Any]]:
+        """Record content (`_parts`) of every sample, from one forward pass over those that can be measured, and one
+        over those that have a dependency.
+
+        Args:
+            partners: for corruption=swap, the features of the images that each sample gets instead of its own.
+
+        Raises:
+            ValueError: a sample that has a dependency but no partner, or one with images of other shapes.
+        """
+        wanted = torch.tensor([int(QUERIES[name]) for name in self.queries])
+        masses = [
             index
             for index, sample in enumerate(samples)
-            if sample.skipped is None and bool(torch.isin(sample.roles_S, torch.tensor(wanted)).any())
+            if sample.skipped is None and bool(torch.isin(sample.roles_S, wanted).any())
         ]
-        sums = dict(zip(measured, self._sums([samples[index] for index in measured]), strict=True)) if measured else {}
-        return [self._parts(sample, sums.get(index)) for index, sample in enumerate(samples)]
+        depends = [index for index, sample in enumerate(samples) if self.corruption and not sample.without_dependency]
+        # Before the first pass: a sample that is refused costs none.
+        corrupted = {
+            index: self._corrupted(samples[index], None if partners is None else partners[index]) for index in depends
+        }
+        chosen = sorted({*masses, *depends})
+        sums: dict[int, torch.Tensor] = {}
+        dependency: dict[int, torch.Tensor] = {}
+        if chosen:
+            sums_B, log_probs_B = self._pass([samples[index] for index in chosen], bool(masses), bool(depends))
+            sums = dict(zip(chosen, sums_B, strict=True)) if masses else {}
+            log_probs = dict(zip(chosen, log_probs_B, strict=True)) if depends else {}
+            if depends:
+                _, corrupted_B = self._pass(list(corrupted.values()), False, True)
+                pairs = zip(depends, corrupted_B, strict=True)
+                dependency = {index: token_dependency(log_probs[index], other_T) for index, other_T in pairs}
+        return [self._parts(sample, sums.get(index), dependency.get(index)) for index, sample in enumerate(samples)]
+
+    def _corrupted(self, sample: LabelledSample, partner: Mapping[str, torch.Tensor] | None) -> LabelledSample:
+        """The same tokens with other images."""
+        own = sample.rendered.features
+        if self.corruption == "blank":
+            features = corrupt.blank(own)
+        elif partner is None:
+            raise ValueError(
+                "corruption=swap needs the images of another sample; got none. Give a partner, or use corruption=blank."
+            )
+        else:
+            features = corrupt.swap(own, partner)
+        return replace(sample, rendered=replace(sample.rendered, features=features))
+
+    @torch.no_grad()
+    def _pass(
+        self, samples: Sequence[LabelledSample], masses: bool, likelihood: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """One forward pass. For every sample, with `masses` what `_captured` gives, and with `likelihood`
+        log p(y_t | everything before y_t), (T,) float32 in nats, of its response tokens."""
+        checkpoint = self.checkpoint
+        inputs = checkpoint.collate([sample.rendered for sample in samples], self.padding_side)
+        with self._capture(samples) if masses else contextlib.nullcontext() as captured:
+            logits_BSV = checkpoint.model(**inputs, use_cache=False).logits
+        sums_B = list(torch.stack(captured.per_layer(), dim=1).cpu()) if masses else []
+        if not likelihood:
+            return sums_B, []
+        roles_BS, log_probs_B = self._padded([sample.roles_S for sample in samples]), []
+        for row, roles_S in enumerate(roles_BS):
+            positions_T = (roles_S == TokenRole.RESPONSE).nonzero()[:, 0].to(logits_BSV.device)
+            ids_T1 = inputs["input_ids"][row, positions_T, None]
+            logits_TV = logits_BSV[row, positions_T - 1].float()  # A response is never first.
+            log_probs_B.append(logits_TV.log_softmax(-1).gather(1, ids_T1)[:, 0].cpu())
+        return sums_B, log_probs_B
 
     def _padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """(B, S), padded like the ids of `Checkpoint.collate`; 0 is OTHER, which has no group."""
         sides = {"padding_side": self.padding_side, "batch_first": True, "padding_value": 0}
         return torch.nn.utils.rnn.pad_sequence(list(rows), **sides)
 
-    @torch.no_grad()
-    def _sums(self, samples: Sequence[LabelledSample]) -> list[torch.Tensor]:
-        """For every sample (L, H, G, K) float64 sums over queries; K: SUMS, then mass and ratio of every image."""
+    def _capture(self, samples: Sequence[LabelledSample]):
+        """Capture of (B, H, G, K) float64 sums over queries by layer; K: SUMS, then mass and ratio of every image."""
         checkpoint = self.checkpoint
         device = checkpoint.model.device
         roles_BS = self._padded([sample.roles_S for sample in samples]).to(device)
@@ -231,7 +320,7 @@ class Scorer:
             index = groups_BQ[:, None, :, None].expand(-1, H, -1, K)
             return out_BHGK.scatter_add_(2, index, stats_BHQK)[:, :, :-1]
 
-        with capture_mass(
+        return capture_mass(
             checkpoint.model,
             roles_BS,
             layers=self.layers,
@@ -240,14 +329,13 @@ class Scorer:
             key_groups=groups_BS,
             num_groups=NUM_ROLES + num_images,
             columns=(TokenRole.SYSTEM, *image_groups),
-        ) as captured:
-            inputs = checkpoint.collate([sample.rendered for sample in samples], self.padding_side)
-            checkpoint.model(**inputs, use_cache=False)
-        sums_BLHGK = torch.stack(captured.per_layer(), dim=1).cpu()
-        return list(sums_BLHGK)
+        )
 
-    def _parts(self, sample: LabelledSample, sums_LHGK: torch.Tensor | None) -> dict[str, Any]:
-        """`images` (tokens of each), `skipped` (reason by query) and, by query, the sums (`_query_part`)."""
+    def _parts(
+        self, sample: LabelledSample, sums_LHGK: torch.Tensor | None, dependency_T: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """`images` (tokens of each), `skipped` (reason by query, or by `dependency`), by query the sums
+        (`_query_part`), and `dependency`, that of every response token in nats."""
         roles_S = sample.roles_S
         out: dict[str, Any] = {"images": list(sample.tokens_I), "skipped": {}}
         for name in self.queries:
@@ -261,6 +349,10 @@ class Scorer:
             blind = int(is_query_S[:first_image].sum())
             counts_G = torch.bincount(groups_S, minlength=len(BIN_STARTS) + 1)
             out[name] = _query_part(name, sums_LHGK, counts_G, blind, len(sample.tokens_I))
+        if dependency_T is not None:
+            out[DEPENDENCY] = dependency_T.tolist()
+        elif self.corruption is not None:
+            out["skipped"][DEPENDENCY] = sample.without_dependency
         return out
 
 

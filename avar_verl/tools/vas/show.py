@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from avar_verl.objectives.vas import BANDS, STATISTICS
 from avar_verl.tools.text import numbers_table
+
+CORRUPTED = {"blank": "a blank image", "swap": "the image of another row"}
 
 
 def number(value: float | str, digits: int = 4) -> str:
@@ -23,7 +26,21 @@ def estimate(part: Mapping[str, Any]) -> str:
 
 
 def print_summary(summary: Mapping[str, Any], out: Path | None, console: Console) -> None:
-    """One column per query role, one row per statistic, and the paths of the files."""
+    """Tables of VAS and of the visual dependency, and the paths of the files."""
+    if summary["queries"]:
+        console.print(_vas_table(summary))
+    if summary["dependency"] is not None:
+        console.print(_dependency_table(summary))
+    console.print(f"measured on {summary['device']} in {summary['dtype']}")
+    if summary["queries"]:
+        bounds = ", ".join(f"{name} below {bound:g}" for bound, name in BANDS[:-1])
+        console.print(f"bands (user tokens of 7B models): {bounds}, {BANDS[-1][1]} above")
+    if out is not None:
+        console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+
+
+def _vas_table(summary: Mapping[str, Any]) -> Table:
+    """One column per query role, one row per statistic."""
     queries = summary["queries"]
     columns = ["\\[95 % interval]", *(f"{name} tokens" for name in queries)]
     table = numbers_table(f"VAS of {summary['model']}", columns)
@@ -33,9 +50,15 @@ def print_summary(summary: Mapping[str, Any], out: Path | None, console: Console
     table.add_row("samples", *(str(query["num_samples"]) for query in queries.values()))
     for reason in sorted({reason for query in queries.values() for reason in query["skipped"]}):
         table.add_row(f"skipped: {reason}", *(str(query["skipped"].get(reason, 0)) for query in queries.values()))
-    console.print(table)
-    console.print(f"measured on {summary['device']} in {summary['dtype']}")
-    bounds = ", ".join(f"{name} below {bound:g}" for bound, name in BANDS[:-1])
-    console.print(f"bands (user tokens of 7B models): {bounds}, {BANDS[-1][1]} above")
-    if out is not None:
-        console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    return table
+
+
+def _dependency_table(summary: Mapping[str, Any]) -> Table:
+    dependency = summary["dependency"]
+    title = f"visual dependency of {summary['model']}, against {CORRUPTED[summary['corruption']]}"
+    table = numbers_table(title, ["\\[95 % interval]", "response tokens"])
+    table.add_row("dependency (nats per token)", estimate(dependency["overall"]))
+    table.add_row("samples", str(dependency["num_samples"]))
+    for reason, count in dependency["skipped"].items():
+        table.add_row(f"skipped: {reason}", str(count))
+    return table

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records to statistics with intervals: VAS and its companions, overall and by layer, head, position and image.
+"""From records to statistics with intervals: VAS and its companions, overall and by layer, head, position and image;
+visual dependency, overall and by position.
 
 Every number is a function of sums over the queries of all counted samples. Its interval is the bootstrap of
 `tools.stats`, from the sums of each draw. Samples are drawn, not queries, because queries of one sample are dependent.
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from avar_verl.objectives.dependency import mean_dependency
 from avar_verl.objectives.vas import STATISTICS, band, vas_statistics
 from avar_verl.tools.stats import Bootstrap, with_interval
-from avar_verl.tools.vas.score import BIN_STARTS, SUMS
+from avar_verl.tools.vas.score import BIN_STARTS, DEPENDENCY, SUMS
 
 # Statistics that can be computed from means over heads; the median over heads cannot.
 MEAN_STATISTICS = tuple(name for name in STATISTICS if name != "vas_median")
@@ -165,9 +167,61 @@ def by_image(records: Sequence[Mapping[str, Any]], name: str, bootstrap: Bootstr
     return out
 
 
+def summarize_dependency(records: Sequence[Mapping[str, Any]], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Visual dependency in `vas.json`: `overall`, the mean over samples of the mean over a sample's response tokens;
+    `positions`, for every bin the mean over its tokens.
+
+    Raises:
+        ValueError: no sample has a dependency.
+    """
+    kept = [record[DEPENDENCY] for record in records if DEPENDENCY in record]
+    skipped = Counter(record["skipped"][DEPENDENCY] for record in records if DEPENDENCY in record["skipped"])
+    if not kept:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+        raise ValueError(
+            f"dependency needs samples with an image and a response; got none in {len(records)} samples ({counts}). "
+            "Give the rows what they lack, or leave --dependency out."
+        )
+    means_N = torch.tensor([_response_mean(values) for values in kept], dtype=torch.float64)
+    return {
+        "num_samples": len(kept),
+        "num_tokens": sum(map(len, kept)),
+        "skipped": dict(sorted(skipped.items())),
+        "overall": _mean_over_samples(means_N, bootstrap),
+        "positions": _dependency_by_position(kept, bootstrap),
+    }
+
+
+def _response_mean(dependency_T: Sequence[float]) -> float:
+    value_1T = _tensor([dependency_T])
+    return float(mean_dependency(value_1T, torch.ones_like(value_1T))[0])
+
+
+def _mean_over_samples(values_N: torch.Tensor, bootstrap: Bootstrap) -> dict[str, Any]:
+    ones_N = torch.ones(len(values_N))
+    return with_interval(means(_counts(bootstrap, values_N), ones_N, {DEPENDENCY: values_N})[DEPENDENCY])
+
+
+def _dependency_by_position(kept: Sequence[Sequence[float]], bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """As `by_position`, with `dependency`."""
+    out = []
+    for index in range(len(BIN_STARTS)):
+        first, last = bin_range(index)
+        there = [values[first : None if last is None else last + 1] for values in kept if len(values) > first]
+        if not there:
+            break
+        counts_N = torch.tensor([len(values) for values in there])
+        sums = {DEPENDENCY: _tensor([sum(values) for values in there])}
+        mean_D = means(_counts(bootstrap, there), counts_N, sums)[DEPENDENCY]
+        span = {"first": first, "last": last, "num_samples": len(there), "num_queries": int(counts_N.sum())}
+        out.append({**span, DEPENDENCY: with_interval(mean_D)})
+    return out
+
+
 def by_sample(records: Sequence[Mapping[str, Any]], queries: Sequence[str]) -> dict[str, Any]:
     """Columns with one entry per record, for `avar vas compare`: `row`, `sample`, and by query role `queries` and SUMS,
-    mean over layers and heads; None if the sample has no VAS.
+    mean over layers and heads; None if the sample has no VAS. If it was measured, `dependency` with `queries`, the
+    number of response tokens, and their mean `dependency`; None if the sample has none.
     """
     out: dict[str, Any] = {key: [record[key] for record in records] for key in ("row", "sample")}
     for name in queries:
@@ -175,4 +229,10 @@ def by_sample(records: Sequence[Mapping[str, Any]], queries: Sequence[str]) -> d
         out[name] = {"queries": [None if part is None else part["queries"] for part in parts]}
         for key in SUMS:
             out[name][key] = [None if part is None else float(_tensor(part[key]).mean()) for part in parts]
+    if any(DEPENDENCY in record for record in records):
+        kept = [record.get(DEPENDENCY) for record in records]
+        out[DEPENDENCY] = {
+            "queries": [None if values is None else len(values) for values in kept],
+            DEPENDENCY: [None if values is None else _response_mean(values) for values in kept],
+        }
     return out

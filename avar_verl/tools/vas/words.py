@@ -37,18 +37,32 @@ def words_of(tokenizer, ids_T: Sequence[int]) -> list[tuple[str, list[int]]]:
 
     A token belongs to the word to which it adds a character, because tokenizers differ in where they put spaces.
     """
+    return [part for part in parts_of(tokenizer, ids_T) if re.fullmatch(r"\w+", part[0])]
+
+
+def parts_of(tokenizer, ids_T: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The text of a response, without special tokens, as words, tags and what is between them, each with the indices of
+    its tokens."""
     text, owners = "", []
     for index in range(len(ids_T)):
         longer = tokenizer.decode(ids_T[: index + 1], skip_special_tokens=True)
         owners += [index] * (len(longer) - len(text))
         text = longer
     out = []
-    for match in re.finditer(r"</?\w+>|\w+", text):
-        if match.group().startswith("<"):
-            continue
+    for match in re.finditer(r"</?\w+>|\w+|(?:(?!</?\w+>)\W)+", text):
         tokens = sorted({owners[at] for at in range(*match.span()) if at < len(owners)})
         out.append((match.group(), tokens))
     return out
+
+
+def dependency_by_word(
+    tokenizer, ids_T: Sequence[int], dependency_T: Sequence[float]
+) -> list[tuple[str, float | None]]:
+    """The parts of a response (`parts_of`), each with the mean dependency of its tokens."""
+    return [
+        (text, sum(dependency_T[at] for at in tokens) / len(tokens) if tokens else None)
+        for text, tokens in parts_of(tokenizer, ids_T)
+    ]
 
 
 def choose_words(
@@ -142,13 +156,19 @@ def where_words_look(
     sample: LabelledSample,
     layers: Sequence[int],
     wanted: Sequence[str] | None = None,
+    dependency: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Content of the report for one sample.
+
+    Args:
+        layers: whose attention is drawn; () draws none.
+        dependency: of every response token, if measured.
 
     Returns:
         `question`, `response` (of the measured tokens); `images`, base64 PNG of each; `note`, why there are no words;
         `words`: for each `word`, means over its queries: `mass` on all images, the `image` that gets most of it, and
-        `tokens_mass`, the attention to each token of this image, whose rectangles are `places`.
+        `tokens_mass`, the attention to each token of this image, whose rectangles are `places`; `dependency`, the
+        parts of the response with the mean dependency of each (`dependency_by_word`), or None.
     """
     tokenizer = checkpoint.processor.tokenizer
     is_response_S = sample.roles_S == TokenRole.RESPONSE
@@ -169,7 +189,10 @@ def where_words_look(
         "places": [],
         "words": [],
         "note": "",
+        "dependency": None if dependency is None else dependency_by_word(tokenizer, ids_T, dependency),
     }
+    if not layers:
+        return out
     family = checkpoint.family
     if family.places is None:
         out["note"] = "The image tokens of this family do not represent known rectangles, so there is nothing to draw."

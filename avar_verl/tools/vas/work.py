@@ -12,7 +12,8 @@ from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.plugin.datasets.images import patch_size_of
 from avar_verl.tools.rows import Conversation, conversation
 from avar_verl.tools.vas.command import Vas
-from avar_verl.tools.vas.score import Scorer
+from avar_verl.tools.vas.partners import Job
+from avar_verl.tools.vas.score import DEPENDENCY, Scorer, image_features
 from avar_verl.tools.vas.words import where_words_look
 
 # Batches queued per actor: one is measured while the next one is sent.
@@ -25,7 +26,13 @@ class Worker:
     def __init__(self, settings: Vas):
         self.settings = settings
         self.checkpoint = Checkpoint.load(settings.model, settings.device, getattr(torch, settings.dtype))
-        self.scorer = Scorer(self.checkpoint, settings.queries, settings.layers, settings.response_tokens)
+        self.scorer = Scorer(
+            self.checkpoint,
+            settings.queries,
+            settings.layers,
+            settings.response_tokens,
+            corruption=settings.dependency,
+        )
         self.patch_size = patch_size_of(self.checkpoint.processor)
 
     @property
@@ -41,21 +48,34 @@ class Worker:
         with naming(row.where):
             out = conversation(row.values, self.patch_size, self.settings.system)
             answered = out.response is not None or out.response_ids is not None
-            if "response" in self.settings.queries and self.settings.response_tokens is None and not answered:
+            if self.settings.needs_response and self.settings.response_tokens is None and not answered:
+                what = "response queries need" if "response" in self.settings.queries else "dependency needs"
                 raise ValueError(
-                    "response queries need a response; got a row without one. Pass --generate to have the model "
-                    "answer, or --query user."
+                    f"{what} a response; got a row without one. Pass --generate to have the model answer, or only "
+                    "--query user."
                 )
         return out
 
-    def measure(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def _swapped(self, partner: Row | None) -> dict[str, torch.Tensor] | None:
+        """Features of the images of a partner."""
+        if partner is None:
+            return None
+        images = conversation(partner.values, self.patch_size).images
+        return image_features(self.checkpoint.processor, images)
+
+    def measure(self, batch: Sequence[Job]) -> list[dict[str, Any]]:
         """Records of rows, in their order."""
+        rows = [job.row for job in batch]
         conversations = [self.conversation(row) for row in rows]
+        partners = [self._swapped(job.partner) for job in batch]
         with naming(f"among {rows[0].where} to {rows[-1].where}"):
             samples = self.scorer.prepare(conversations)
+            scored = self.scorer.score(samples, partners)
         records = []
-        for row, one, sample, parts in zip(rows, conversations, samples, self.scorer.score(samples), strict=True):
-            record = {"row": row.index, "sample": one.digest, **parts}
+        for job, one, sample, parts in zip(batch, conversations, samples, scored, strict=True):
+            record = {"row": job.row.index, "sample": one.digest, **parts}
+            if job.partner is not None and DEPENDENCY in parts:
+                record["partner"] = job.partner.index
             if self.settings.response_tokens is not None:
                 tokenizer = self.checkpoint.processor.tokenizer
                 record["generated"] = tokenizer.decode(sample.response_ids, skip_special_tokens=True)
@@ -63,7 +83,9 @@ class Worker:
             records.append(record)
         return records
 
-    def look(self, row: Row, response_ids: list[int] | None, words: Sequence[str] | None) -> dict[str, Any]:
+    def look(
+        self, row: Row, response_ids: list[int] | None, words: Sequence[str] | None, dependency: list[float] | None
+    ) -> dict[str, Any]:
         """Where words of a row's response look in its images (`where_words_look`); `response_ids` if generated."""
         one = self.conversation(row)
         scorer = self.scorer if response_ids is None else self._rescorer()
@@ -71,7 +93,7 @@ class Worker:
             one = Conversation(one.prompt, None, response_ids, one.turns, one.template_kwargs)
         return {
             "row": row.index,
-            **where_words_look(self.checkpoint, one, scorer.prepare([one])[0], self.layers, words),
+            **where_words_look(self.checkpoint, one, scorer.prepare([one])[0], self.layers, words, dependency),
         }
 
     def _rescorer(self) -> Scorer:
@@ -97,7 +119,7 @@ class LocalWorkers:
             self._worker = Worker(self._settings)
         return self._worker
 
-    def measure(self, batches: Iterable[list[Row]]) -> Iterator[list[dict[str, Any]]]:
+    def measure(self, batches: Iterable[list[Job]]) -> Iterator[list[dict[str, Any]]]:
         return (self.worker.measure(batch) for batch in batches)
 
     def look(self, jobs: Sequence[tuple]) -> list[dict[str, Any]]:
@@ -153,7 +175,7 @@ class RayWorkers:
             self._actors = [remote.remote(self._settings) for _ in range(self._settings.ray)]
         return self._actors
 
-    def measure(self, batches: Iterable[list[Row]]) -> Iterator[list[dict[str, Any]]]:
+    def measure(self, batches: Iterable[list[Job]]) -> Iterator[list[dict[str, Any]]]:
         import ray
 
         batches, running = iter(batches), {}

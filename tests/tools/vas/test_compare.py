@@ -176,7 +176,7 @@ def test_files_that_are_refused(tmp_path):
             read_measurements([a, f"b={tmp_path / name}"])
     [user] = write(tmp_path, user=summary_of(SCALES, ("user",)))
     [response] = write(tmp_path, response=summary_of(SCALES, ("response",)))
-    with pytest.raises(ValueError, match="a query role that all have"):
+    with pytest.raises(ValueError, match=r"a query role or a dependency that all have; got .*\(\['user'\], None\)"):
         read_measurements([user, response])
     assert list(compare(read_measurements([a, user]), None, Bootstrap())["queries"]) == ["user"]
 

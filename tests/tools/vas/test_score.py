@@ -224,7 +224,7 @@ def test_a_vanished_system_mass_is_inf_in_its_own_bin_alone(family_checkpoint):
     """Keys of the system turn pushed out of reach in one head: no number is made up, and none spreads."""
     scorer = Scorer(family_checkpoint("qwen2_5_vl"))
     [sample] = scorer.prepare([conversation(1)])
-    sums_LHGK = scorer._sums([sample])[0].clone()
+    [sums_LHGK], _ = scorer._pass([sample], masses=True, likelihood=False)
     sums_LHGK[0, 0, 2, 0] = math.inf
     record = scorer._parts(sample, sums_LHGK)
     assert record["response"]["ratio"][0][0] == math.inf
