@@ -279,7 +279,7 @@ def write_report(path: Path, summary: Mapping[str, Any], shown: Sequence[Mapping
         labels={key: LABELS[key] for key in STATISTICS},
         notes=notes(summary),
         heat_svg=heat_maps(summary) if summary["queries"] else None,
-        layer_svgs=layer_figures(summary),
+        layer_svgs=layer_figures(summary) if summary["queries"] else [],
         position_svgs=position_figures(positions),
         position_rows=position_rows(positions),
         image_rows=image_rows(summary),

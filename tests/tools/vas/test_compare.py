@@ -15,7 +15,7 @@ from avar_verl.tools.runs import write_json
 from avar_verl.tools.stats import Bootstrap, correlate
 from avar_verl.tools.vas.command import Compare
 from avar_verl.tools.vas.compare import compare, differences, read_measurements, read_scores, run_compare
-from avar_verl.tools.vas.statistics import by_sample, summarize_query
+from avar_verl.tools.vas.statistics import by_sample, summarize_dependency, summarize_query
 from tests.tools.vas.test_statistics import part, record
 
 POSITIONS = {"queries": [2], "ratio": [[8.0]], "share": [[2.5]], "image": [[1.2]], "system": [[0.7]]}
@@ -80,6 +80,66 @@ def test_without_a_shared_sample_there_is_none(tmp_path):
     assert differences(b, a, "user", Bootstrap()) is None
     result = compare([a, b], None, Bootstrap())
     assert result["queries"]["user"]["difference"] == {"b": None}
+
+
+# ---- visual dependency -----------------------------------------------------------------------------------------
+
+
+def with_dependency(summary: dict, values: list[list[float] | None], corruption: str | None = "blank") -> dict:
+    """A vas.json with the dependencies of tokens of every sample."""
+    parts = [{} if value is None else {"dependency": value} for value in values]
+    records = [record(row, **one) for row, one in enumerate(parts)]
+    summary["samples"]["dependency"] = by_sample(records, ())["dependency"]
+    return {**summary, "corruption": corruption, "dependency": summarize_dependency(records, Bootstrap())}
+
+
+def test_dependencies_are_compared_and_correlated(tmp_path):
+    """Every sample of b has 0.5 more than in a, of c 1.5 more; c has no dependency of the third sample."""
+    values = [[0.0, 1.0], [2.0], [0.5], [1.0, 1.0, 4.0], [0.0]]
+    dependencies = {
+        "a": values,
+        "b": [[value + 0.5 for value in row] for row in values],
+        "c": [[value + 1.5 for value in row] if at != 2 else None for at, row in enumerate(values)],
+    }
+    files = write(tmp_path, **{name: with_dependency(summary_of(SCALES), rows) for name, rows in dependencies.items()})
+    scores = tmp_path / "scores.csv"
+    scores.write_text("name,score\na,1\nb,2\nc,9\n")
+    console = Console(file=io.StringIO(), width=160)
+    result = run_compare(Compare(files, scores, tmp_path / "out"), console)
+    entry = result["dependency"]
+    assert entry["corruption"] == "blank" and entry["num_samples"] == {"a": 5, "b": 5, "c": 4}
+    means = [0.5, 2.0, 0.5, 2.0, 0.0]
+    assert entry["overall"]["a"]["dependency"]["value"] == pytest.approx(sum(means) / 5)
+    for name, more, shared in (("b", 0.5, 5), ("c", 1.5, 4)):
+        difference = entry["difference"][name]
+        assert difference["num_samples"] == shared and difference.keys() == {"num_samples", "dependency"}
+        assert [difference["dependency"][key] for key in ("value", "low", "high")] == [pytest.approx(more)] * 3
+    x = [entry["overall"][name]["dependency"]["value"] for name in "abc"]
+    found = entry["correlation"]["dependency"]["score"]
+    assert found["pearson"]["value"] == pytest.approx(stats.pearsonr(x, [1, 2, 9]).statistic)
+    assert found["spearman"]["value"] == pytest.approx(1.0)
+    printed, html = console.file.getvalue(), (tmp_path / "out" / "compare.html").read_text()
+    assert "paired difference from a, responses" in printed and "dependency of responses against scores" in printed
+    section = html[html.index('<section id="dependency">') :]
+    assert f"Pearson {found['pearson']['value']:.2f}" in section and "a blank image" in section
+    assert section.count("<svg") == 3 and "<th>Band</th>" not in section  # Values, positions, scores.
+
+
+@pytest.mark.parametrize("other", ["swap", None])
+def test_dependencies_on_other_corruptions_are_not_compared(tmp_path, other):
+    a = with_dependency(summary_of(SCALES), [[0.0]] * 5)
+    b = summary_of(SCALES) if other is None else with_dependency(summary_of(SCALES), [[1.0]] * 5, other)
+    console = Console(file=io.StringIO(), width=200)
+    result = run_compare(Compare(tuple(write(tmp_path, a=a, b=b)), out=tmp_path / "out"), console)
+    assert result["dependency"] is None and result["uncompared"] == {"a": "blank", "b": other}
+    said = f"here a: blank, b: {other or 'not measured'}."
+    assert said in console.file.getvalue() and said in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_dependency_alone_is_compared(tmp_path):
+    files = write(tmp_path, **{name: with_dependency(summary_of(SCALES, ()), [[1.0]] * 5) for name in "ab"})
+    result = compare(read_measurements(files), None, Bootstrap())
+    assert result["queries"] == {} and result["dependency"]["difference"]["b"]["dependency"]["value"] == 0.0
 
 
 # ---- correlation -----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tiny_model_path, data):
     """What one process that runs through measures."""
-    return run_vas(Vas(str(tiny_model_path), data, batch_size=4))
+    return run_vas(Vas(str(tiny_model_path), data, dependency="swap", batch_size=4))
 
 
 @pytest.fixture
@@ -51,10 +51,12 @@ def cluster(tmp_path_factory):
 
 
 def test_two_actors_measure_what_one_process_does(tiny_model_path, data, alone, cluster, tmp_path):
-    summary = run_vas(Vas(str(tiny_model_path), data, batch_size=4, show=2, ray=2, out=tmp_path / "out"))
+    settings = {"dependency": "swap", "batch_size": 4, "show": 2, "ray": 2}
+    summary = run_vas(Vas(str(tiny_model_path), data, **settings, out=tmp_path / "out"))
     assert summary["num_rows"] == 40
     # Not one digit differs: the batches are the same, and so is the order in which records are summed.
     assert summary["queries"] == alone["queries"] and summary["samples"] == alone["samples"]
+    assert summary["dependency"] == alone["dependency"] and summary["dependency"]["num_samples"] == 40
     assert len(json.loads((tmp_path / "out" / "words.json").read_text())["samples"]) == 2
 
     with pytest.raises(ValueError, match="one CPU of the Ray cluster; got --ray 3 for 2"):
@@ -70,6 +72,7 @@ def test_two_actors_measure_what_one_process_does(tiny_model_path, data, alone, 
 def test_a_killed_run_goes_on_without_repeating_a_sample(tiny_model_path, data, alone, tmp_path):
     records = tmp_path / "records.jsonl"
     arguments = ["--model", str(tiny_model_path), "--data", data, "--out", str(tmp_path), "--device", "cpu"]
+    arguments += ["--dependency", "swap"]
     command = [sys.executable, "-m", "avar_verl", "vas", *arguments, "--batch-size", "4"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -82,11 +85,13 @@ def test_a_killed_run_goes_on_without_repeating_a_sample(tiny_model_path, data, 
         process.wait()
     kept = records.read_bytes().splitlines(keepends=True)
     assert 8 <= len(kept) < 40 and not (tmp_path / "vas.json").exists()
-    summary = run_vas(Vas(str(tiny_model_path), data, batch_size=4, show=2, out=tmp_path))
+    summary = run_vas(Vas(str(tiny_model_path), data, dependency="swap", batch_size=4, show=2, out=tmp_path))
     lines = records.read_bytes().splitlines(keepends=True)
     whole = [line for line in kept if line.endswith(b"\n")]
     assert lines[: len(whole)] == whole and sorted(json.loads(line)["row"] for line in lines) == list(range(40))
     assert_same(summary["queries"], alone["queries"])
+    value, expected = (one["dependency"]["overall"]["value"] for one in (summary, alone))
+    assert value == pytest.approx(expected, abs=1e-6)
     assert (tmp_path / "vas.json").exists() and (tmp_path / "report.html").exists()
 
 

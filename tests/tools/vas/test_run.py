@@ -4,20 +4,24 @@
 import json
 import re
 import sys
+import typing
 
 import pytest
 from transformers import AutoConfig
 
 from avar_verl.data.rows import batched
 from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.objectives.dependency import CORRUPTIONS
 from avar_verl.objectives.vas import STATISTICS
 from avar_verl.tools import cli
 from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.demo.measure import measure_vas
+from avar_verl.tools.rows import conversation
 from avar_verl.tools.vas import run as vas_run
 from avar_verl.tools.vas import work
 from avar_verl.tools.vas.command import Vas
 from avar_verl.tools.vas.run import run_vas
+from avar_verl.tools.vas.score import Scorer, image_features
 from tests.model.families.tiny import sample_messages
 from tests.tools.vas.conftest import assert_same
 
@@ -44,6 +48,17 @@ def measured(tiny_model_path, sft, tmp_path_factory):
     """(folder, what vas.json holds) of a finished run."""
     out = tmp_path_factory.mktemp("vas")
     return out, run_vas(Vas(str(tiny_model_path), sft, batch_size=3, show=2, out=out))
+
+
+@pytest.fixture(scope="module")
+def swapped(tiny_model_path, sft, tmp_path_factory):
+    """(folder, what vas.json holds) of a finished run with a dependency."""
+    out = tmp_path_factory.mktemp("swap")
+    return out, run_vas(Vas(str(tiny_model_path), sft, dependency="swap", batch_size=3, show=2, out=out))
+
+
+def records_in(out) -> dict[int, dict]:
+    return {record["row"]: record for record in map(json.loads, (out / "records.jsonl").read_text().splitlines())}
 
 
 def no_model(monkeypatch):
@@ -122,9 +137,9 @@ def test_batches_and_more_rows_later_change_nothing(measured, tiny_model_path, s
     measured_again = []
     original = work.Worker.measure
 
-    def measure(self, rows):
-        measured_again.extend(row.index for row in rows)
-        return original(self, rows)
+    def measure(self, batch):
+        measured_again.extend(job.row.index for job in batch)
+        return original(self, batch)
 
     work.Worker.measure = measure
     try:
@@ -136,7 +151,9 @@ def test_batches_and_more_rows_later_change_nothing(measured, tiny_model_path, s
     assert run_vas(Vas(**settings, n=3, out=tmp_path))["num_rows"] == 3  # Of the seven that are there.
 
 
-@pytest.mark.parametrize("change", [{"query": "user"}, {"layers": (1,)}, {"dtype": "bfloat16"}, {"system": "Hm."}])
+@pytest.mark.parametrize(
+    "change", [{"query": "user"}, {"layers": (1,)}, {"dtype": "bfloat16"}, {"system": "Hm."}, {"dependency": "blank"}]
+)
 def test_other_settings_do_not_mix(measured, tiny_model_path, sft, change, monkeypatch):
     out, _ = measured
     no_model(monkeypatch)
@@ -209,6 +226,121 @@ def test_images_and_skipped_samples_are_in_the_report(family_path, tmp_path):
     assert run_vas(Vas(**settings, system="Look."))["queries"]["user"]["skipped"] == {"no image": 1}
 
 
+# ---- visual dependency -----------------------------------------------------------------------------------------
+
+
+def test_dependency_of_a_file(measured, swapped, tiny_model_path):
+    """In records, summary and report; the masses are those of a run without it."""
+    out, summary = swapped
+    records = records_in(out)
+    assert [records[row]["partner"] for row in range(7)] == [1, 2, 3, 4, 5, 6, 0]
+    samples = photo_grid.make_samples(7, 0, "test")
+    scorer = Scorer(Checkpoint.load(tiny_model_path), queries=(), corruption="swap")
+    conversations = [conversation(one.row) for one in samples]
+    partners = [image_features(scorer.checkpoint.processor, one.images) for one in conversations]
+    expected = scorer.score(scorer.prepare(conversations), partners[1:] + partners[:1])
+    means = []
+    for row, one in enumerate(expected):
+        assert records[row]["dependency"] == pytest.approx(one["dependency"], abs=1e-5)
+        means.append(sum(one["dependency"]) / len(one["dependency"]))
+    dependency = summary["dependency"]
+    assert (dependency["num_samples"], dependency["skipped"], summary["corruption"]) == (7, {}, "swap")
+    assert dependency["num_tokens"] == summary["queries"]["response"]["num_queries"]
+    assert dependency["overall"]["value"] == pytest.approx(sum(means) / 7, abs=1e-5)
+    assert dependency["overall"]["low"] < dependency["overall"]["value"] < dependency["overall"]["high"]
+    assert summary["samples"]["dependency"]["dependency"] == pytest.approx(means, abs=1e-5)
+    assert_same(summary["queries"], measured[1]["queries"])
+    assert measured[1]["dependency"] is None and "dependency" not in measured[1]["samples"]
+
+    html = (out / "report.html").read_text()
+    assert 'id="dependency"' in html and f"{dependency['overall']['value']:.3f}" in html
+    assert "the image of another row" in html and html.count('<span style="background: rgba(') > 20
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", html)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    [first, _] = json.loads((out / "words.json").read_text())["samples"]
+    text = "".join(part for part, _ in first["dependency"])
+    assert text.strip() == first["response"]
+    assert 'id="dependency"' not in (measured[0] / "report.html").read_text()
+
+
+def test_partners_stay_whatever_is_measured_when(swapped, tiny_model_path, sft, tmp_path, monkeypatch):
+    """Three rows, one of which a kill has cut short, then all in other batches; then once more without a model."""
+    settings = {"model": str(tiny_model_path), "data": sft, "show": 0, "dependency": "swap", "out": tmp_path}
+    assert run_vas(Vas(**settings, n=3, batch_size=2))["dependency"]["num_samples"] == 3
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-100])
+    whole = run_vas(Vas(**settings, batch_size=5))
+    for row, record in records_in(swapped[0]).items():
+        again = records_in(tmp_path)[row]
+        assert record["partner"] == again["partner"]
+        assert record["dependency"] == pytest.approx(again["dependency"], abs=1e-5)
+    assert whole["dependency"]["overall"]["value"] == pytest.approx(
+        swapped[1]["dependency"]["overall"]["value"], abs=1e-5
+    )
+    no_model(monkeypatch)
+    monkeypatch.setattr(vas_run, "looks_of", lambda *_: pytest.fail("partners were sought"))
+    assert run_vas(Vas(**settings))["dependency"] == whole["dependency"]
+    for other in ("blank", None):
+        with pytest.raises(ValueError, match="other settings; got corruption: 'swap' there"):
+            run_vas(Vas(**{**settings, "dependency": other}))
+
+
+def test_dependency_of_generated_responses(tiny_model_path, rl):
+    settings = {"model": str(tiny_model_path), "data": rl, "dependency": "blank"}
+    with pytest.raises(ValueError, match=r"row 0 of .*rl.parquet: dependency needs a response.*--generate"):
+        run_vas(Vas(**settings, query="none"))
+    summary = run_vas(Vas(**settings, generate=True, max_new_tokens=5))
+    assert summary["dependency"]["num_tokens"] == summary["queries"]["response"]["num_queries"]
+
+
+def test_a_family_without_masses_has_a_dependency(family_path, sft, tmp_path):
+    model = str(family_path("mllama"))
+    with pytest.raises(ValueError, match="no VAS of this family. .*--query none --dependency blank"):
+        run_vas(Vas(model, sft, dependency="blank"))
+    summary = run_vas(Vas(model, sft, query="none", dependency="blank", n=3, show=1, out=tmp_path))
+    assert summary["queries"] == {} and summary["dependency"]["num_samples"] == 3
+    assert summary["dependency"]["overall"]["value"] != 0
+    html = (tmp_path / "report.html").read_text()
+    assert "<h1>Visual dependency of " in html and 'id="heads"' not in html and 'id="numbers"' not in html
+    assert 'title="' in html and html.count('class="text dependency"') == 1
+    assert "Where the model looks" not in html
+
+
+def test_rows_without_an_image_or_a_partner(tiny_model_path, tmp_path):
+    """Text alone has no dependency; a picture that no other row can replace is refused before the model is loaded."""
+    first, second = photo_grid.make_samples(2, 0, "test")
+    for name, image in (("a", first.image), ("b", second.image), ("wide", second.image.resize((224, 112)))):
+        image.save(tmp_path / f"{name}.png")
+    text = {"question": "What?", "response": "That."}
+    a, b, wide = ({**text, "image": str(tmp_path / f"{name}.png")} for name in ("a", "b", "wide"))
+
+    def run(*rows, **settings):
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run_vas(Vas(str(tiny_model_path), str(data), query="none", **settings))
+
+    summary = run(a, text, b, dependency="swap")
+    assert summary["dependency"]["skipped"] == {"no image": 1} and summary["dependency"]["num_samples"] == 2
+    assert summary["samples"]["dependency"]["queries"][1] is None
+    message = r"row 2 of .*rows.jsonl: dependency=swap needs another row .*; got none, for this row and 0 more"
+    with pytest.raises(ValueError, match=message):
+        run(a, b, wide, dependency="swap")
+    assert run(a, b, wide, dependency="swap", n=2)["num_rows"] == 2
+    with pytest.raises(ValueError, match="row 0 of .* for this row and 1 more"):
+        run(a, text, a, dependency="swap")  # The same picture.
+    assert run(a, b, wide, dependency="blank")["dependency"]["num_samples"] == 3
+    with pytest.raises(
+        ValueError, match=r"dependency needs samples with an image.*got none in 1 samples \(no image: 1"
+    ):
+        run(text, dependency="blank")
+
+
+def test_the_choice_of_corruptions_is_the_core_s():
+    hint = typing.get_type_hints(Vas)["dependency"]
+    assert typing.get_args(typing.get_args(hint)[0]) == CORRUPTIONS
+
+
 # ---- rules -----------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +356,9 @@ def test_images_and_skipped_samples_are_in_the_report(family_path, tmp_path):
         ({"layers": ()}, "layers must be at least 1; got 0"),
         ({"resamples": 99}, "resamples must be at least 100; got 99"),
         ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
+        ({"dependency": "noise"}, "dependency must be one of .* got 'noise'"),
+        ({"query": "none"}, "query=none leaves dependency to measure; got none"),
+        ({"query": "none", "dependency": "blank", "layers": (1,)}, r"layers are those .* got \(1,\) and query=none"),
     ],
 )
 def test_settings_that_are_refused(change, message):
@@ -292,7 +427,15 @@ def test_the_command(tiny_model_path, sft, tmp_path, monkeypatch, capsys):
     printed = run(*options, "--out", tmp_path / "a", "--show", "1", "--words", "shows")
     assert "report.html" in printed and "image_share" in printed
     assert json.loads((tmp_path / "a" / "words.json").read_text())["choice"]["words"] == ["shows"]
-    for wrong, message in [(["--model", "x"], "--data"), (["--data", "x"], "--model")]:
+    printed = run(*options, "--query", "none", "--dependency", "swap")
+    assert "visual dependency of" in printed and "the image of another row" in printed and "vas_median" not in printed
+    both = ["--model", "x", "--data", "x"]
+    for wrong, message in [
+        (["--model", "x"], "--data"),
+        (["--data", "x"], "--model"),
+        ([*both, "--dependency", "noise"], "noise"),
+        ([*both, "--query", "none"], "--dependency blank"),
+    ]:
         with pytest.raises(SystemExit, match="2"):
             run(*wrong)
         assert message in capsys.readouterr().err

@@ -15,6 +15,7 @@ from avar_verl.tools.vas.statistics import (
     by_image,
     by_position,
     by_sample,
+    summarize_dependency,
     summarize_query,
     totals,
 )
@@ -61,6 +62,29 @@ def test_queries_weigh_the_same_whatever_their_sample():
     records = [record(0, user=part()), record(1, user=part(scale=9.0, queries=6))]
     summary = summarize_query("user", records, [0], Bootstrap())
     assert summary["overall"]["vas"]["value"] == pytest.approx(5.0) and summary["num_queries"] == 8
+
+
+def test_dependency_by_hand():
+    """Means 2 and -1 of two responses, whatever their length: 0.5. Tokens 0 to 3: (1 + 3 - 1) / 3; token 4 alone: 2."""
+    records = [
+        record(0, dependency=[1.0, 3.0]),
+        record(1, dependency=[-1.0]),
+        {**record(2), "skipped": {"dependency": "no image"}},
+    ]
+    summary = summarize_dependency(records, Bootstrap())
+    assert (summary["num_samples"], summary["num_tokens"], summary["skipped"]) == (2, 3, {"no image": 1})
+    assert summary["overall"]["value"] == pytest.approx(0.5)
+    assert (summary["overall"]["low"], summary["overall"]["high"]) == (-1.0, 2.0)
+    [first] = summary["positions"]
+    assert (first["first"], first["last"], first["num_samples"], first["num_queries"]) == (0, 3, 2, 3)
+    assert first["dependency"]["value"] == pytest.approx(1.0)
+    assert by_sample(records, ())["dependency"] == {"queries": [2, 1, None], "dependency": [2.0, -1.0, None]}
+
+    longer = summarize_dependency([record(0, dependency=[0.0] * 4 + [2.0]), *records], Bootstrap())
+    assert [one["first"] for one in longer["positions"]] == [0, 4]
+    assert longer["positions"][1]["dependency"] == {"value": 2.0, "low": None, "high": None}
+    with pytest.raises(ValueError, match=r"got none in 1 samples \(no image: 1\)"):
+        summarize_dependency(records[2:], Bootstrap())
 
 
 def random_records(n: int, seed: int = 0) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
