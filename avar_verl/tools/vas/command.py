@@ -21,9 +21,7 @@ class Vas(Command):
     split: str | None = None  # Split of a data set on the hub.
     columns: Pairs = field(default_factory=dict)  # Column names of the data if they differ, such as question=query.
     n: Count = 0  # Measure only the first N rows; 0: all.
-    query: Literal["user", "response", "both", "none"] = (
-        "both"  # Whose attention is measured; none: --dependency alone.
-    )
+    query: Literal["user", "response", "both", "none"] = "both"  # Whose attention is measured; none: only --dependency.
     # Layers to measure; negative indices count from the end. If omitted: all.
     layers: Annotated[tuple[int, ...] | None, AtLeast(1), arg(metavar="INT ...")] = None
     # Also measure how much less likely responses are with a corrupted image: without content (blank), or with the image

@@ -273,7 +273,7 @@ class Scorer:
     def _pass(
         self, samples: Sequence[LabelledSample], masses: bool, likelihood: bool
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """One forward pass. For every sample, with `masses` what `_captured` gives, and with `likelihood`
+        """One forward pass. For every sample, with `masses` what `_capture` gives, and with `likelihood`
         log p(y_t | everything before y_t), (T,) float32 in nats, of its response tokens."""
         checkpoint = self.checkpoint
         inputs = checkpoint.collate([sample.rendered for sample in samples], self.padding_side)
