@@ -90,7 +90,7 @@ def test_what_tools_share_has_one_place(package, place):
         ('"<image>"', ["data.messages"]),
         ("import process_image", ["plugin.datasets.images"]),
         ("AutoModelForImageTextToText.from_pretrained", ["model.checkpoint"]),
-        ("AutoProcessor.from_pretrained", ["model.checkpoint", "plugin.compat.verl.processor"]),  # The latter for verl.
+        ("AutoProcessor.from_pretrained", ["model.checkpoint"]),
     ],
 )
 def test_conversations_images_and_checkpoints_have_one_reader(text, places):

@@ -8,7 +8,7 @@ Shape suffixes:
     B = samples, S = positions
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,27 @@ def load_config(path: str | Path) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        adapter = Path(path, "adapter_config.json").is_file()
         raise ValueError(
-            f"a model must be a Hugging Face folder or a name on the hub; got {str(path)!r}: {error}. Check it."
+            f"a model must be a Hugging Face folder or a name on the hub; got {str(path)!r}: {error}. "
+            f"{f'It holds an adapter alone. {MERGE}' if adapter else 'Check it.'}"
         ) from error
 
 
-def load_processor(path: str | Path) -> Any:
+def load_processor(path: str | Path, **kwargs: Any) -> Any:
     """The processor of a checkpoint.
+
+    Args:
+        kwargs: for `from_pretrained`.
 
     Raises:
         ValueError: a checkpoint without one.
     """
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, **kwargs)
         found = type(processor).__name__
-    except OSError as error:
+    except (OSError, ValueError) as error:  # transformers raises ValueError for a folder without a tokenizer too.
         processor, found = None, str(error)
     if not hasattr(processor, "tokenizer"):  # AutoProcessor falls back to the tokenizer.
         raise ValueError(
@@ -54,17 +59,78 @@ def load_processor(path: str | Path) -> Any:
     return processor
 
 
+# Parts of the names that peft gives to weights.
+LORA_NAMES = ("base_model.model.", ".base_layer.", "lora_")
+MERGE = (
+    "An adapter is merged into its base: `python -m verl.model_merger merge --backend fsdp --local_dir STEP --target_dir "
+    "OUT` writes the base of a checkpoint of verl to OUT and the adapter to OUT/lora_adapter, and peft's "
+    "PeftModel.from_pretrained(base, 'OUT/lora_adapter').merge_and_unload() is the model to save."
+)
+SHOWN_NAMES = 3
+
+
+def check_weights(missing: Iterable[str], unexpected: Iterable[str], path: str | Path, reshaped: Iterable = ()) -> None:
+    """Refuse a model whose weights are not those of its files, one and all: transformers initialises others at random.
+
+    Args:
+        missing, unexpected: names that the files do not have, and that the model does not have.
+        reshaped: (name, shape in the files, shape in the model).
+
+    Raises:
+        ValueError: naming the first of each, how many there are, and what to do.
+    """
+    kinds = {
+        "missing": sorted(missing),
+        "unexpected": sorted(unexpected),
+        "of another shape": sorted(f"{name} {tuple(there)} for {tuple(here)}" for name, there, here in reshaped),
+    }
+    wrong = {kind: names for kind, names in kinds.items() if names}
+    if not wrong:
+        return
+    got = "; ".join(f"{len(names)} {kind}: {', '.join(names[:SHOWN_NAMES])}" for kind, names in wrong.items())
+    if any(part in name for name in kinds["unexpected"] for part in LORA_NAMES):
+        todo = f"These are names of a LoRA run. {MERGE}"
+    else:
+        todo = (
+            "Download the missing files again, take the config of the checkpoint, or load the folder with the version "
+            "of transformers that wrote it."
+        )
+    raise ValueError(
+        f"every weight must come from the checkpoint, and every weight of it must be used; got from {path}: {got}. "
+        f"{todo}"
+    )
+
+
+def load_weights(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """The model that `auto_class.from_pretrained(path, **kwargs)` makes, with the weights of its files and no others.
+
+    Tied weights, names that transformers converts, names that a model class ignores, and buffers that are not saved
+    any more count as right.
+
+    Raises:
+        ValueError: anything that `check_weights` refuses.
+    """
+    # With sizes ignored, a weight of another size is named by this check and not by a log line.
+    model, info = auto_class.from_pretrained(
+        path, output_loading_info=True, **{"ignore_mismatched_sizes": True, **kwargs}
+    )
+    buffers = {name for name, _ in model.named_buffers()}
+    check_weights(info["missing_keys"], set(info["unexpected_keys"]) - buffers, path, info["mismatched_keys"])
+    return model
+
+
 def load_model(
     path: str | Path, device: str = "cpu", dtype: torch.dtype | str = torch.float32, **kwargs: Any
-) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The model of a checkpoint, as its family needs it, in evaluation mode, and what transformers says of its weights.
+) -> torch.nn.Module:
+    """The model of a checkpoint, as its family needs it, in evaluation mode.
 
     Args:
         kwargs: for `from_pretrained`.
+
+    Raises:
+        ValueError: weights that are missing or not used (`check_weights`).
     """
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
-    model, info = loaded
-    return ready(model, device), info
+    return ready(load_weights(AutoModelForImageTextToText, path, dtype=dtype, **kwargs), device)
 
 
 def ready(model: Any, device: str) -> torch.nn.Module:
@@ -91,10 +157,11 @@ class Checkpoint:
             dtype: or its name.
 
         Raises:
-            ValueError: a family that `RoleMap` does not know, or a folder without a processor.
+            ValueError: a family that `RoleMap` does not know, a folder without a processor, or weights that are missing
+                or not used.
         """
         processor = load_processor(path)
-        model, _ = load_model(path, device, dtype, attn_implementation="sdpa")
+        model = load_model(path, device, dtype, attn_implementation="sdpa")
         return cls(model, processor, RoleMap.from_pretrained(processor, model.config))
 
     @property

@@ -30,6 +30,7 @@ PATCHES = (
     ("compat.verl.glm4v:apply_flops", "verl.utils.flops_counter"),
     ("compat.verl.fsdp2_targets:apply", "verl.utils.fsdp_utils"),
     ("compat.verl.processor:apply", "verl.utils.tokenizer.tokenizer"),
+    ("compat.verl.loading:apply", "verl.utils.model"),
     ("compat.verl.rollout_features:apply", "verl.experimental.agent_loop.agent_loop"),
     ("compat.verl.packed_attention:apply", "verl.models.transformers.qwen2_vl"),
     ("compat.verl.metrics:apply", "verl.workers.engine_workers"),

@@ -22,6 +22,7 @@ IMPORTED = [
     "verl.utils.tensordict_utils",
     "verl.utils.tokenizer",
     "verl.utils.fsdp_utils",
+    "verl.utils.model",
     "verl.utils.flops_counter",
     "verl.models.transformers.qwen2_vl",
     "verl.models.transformers.glm4v",

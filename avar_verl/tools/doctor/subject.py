@@ -150,24 +150,15 @@ class Subject:
         return self.num_parameters > self.large
 
     @cached_property
-    def _loaded(self) -> tuple[torch.nn.Module, dict]:
-        if self.is_reduced:
-            return ready(build_random(reduced(self.config)), self.options.device), {}
-        return load_model(self.options.model, self.options.device)
-
-    @property
     def model(self) -> torch.nn.Module:
         """The model in float32 and in evaluation mode, with the attention that the config chooses."""
-        return self._loaded[0]
-
-    @property
-    def loading_info(self) -> dict:
-        """What transformers reports about the weights; empty for a reduced model."""
-        return self._loaded[1]
+        if self.is_reduced:
+            return ready(build_random(reduced(self.config)), self.options.device)
+        return load_model(self.options.model, self.options.device)
 
     def forget_model(self) -> None:
         """Drop the model, so that it is loaded again on next use: for a check that changes it, or needs its memory."""
-        self.__dict__.pop("_loaded", None)
+        self.__dict__.pop("model", None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -72,7 +72,7 @@ class TransformersBackend:
 
     def __init__(self, options: ModelCommand, reader: PromptReader, device: str, dtype: str):
         self.reader, self.options = reader, options
-        model, _ = load_model(options.model, device, dtype, attn_implementation="sdpa")
+        model = load_model(options.model, device, dtype, attn_implementation="sdpa")
         self.checkpoint = Checkpoint(model, reader.processor, reader.role_map)
 
     @torch.no_grad()

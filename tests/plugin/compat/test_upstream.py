@@ -157,6 +157,19 @@ def maybe_fix_3d_position_ids(data: TensorDict):
         # engine.inputs
         ("workers/engine/fsdp/transformer_impl.py", None, "extract_multi_modal_inputs(micro_batch.get(", 1),
         ("utils/model.py", "extract_multi_modal_inputs", "multi_modal_inputs[key] = torch.cat(values, dim=0)", 1),
+        # compat.verl.loading
+        (
+            "workers/engine/fsdp/transformer_impl.py",
+            "FSDPEngine._build_module",
+            "get_hf_auto_model_class(hf_config=",
+            1,
+        ),
+        (
+            "workers/engine/fsdp/transformer_impl.py",
+            "FSDPEngine._build_module",
+            "module = auto_class.from_pretrained(",
+            1,
+        ),
         # rollout.agent_loop: one placeholder an image, for only one image processor
         ("workers/rollout/utils.py", "qwen2_5_vl_dedup_image_tokens", '"Qwen2VLImageProcessor" in processor', 1),
         ("utils/dataset/dataset_utils.py", None, "if isinstance(batch[0][key], torch.Tensor):", 1),

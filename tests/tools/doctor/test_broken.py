@@ -138,6 +138,14 @@ def index_of(folder, *names, total_size=0) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def lora_names(folder, monkeypatch):
+    def rename(weights):
+        for name in list(weights):
+            weights[f"base_model.model.{name}"] = weights.pop(name)
+
+    edit_weights(folder, rename)
+
+
 def missing_file(folder, monkeypatch):
     index_of(folder, "model.safetensors", "model-00002.safetensors")
 
@@ -384,12 +392,17 @@ BROKEN = {
         (
             missing_weight,
             "fail",
-            "every weight must come from the checkpoint; got 1 missing_keys: .*1.self_attn.k_proj",
+            "every weight must come from the checkpoint, .*: 1 missing: .*1.self_attn.k_proj",
         ),
         (missing_file, "fail", "every file of model.safetensors.index.json .*; got none of model-00002.safetensors"),
         (short_file, "fail", r"must have its 1000000000 bytes; got 3\d+\. Download them again"),
         (truncated_file, "fail", "^SafetensorError: "),
-        (unused_weight, "warn", "1 weights of the checkpoint are not used: value_head.weight"),
+        (unused_weight, "fail", "every weight of it must be used; .*: 1 unexpected: value_head.weight"),
+        (
+            lora_names,
+            "fail",
+            r"\d+ missing: lm_head.weight.*\d+ unexpected: base_model.*names of a LoRA run.*Merge them",
+        ),
     ],
     "chat template": [
         (

@@ -10,6 +10,7 @@ import functools
 import warnings
 from typing import Any
 
+from avar_verl.model.checkpoint import load_processor
 from avar_verl.model.families import FAMILIES
 from avar_verl.plugin.compat.replace import replace
 
@@ -20,7 +21,7 @@ def apply(tokenizer_module) -> None:
 
     @functools.wraps(original)
     def hf_processor(name_or_path, **kwargs) -> Any:
-        from transformers import AutoConfig, AutoProcessor
+        from transformers import AutoConfig
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -32,8 +33,7 @@ def apply(tokenizer_module) -> None:
             for warning in caught:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             return None
-        # Its errors name the missing file.
-        processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
+        processor = load_processor(name_or_path, **kwargs)
         processor.config = config  # As verl does, for whatever reads it.
         return processor
 
