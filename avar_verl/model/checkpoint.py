@@ -62,8 +62,8 @@ def load_processor(path: str | Path, **kwargs: Any) -> Any:
 # Parts of the names that peft gives to weights.
 LORA_NAMES = ("base_model.model.", ".base_layer.", "lora_")
 MERGE = (
-    "An adapter is merged into its base: `python -m verl.model_merger merge --backend fsdp --local_dir STEP --target_dir "
-    "OUT` writes the base of a checkpoint of verl to OUT and the adapter to OUT/lora_adapter, and peft's "
+    "An adapter is merged into its base: `python -m verl.model_merger merge --backend fsdp --local_dir STEP "
+    "--target_dir OUT` writes the base of a checkpoint of verl to OUT and the adapter to OUT/lora_adapter, and peft's "
     "PeftModel.from_pretrained(base, 'OUT/lora_adapter').merge_and_unload() is the model to save."
 )
 SHOWN_NAMES = 3
@@ -88,7 +88,9 @@ def check_weights(missing: Iterable[str], unexpected: Iterable[str], path: str |
     if not wrong:
         return
     got = "; ".join(f"{len(names)} {kind}: {', '.join(names[:SHOWN_NAMES])}" for kind, names in wrong.items())
-    if any(part in name for name in kinds["unexpected"] for part in LORA_NAMES):
+    if any(part in name for name in kinds["unexpected"] for part in LORA_NAMES) and not any(
+        "lora_" in name for name in kinds["missing"]
+    ):
         todo = f"These are names of a LoRA run. {MERGE}"
     else:
         todo = (

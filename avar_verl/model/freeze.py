@@ -4,6 +4,9 @@
 verl 0.9.1 declares `actor.freeze_vision_tower` (verl/trainer/config/actor/actor.yaml) and never reads it.
 """
 
+import re
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from avar_verl.model.families import get_family
@@ -46,3 +49,33 @@ def freeze_vision(model: torch.nn.Module, model_type: str, tower: bool, projecto
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     return frozen
+
+
+def excluded_modules(frozen: Iterable[str], exclude: str | Sequence[str] | None) -> str | list[str]:
+    """`LoraConfig.exclude_modules` for a model with frozen parts: no adapter is to train there.
+
+    Args:
+        frozen: names of frozen parameters, from `freeze_vision`.
+        exclude: what is excluded anyway, in one of peft's forms: a regular expression, or ends of names.
+
+    >>> excluded_modules(["visual.qkv.weight", "visual.qkv.bias"], ["lm_head"])
+    ['lm_head', 'visual.qkv']
+    >>> excluded_modules(["visual.qkv.weight"], "lm_.*")
+    '(?:lm_.*)|(?:visual\\\\.qkv)'
+    """
+    modules = sorted({name.rpartition(".")[0] for name in frozen})
+    if isinstance(exclude, str):
+        return f"(?:{exclude})|(?:{'|'.join(map(re.escape, modules))})"
+    return [*(exclude or ()), *modules]
+
+
+def freeze_adapters(model: torch.nn.Module, frozen: Iterable[str]) -> None:
+    """Turn off gradients of adapters in frozen parts, which an adapter that was loaded may have.
+
+    Args:
+        model: a peft model of the model whose parameters `frozen` names.
+    """
+    modules = tuple({f"base_model.model.{name.rpartition('.')[0]}." for name in frozen})
+    for name, parameter in model.named_parameters():
+        if name.startswith(modules):
+            parameter.requires_grad_(False)

@@ -6,22 +6,27 @@ Shape suffixes:
     R = token roles (+ 2 columns, see objectives.agto)
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
 import torch
+from peft import get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fs import copy_to_local
 from verl.utils.ulysses import get_ulysses_sequence_parallel_group
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
 from avar_verl.attention.mass import choose_implementation
+from avar_verl.model.checkpoint import check_weights
 from avar_verl.model.families import FAMILIES, Family, get_family
-from avar_verl.model.freeze import freeze_vision
+from avar_verl.model.freeze import excluded_modules, freeze_adapters, freeze_vision
 from avar_verl.model.regions import REGION_KEY, image_region
 from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
@@ -91,7 +96,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     - training with `agto`: the loss gets alpha * L_enhance + beta * L_suppress, normalised over the global batch like
       verl's own loss, and `avar/*` metrics; with alpha = beta = 0 nothing is added to it;
     - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers per sample;
-    - with `freeze_vision_tower` or `freeze_projector`: these parameters have no gradient and no optimizer state;
+    - with `freeze_vision_tower` or `freeze_projector`: these parameters have no gradient and no optimizer state, and
+      LoRA puts no adapter there;
     - for known families: images with different numbers of tiles can share a micro-batch, per-position inputs are
       computed from the ids, and a micro-batch without images runs the vision tower too (`engine.inputs`).
     """
@@ -108,6 +114,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         model_type = model_config.hf_config.model_type
         self._family: Family | None = get_family(model_type) if model_type in FAMILIES else None
         self._dummy_image: DummyImage | None = None
+        self._frozen: list[str] = []
         if self._captures(engine_config):
             self._role_map = RoleMap.from_pretrained(model_config.processor, model_config.hf_config)
 
@@ -199,9 +206,25 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         module = super()._build_module()
         if isinstance(self.engine_config, AvarFSDPEngineConfig):
             tower, projector = self.engine_config.freeze_vision_tower, self.engine_config.freeze_projector
-            freeze_vision(module, self.model_config.hf_config.model_type, tower, projector)
+            self._frozen = freeze_vision(module, self.model_config.hf_config.model_type, tower, projector)
             if self._family is not None and self._family.prepare is not None:
                 self._family.prepare(module)
+        return module
+
+    def _build_lora_module(self, module):
+        if self._frozen:
+            # A copy: the config is shared, and its class refuses to set the field.
+            self.model_config = copy.copy(self.model_config)
+            excluded = excluded_modules(self._frozen, self.model_config.exclude_modules)
+            object.__setattr__(self.model_config, "exclude_modules", excluded)
+        module = super()._build_lora_module(module)
+        freeze_adapters(module, self._frozen)
+        adapter = self.model_config.lora_adapter_path
+        if adapter is not None:
+            # peft goes on with an adapter that lacks weights, at random.
+            there = set(load_peft_weights(copy_to_local(adapter, use_shm=self.model_config.use_shm), device="cpu"))
+            wanted = set(get_peft_model_state_dict(module))
+            check_weights(wanted - there, there - wanted, adapter)
         return module
 
     def _build_model_optimizer(self):

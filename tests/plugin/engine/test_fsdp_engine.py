@@ -75,6 +75,10 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
         "frozen": {"agto": GUIDED, "engine": {"freeze_vision_tower": True, "freeze_projector": True}},
         "frozen_tower": {"engine": {"freeze_vision_tower": True}},
+        "frozen_lora": {
+            "model": {**LORA, "target_modules": "all-linear"},
+            "engine": {"freeze_vision_tower": True},
+        },
         "bad_weights": {"agto": {**GUIDED, "layer_weights": [1.0, 2.0]}},
         "bad_layer": {"agto": {**GUIDED, "layers": [4]}},
         "triton": {"agto": {**GUIDED, "implementation": "triton"}},
@@ -192,6 +196,12 @@ def test_adapters_are_guided_and_nothing_else_moves(one, load_tiny):
         if "lora_" not in name:
             torch.testing.assert_close(parameter, start[base], rtol=0, atol=0, msg=name)
     assert any(bool(p.abs().max() > 0) for name, p in one["lora"]["parameters"].items() if "lora_B" in name)
+
+
+def test_no_adapter_is_trained_in_a_frozen_tower(one):
+    names = [name for name in one["frozen_lora"]["parameters"] if "lora_" in name]
+    assert not any("visual.blocks" in name for name in names)
+    assert any("visual.merger" in name for name in names) and any("q_proj" in name for name in names)
 
 
 def test_packed_zero_coefficients_are_stock_verl_to_the_bit(one):
