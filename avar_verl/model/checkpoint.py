@@ -121,6 +121,15 @@ def load_weights(auto_class: Any, path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
+def check_model(path: str | Path) -> None:
+    """Whether `load_model` would take the weights of a checkpoint, without a device: a model of any size fits.
+
+    Raises:
+        ValueError: anything that `check_weights` refuses.
+    """
+    load_weights(AutoModelForImageTextToText, path, device_map={"": "meta"})
+
+
 def load_model(
     path: str | Path, device: str = "cpu", dtype: torch.dtype | str = torch.float32, **kwargs: Any
 ) -> torch.nn.Module:

@@ -2,14 +2,19 @@
 """Rows of data files, and what is sent for them."""
 
 import io
+from base64 import b64decode
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from qwen_vl_utils import process_vision_info
 
+from avar_verl.plugin.datasets.images import open_resized
 from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.questions import Question, data_uri, file_questions
+from tests.data.odd_images import ODD_IMAGES
 from tests.tools.evaluate.conftest import png
 
 
@@ -18,7 +23,7 @@ def _item(**changes) -> Question:
         "task": "t",
         "id": "1",
         "messages": ({"role": "user", "content": "<image>What?"},),
-        "images": (png(1),),
+        "sources": (png(1),),
         "ground_truth": ("x",),
     }
     return Question(**{**fields, **changes})
@@ -30,19 +35,21 @@ def test_images_stand_where_the_text_says():
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "First <image>, then <image><image>?"},
         ),
-        images=(png(1), png(2), png(3)),
+        sources=(png(1), png(2), png(3)),
     )
     system, user = item.chat()
+    uris = [data_uri(picture) for picture in item.images]
+    assert len(set(uris)) == 3
     assert system == {"role": "system", "content": "Be brief."}
     kinds = [part["text"] if part["type"] == "text" else part["image_url"]["url"] for part in user["content"]]
-    assert kinds == ["First ", data_uri(png(1)), ", then ", data_uri(png(2)), data_uri(png(3)), "?"]
+    assert kinds == ["First ", uris[0], ", then ", uris[1], uris[2], "?"]
 
 
 def test_the_hash_depends_on_everything_that_is_asked_or_graded():
     hashes = [
         _item().prompt_hash(),
         _item(messages=({"role": "user", "content": "<image>Why?"},)).prompt_hash(),
-        _item(images=(png(2),)).prompt_hash(),
+        _item(sources=(png(2),)).prompt_hash(),
         _item(ground_truth=("y",)).prompt_hash(),
         _item(ground_truth=("A",), options=("x", "y")).prompt_hash(),
         _item(groups={"f": "1"}).prompt_hash(),
@@ -51,11 +58,38 @@ def test_the_hash_depends_on_everything_that_is_asked_or_graded():
     assert _item(id="2").prompt_hash() == hashes[0]
 
 
-@pytest.mark.parametrize(("form", "mime"), [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp")])
-def test_data_uris_name_the_format(form, mime):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, form)
-    assert data_uri(buffer.getvalue()).startswith(f"data:{mime};base64,")
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_what_is_sent_is_what_training_sees(name, tmp_path):
+    """However the server opens it: turned by EXIF, on another ground, or as it is."""
+    value = ODD_IMAGES[name]
+    (tmp_path / "image").write_bytes(value["bytes"])
+    limits = {key: limit for key, limit in value.items() if key != "bytes"}
+    for held in (value, {"image": str(tmp_path / "image"), **limits}):
+        (item,) = _write(tmp_path, images=[held])
+        (part,) = [part for part in item.chat()[0]["content"] if part["type"] == "image_url"]
+        content = b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,"))
+        assert content == item.images[0]
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.mode == "RGB" and not image.getexif() and "transparency" not in image.info
+            sent = ImageOps.exif_transpose(image)
+        trained = open_resized(held, 14)
+        assert sent.size == trained.size and sent.tobytes() == trained.tobytes()
+        (rolled_out,), _ = process_vision_info([{"role": "user", "content": [{"type": "image", **as_rl(held)}]}])
+        assert sent.tobytes() == rolled_out.tobytes()
+
+
+def as_rl(held: dict) -> dict:
+    """What verl's data set for RL makes of an image of a row (verl/utils/dataset/rl_dataset.py, `_build_messages`)."""
+    return {**held, "image": Image.open(io.BytesIO(held["bytes"]))} if "bytes" in held else held
+
+
+def test_limits_and_patches_decide_the_size(tmp_path):
+    (item,) = _write(tmp_path, images=[ODD_IMAGES["max_pixels"]])
+    assert [image.size for image in item.pictures()] == [(56, 56)]
+    (other,) = _write(tmp_path, images=[ODD_IMAGES["EXIF 1"]])
+    assert [image.size for image in replace(other, patch_size=16).pictures()] == [(128, 96)]
+    bare = replace(item, sources=(ODD_IMAGES["max_pixels"]["bytes"],))
+    assert bare.prompt_hash() != item.prompt_hash() == replace(item, patch_size=16).prompt_hash()
 
 
 def test_photo_grid_rows(tmp_path):
@@ -116,5 +150,5 @@ def test_options_of_a_row(tmp_path):
 
 
 def test_bytes_that_are_no_image():
-    with pytest.raises(ValueError, match="in a format that Pillow knows; got 3 bytes"):
+    with pytest.raises(ValueError, match="in a format that Pillow reads; got 3 bytes"):
         data_uri(b"abc")

@@ -227,7 +227,7 @@ def make_item(benchmark: Benchmark, doc: Mapping[str, Any]) -> Question:
         task=benchmark.name,
         id=reading.id,
         messages=({"role": "user", "content": question_text(benchmark, doc) + INSTRUCTION},),
-        images=tuple(doc[column]["bytes"] for column in reading.images),
+        sources=tuple(doc[column]["bytes"] for column in reading.images),
         ground_truth=truth,
         options=reading.options,
         groups=dict(reading.groups),

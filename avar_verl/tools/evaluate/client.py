@@ -76,9 +76,10 @@ async def ask(
         ValueError: a reply without text or counts.
     """
     begin = time.monotonic()
+    messages = await asyncio.to_thread(item.chat)  # Makes pictures, while other requests go on.
     reply = await client.chat.completions.create(
         model=model,
-        messages=item.chat(),
+        messages=messages,
         temperature=sampling.temperature,
         max_tokens=sampling.max_tokens,
         seed=sampling.seed,

@@ -56,6 +56,9 @@ class Eval(Command):
     server_args: str = ""  # Additional arguments of vLLM as one text, such as --server-args='--dtype half'.
     server_timeout: float = 900.0  # Seconds within which vLLM must answer.
     max_model_len: Size | None = None  # Tokens of prompt and response in vLLM. If omitted: the model's limit.
+    # Side of a patch of the image processor in pixels, by which images are resized as in training. If omitted: that of
+    # --model; 14 for a model that is not on this machine.
+    patch_size: Size | None = None
     concurrency: Size = 64  # Number of concurrent requests.
     request_timeout: float = 1800.0  # Seconds before a request is retried.
     max_retries: Count = 6  # Number of retries of a request, with exponential back-off.

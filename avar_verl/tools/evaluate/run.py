@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from avar_verl.tools.stats import group_accuracy, standard_error
 RESULTS = "results.json"
 # Changes whenever a response would be graded differently.
 GRADER_VERSION = 2
+# Changes whenever an image would be sent differently.
+PICTURES_VERSION = 1
+DEFAULT_PATCH_SIZE = 14  # Of Qwen2.5-VL, and of verl's data sets for processors without one.
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,30 @@ def record_settings(settings: Eval, task: Task, model: Path | None, intervention
         "model_files": fingerprint(model) if model else None,
         "task": task.name,
         "source": task.source,
+        "pictures": PICTURES_VERSION,
+        "patch_size": settings.patch_size,
         "sampling": asdict(settings.sampling),
         "intervene": intervention.text,
         "answer_rule": settings.answers,
         "decimals": settings.decimals,
         "grader": GRADER_VERSION,
     }
+
+
+def patch_size_for(settings: Eval, model: Path | None) -> int:
+    """The patch size by which images are resized.
+
+    Raises:
+        ValueError: a folder without a processor.
+    """
+    if settings.patch_size is not None:
+        return settings.patch_size
+    if model is None:
+        return DEFAULT_PATCH_SIZE
+    from avar_verl.model.checkpoint import load_processor  # They import transformers and verl, which takes seconds.
+    from avar_verl.plugin.datasets.images import patch_size_of
+
+    return patch_size_of(load_processor(model))
 
 
 @dataclass(frozen=True)
@@ -132,7 +153,7 @@ def index_items(items: Iterable[Question], records: Records) -> Index:
             raise ValueError(f"items must have different ids; got {item.id!r} twice in {item.task}. Correct the data.")
         records.check_question(item)
         ids[item.id] = None
-        num_images = max(num_images, len(item.images))
+        num_images = max(num_images, len(item.sources))
     return Index(tuple(ids), frozenset(ids.keys() - records.records.keys()), num_images)
 
 
@@ -143,6 +164,7 @@ async def _run_task(
     file: Records,
     client: openai.AsyncOpenAI,
     model: str,
+    patch_size: int,
     intervention: Intervention,
     check: Callable[[], None],
 ) -> dict[str, str]:
@@ -153,6 +175,7 @@ async def _run_task(
     with progress(total=len(index.ids), initial=num_done, desc=task.name, unit="item") as bar:
 
         async def answer(item: Question) -> None:
+            item = replace(item, patch_size=patch_size)
             reply = await ask(client, model, item, settings.sampling, intervention.extra_body)
             # math-verify may take seconds; requests continue in the meantime.
             file.add(await asyncio.to_thread(graded, item, reply, settings.answers, settings.decimals))
@@ -209,9 +232,12 @@ def run_eval(settings: Eval) -> dict[str, Any]:
             print(f"going on: {num_items - num_open} of {num_items} items are in {settings.folder}", flush=True)
         failures: dict[str, dict[str, str]] = {}
         if num_open:
-            num_images = max(1, *(index.num_images for index in indices.values()))
-            with _server(settings, model, num_images, intervention) as (url, wanted, check):
-                failures = asyncio.run(_run_tasks(settings, tasks, indices, files, url, wanted, intervention, check))
+            num_images = max(index.num_images for index in indices.values())
+            patch_size = patch_size_for(settings, model) if num_images else DEFAULT_PATCH_SIZE
+            with _server(settings, model, max(1, num_images), intervention) as (url, wanted, check):
+                failures = asyncio.run(
+                    _run_tasks(settings, tasks, indices, files, url, wanted, patch_size, intervention, check)
+                )
         num_failed = sum(map(len, failures.values()))
         if num_failed:
             lines = [f"{task} {i}: {why}" for task, reasons in failures.items() for i, why in reasons.items()]
@@ -235,6 +261,7 @@ async def _run_tasks(
     files: Mapping[str, Records],
     url: str,
     wanted: str,
+    patch_size: int,
     intervention: Intervention,
     check: Callable[[], None],
 ) -> dict[str, dict[str, str]]:
@@ -253,7 +280,7 @@ async def _run_tasks(
         await check_server(client, name, intervention)
         return {
             task.name: await _run_task(
-                settings, task, indices[task.name], files[task.name], client, name, intervention, check
+                settings, task, indices[task.name], files[task.name], client, name, patch_size, intervention, check
             )
             for task in tasks
             if indices[task.name].open

@@ -131,7 +131,7 @@ def sweep(options: Sweep) -> None:
     items = list(itertools.islice(file_questions(options.data), options.n or None))
     prompts = {}
     for item in progress(items, "prompts", leave=False):
-        images = [{"bytes": image} for image in item.images]
+        images = [source if isinstance(source, dict) else {"bytes": source} for source in item.sources]
         found = rows.conversation({"prompt": list(item.messages), "images": images}, reader.patch_size)
         prompts[item.id] = reader(found.prompt)
     keys = [sum(getattr(prompt, name) for prompt in prompts.values()) for name in ("image_keys", "system_keys")]

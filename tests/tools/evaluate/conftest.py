@@ -10,6 +10,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from avar_verl.tools.questions import Question
+
 
 def png(number: int) -> bytes:
     buffer = io.BytesIO()
@@ -17,11 +19,18 @@ def png(number: int) -> bytes:
     return buffer.getvalue()
 
 
+def sent(number: int) -> bytes:
+    """The picture that is sent for `png(number)`."""
+    message = {"role": "user", "content": "<image>?"}
+    (picture,) = Question("t", "0", (message,), (png(number),), ("x",)).images
+    return picture
+
+
 def write_rows(path: Path, n: int, first: int = 0) -> Path:
-    """`n` questions; the answer is the digest of the image."""
+    """`n` questions; the answer is the digest of the picture."""
     rows = []
     for number in range(first, first + n):
-        digest = hashlib.sha256(png(number)).hexdigest()[:12]
+        digest = hashlib.sha256(sent(number)).hexdigest()[:12]
         rows.append(
             {
                 "data_source": "digests",

@@ -97,7 +97,7 @@ def test_prompts(name):
     benchmark = load_benchmark(name)
     items = [make_item(benchmark, doc) for doc in example_docs(name)]
     assert [item.messages[0]["content"] for item in items] == [prompt + INSTRUCTION for prompt in PROMPTS[name]]
-    assert max(len(item.images) for item in items) <= benchmark.max_images
+    assert max(len(item.sources) for item in items) <= benchmark.max_images
     assert len({item.id for item in items}) == len(items)
     assert benchmark.prompt_id() == PROMPT_IDS[name], "a changed prompt needs another prompt_version"
 
@@ -143,7 +143,7 @@ def test_what_is_right(name, number, right, wrong):
 def test_images_stand_where_a_question_names_them():
     doc = example_docs("mmmu_val")[0]
     doc["image_1"], doc["image_2"] = {"bytes": b"one"}, {"bytes": b"two"}
-    assert make_item(load_benchmark("mmmu_val"), doc).images == (b"one", b"two", b"two")
+    assert make_item(load_benchmark("mmmu_val"), doc).sources == (b"one", b"two", b"two")
 
 
 def test_hallusionbench_has_figures_and_questions():
@@ -208,7 +208,7 @@ def test_a_split_of_another_size_is_refused(monkeypatch):
         list(benchmarks.benchmark_items(benchmark, "a" * 40))
     (item,) = benchmarks.benchmark_items(replace(benchmark, num_items=1), "a" * 40)
     assert asked == {"path": "Lin-Chen/MMStar", "name": None, "split": "val", "revision": "a" * 40}
-    assert item.images == (example_docs("mmstar")[0]["image"]["bytes"],)  # Exact bytes, not decoded and encoded again.
+    assert item.sources == (example_docs("mmstar")[0]["image"]["bytes"],)  # Exact bytes, not decoded and encoded again.
 
 
 def test_without_the_hub_the_error_says_what_is_needed(monkeypatch):

@@ -14,14 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from avar_verl.tools.evaluate import client
 from avar_verl.tools.evaluate.command import Eval, Sampling
-from avar_verl.tools.evaluate.run import local_model, run_eval
+from avar_verl.tools.evaluate.run import local_model, patch_size_for, run_eval
 from avar_verl.tools.evaluate.server import free_port
 from avar_verl.tools.records import Records
 from avar_verl.tools.runs import RECORDS, SETTINGS
-from tests.tools.evaluate.conftest import png
+from tests.tools.evaluate.conftest import sent
 from tests.tools.evaluate.fake_server import image_digest, serving
 
 
@@ -38,7 +39,7 @@ def lines(out: Path, task: str = "digests") -> list[dict]:
     return [json.loads(line) for line in (out / task / RECORDS).read_text().splitlines()]
 
 
-def test_every_item_is_asked_once_with_its_exact_image_and_recorded(tmp_path, digests):
+def test_every_item_is_asked_once_with_its_picture_and_recorded(tmp_path, digests):
     with serving(right) as server:
         results = run_eval(settings(server, digests(7), tmp_path / "out", sampling=Sampling(max_tokens=5)))
     task = results["tasks"]["digests"]
@@ -49,7 +50,7 @@ def test_every_item_is_asked_once_with_its_exact_image_and_recorded(tmp_path, di
     for request in server.requests:
         image, text = request["messages"][0]["content"]
         number = int(text["text"].removeprefix("Question ").removesuffix("?"))
-        assert image["image_url"]["url"] == f"data:image/png;base64,{base64.b64encode(png(number)).decode()}"
+        assert image["image_url"]["url"] == f"data:image/png;base64,{base64.b64encode(sent(number)).decode()}"
         assert request["max_tokens"] == 5 and request["temperature"] == 0 and request["model"] == "fake"
         record = records[str(number)]
         assert record["correct"] and record["answer"] == record["ground_truth"][0]
@@ -165,12 +166,44 @@ def test_a_torn_line_is_dropped_and_asked_again(tmp_path, digests):
 
 
 @pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": "<answer>cat</answer>"}, "<answer>cat</answer>"),
+        ({"content": None}, ""),
+        # A reasoning parser: of vLLM and of others, with an answer behind the reasoning, and without.
+        ({"content": "\ncat", "reasoning": "I look."}, "<think>I look.</think>\ncat"),
+        ({"content": "cat", "reasoning_content": "I look."}, "<think>I look.</think>cat"),
+        ({"content": None, "reasoning": "a </think>cat", "reasoning_content": "a </think>cat"}, "a </think>cat"),
+        ({"content": "", "reasoning": "I loo"}, "I loo"),
+    ],
+)
+def test_the_text_of_a_reply_whole(message, text):
+    assert client.response_text(ChatCompletionMessage(role="assistant", **message)) == text
+
+
+def test_a_reply_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="a reply must be text; got refusal. Start the server without"):
+        client.response_text(ChatCompletionMessage(role="assistant", content=None, refusal="No."))
+
+
+def test_the_patch_size_is_the_model_s(tiny_model_path, tmp_path):
+    def of(**changes):
+        asked = Eval(model="m", out=tmp_path, **changes)
+        return patch_size_for(asked, tiny_model_path if "server_url" not in changes else None)
+
+    assert (of(), of(patch_size=16), of(server_url="http://x/v1")) == (14, 16, 14)
+    with pytest.raises(ValueError, match="a checkpoint must have a processor for images; got from"):
+        patch_size_for(Eval(model="m", out=tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"sampling": Sampling(max_tokens=7)}, "sampling.max_tokens: 2048 there, 7 now"),
         ({"sampling": Sampling(temperature=1.0)}, "sampling.temperature: 0.0 there, 1.0 now"),
         ({"answers": "whole"}, "answer_rule: 'reward' there, 'whole' now"),
         ({"model": "other"}, "model: 'fake' there, 'other' now"),
+        ({"patch_size": 16}, "patch_size: None there, 16 now"),
     ],
 )
 def test_other_settings_do_not_mix(tmp_path, digests, changes, named):

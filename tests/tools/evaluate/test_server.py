@@ -9,11 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
+import torch
 
+from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.model.render import render
 from avar_verl.tools.demo import photo_grid
-from avar_verl.tools.evaluate.server import cpu_environment, free_port, running_server, server_command
+from avar_verl.tools.evaluate.server import NAME, cpu_environment, free_port, running_server, server_command
+from avar_verl.tools.questions import Question
+from avar_verl.tools.rows import conversation
+from tests.data.odd_images import ODD_IMAGES
 
 # Processes that start and end, and waits for them.
 pytestmark = pytest.mark.e2e
@@ -126,14 +133,51 @@ def test_the_environment_has_the_last_word(monkeypatch):
     assert cpu_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
+def question(value: dict) -> Question:
+    return Question("odd", "0", ({"role": "user", "content": "<image>What is top left?"},), (value,), ("x",))
+
+
+def prompt_of(url: str, item: Question) -> tuple[list[int], list[float]]:
+    """Ids of a question's prompt on the server, and their log-probabilities from the second on."""
+    reply = openai.OpenAI(base_url=url, api_key="none").chat.completions.create(
+        model=NAME,
+        messages=item.chat(),
+        max_tokens=1,
+        temperature=0.0,
+        extra_body={"prompt_logprobs": 0, "return_token_ids": True},
+    )
+    extra = reply.model_extra
+    ids, by_position = extra["prompt_token_ids"], extra["prompt_logprobs"][1:]
+    return ids, [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], by_position, strict=True)]
+
+
+def check_pictures(answers: dict[str, tuple[list[int], list[float]]], model: Path) -> None:
+    """The server saw what training sees: the same ids, with the log-probabilities of transformers."""
+    checkpoint = Checkpoint.load(model)
+    found = {}
+    for name, (ids, logprobs) in answers.items():
+        row = {"messages": [{"role": "user", "content": "<image>What is top left?"}], "images": [ODD_IMAGES[name]]}
+        rendered = render(checkpoint.processor, conversation(row).prompt, add_generation_prompt=True)
+        assert ids == rendered.ids_S.tolist(), name
+        with torch.no_grad():
+            logits_SV = checkpoint.model(**checkpoint.collate([rendered])).logits[0]
+        found[name] = logits_SV[:-1].log_softmax(-1).gather(1, rendered.ids_S[1:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), found[name], atol=1e-3, rtol=0, msg=name)
+    turned, upright = found["EXIF 3"], found["RGBA"]
+    assert turned.shape == upright.shape and float((turned - upright).abs().max()) > 1e-2, "the test cannot fail"
+
+
 def test_photo_grid_on_vllm_killed_and_resumed(tmp_path, tiny_model_path):
-    """`avar eval` on a real server, both killed in the middle; run again, every item has one record."""
+    """`avar eval` on a real server, both killed in the middle; run again, every item has one record. The second server
+    is also asked about images that programs open in different ways.
+    """
     data, out = tmp_path / "grid.parquet", tmp_path / "out"
     photo_grid.make_rl_parquet(data, 24, 7, "test")
     records = out / "grid" / "records.jsonl"
     command = [sys.executable, "-m", "avar_verl", "eval", "--model", str(tiny_model_path), "--data", str(data)]
     command += ["--out", str(out), "--max-tokens", "24", "--concurrency", "2", "--max-model-len", "256"]
-    command += ["--server-args=--max-num-seqs 2 --max-num-batched-tokens 256"]
+    limits = "--max-num-seqs 2 --max-num-batched-tokens 256"
+    command += [f"--server-args={limits}"]
 
     def lines() -> list[bytes]:
         return records.read_bytes().split(b"\n")[:-1] if records.exists() else []
@@ -155,8 +199,13 @@ def test_photo_grid_on_vllm_killed_and_resumed(tmp_path, tiny_model_path):
     kept = lines()
     assert 4 <= len(kept) < 24
     wait_for(lambda: all(gone(process.pid) for process in family), 60)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    port = free_port()
+    start = server_command(tiny_model_path, port, num_images=1, cpu=True, max_model_len=256, extra=limits.split())
+    with running_server(start, port, tmp_path / "server.log", timeout_s=600, environment=cpu_environment()) as server:
+        done = subprocess.run([*command, "--server-url", server.url], capture_output=True, text=True, timeout=600)
+        answers = {name: prompt_of(server.url, question(value)) for name, value in ODD_IMAGES.items()}
     assert done.returncode == 0, done.stderr[-3000:] + log()
+    check_pictures(answers, tiny_model_path)
     assert f"going on: {len(kept)} of 24 items" in done.stdout
     assert lines()[: len(kept)] == kept
     found = [json.loads(line) for line in lines()]

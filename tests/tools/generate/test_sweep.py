@@ -27,7 +27,7 @@ ITEMS = [
         task="file",
         id=str(number),
         messages=({"role": "user", "content": f"{number}?"},),
-        images=(),
+        sources=(),
         ground_truth=("1",),
     )
     for number in range(4)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from avar_verl.model.checkpoint import check_model
 from avar_verl.model.families import FAMILIES
 from avar_verl.tools.doctor.check import Finding, check
 from avar_verl.tools.doctor.samples import assistant, user
@@ -149,7 +150,8 @@ def weights(subject: Subject) -> str:
     number = f"{count(subject.num_parameters)} parameters"
     check_files(Path(subject.options.model))
     if subject.is_reduced:
+        check_model(subject.options.model)
         layers = subject.model.config.get_text_config().num_hidden_layers
-        return f"{number}: checks run on a float32 model of this config with {layers} text layers and random weights"
+        return f"{number}, all from the checkpoint: checks run on a float32 model of this config with {layers} text layers and random weights"
     subject.model  # noqa: B018  Loads it, or raises.
     return f"{number}, all from the checkpoint"
