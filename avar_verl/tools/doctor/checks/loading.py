@@ -152,6 +152,9 @@ def weights(subject: Subject) -> str:
     if subject.is_reduced:
         check_model(subject.options.model)
         layers = subject.model.config.get_text_config().num_hidden_layers
-        return f"{number}, all from the checkpoint: checks run on a float32 model of this config with {layers} text layers and random weights"
+        return (
+            f"{number}, all from the checkpoint: checks run on a float32 model of this config with {layers} text "
+            "layers and random weights"
+        )
     subject.model  # noqa: B018  Loads it, or raises.
     return f"{number}, all from the checkpoint"
