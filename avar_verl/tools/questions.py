@@ -116,6 +116,8 @@ class Reply:
 def png(image: Image.Image) -> bytes:
     """A PNG file of an image, with the exact pixels and nothing else."""
     buffer = io.BytesIO()
+    image = image.copy()
+    image.info.clear()  # Pillow would write what the file said about its palette or its orientation.
     image.save(buffer, "PNG", compress_level=1)  # Time is dearer than the way to the server.
     return buffer.getvalue()
 
