@@ -89,7 +89,8 @@ def test_what_tools_share_has_one_place(package, place):
     [
         ('"<image>"', ["data.messages"]),
         ("import process_image", ["plugin.datasets.images"]),
-        ("AutoModelForImageTextToText.from_pretrained", ["model.checkpoint"]),
+        ("AutoModelForImageTextToText.from_pretrained", []),
+        ("auto_class.from_pretrained", ["model.checkpoint"]),
         ("AutoProcessor.from_pretrained", ["model.checkpoint"]),
     ],
 )

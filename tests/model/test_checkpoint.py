@@ -100,7 +100,7 @@ def add_adapter(weights) -> None:
             lambda w: rename(w, "base_model.model."),
             r": \d+ missing: .*; \d+ unexpected: .* LoRA run.* is merged into its",
         ),
-        (add_adapter, r": \d+ missing: .*; \d+ unexpected: base_model.*These are names of a LoRA run.*verl.model_merger merge"),
+        (add_adapter, r": \d+ missing: .*; \d+ unexpected: base_model.*names of a LoRA run.*verl.model_merger"),
     ],
     ids=["one", "a layer", "unexpected", "shape", "names of peft", "adapter"],
 )

@@ -376,7 +376,7 @@ BROKEN = {
         (no_config, "fail", "Should have a `model_type` key in its config.json"),
     ],
     "processor": [
-        (no_image_processor, "fail", "^OSError: Can.t load image processor for .*preprocessor_config.json"),
+        (no_image_processor, "fail", "^a checkpoint must have a processor for images; got .*preprocessor_config.json"),
         (dropped_processor, "fail", r"must return a processor; got None \(Failed to create processor: Unsupported"),
         (broken_tokenizer, "fail", r"tokenizer.json must be readable by tokenizers [\d.]+; got data did not match any"),
         (no_chat_template, "fail", "must have a chat template; got None"),
@@ -401,7 +401,7 @@ BROKEN = {
         (
             lora_names,
             "fail",
-            r"\d+ missing: lm_head.weight.*\d+ unexpected: base_model.*names of a LoRA run.*Merge them",
+            r"\d+ missing: lm_head.weight.*\d+ unexpected: base_model.*names of a LoRA run. An adapter is merged",
         ),
     ],
     "chat template": [
