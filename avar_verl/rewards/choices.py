@@ -28,7 +28,7 @@ _GLUED_SET = re.compile(f"[(\\[{{]?{_UPPER_ITEM}(?:(?:{_AND}| ?[/&+|]? ?){_UPPER
 _WITH_TEXT = re.compile(
     r"(?:\(([A-Ja-j])\)(?: ?[.:,]| -(?= )|(?!-))"  # "(A) cat", "(A)cat", "(A): cat"; "(a)-b" is a difference
     r"|([A-Ja-j])(?: ?[.):,](?![A-Za-z]?$)| -(?= ))"  # "A. cat", "A) cat", "A - cat"; not "a.m"
-    f"|([A-J])(?=-?[{_CJK}]| [{_CJK}])-?) ?(.+)"  # "A猫", "A-猫", "A 猫"
+    f"|([A-J])(?=-?[{_CJK}]| [{_CJK}]| ?\\((?:[{_CJK}]|[a-z]{{3}}))-?) ?(.+)"  # "A猫", "A-猫", "A 猫"
 )
 _BECAUSE = re.compile(r"([A-J]),? (?:because|since|as) ")
 # A text that goes on like this takes back what the letter says, or names a further one.

@@ -71,7 +71,7 @@ _TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|operatorname|underline|emph|bm"
     r"|(?:text)?color\{\w+\})\s*\{([^{}]*)\}"
 )
-_DOLLARS = re.compile(r"([-+]?)\\?\$ ?(?=[\d.])")  # money, where it is the only dollar sign
+_DOLLARS = re.compile(r"([-+]?)(?:US)?\\?\$ ?(?=[\d.])")  # money, where it is the only dollar sign
 _DELIMITER = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:left|right)(?![a-zA-Z])|\\!")
 _SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])")
 _MARKUP = re.compile(
@@ -88,13 +88,14 @@ _LEAD_INS = (
     r"(?:(?:the|my|our) )?(?:(?:final|correct|right|best|most likely) )*"
     r"(?:answer|ans|result|choice|option|solution|value)(?: (?:choice|option|letter|here))?"
     r"(?: (?:is|would be|should be|must be)\b(?! not\b)| ?[:=]|\. )[: ]*",
-    r"i (?:would |will )?(?:choose|select|pick|think|believe)\b(?: that\b)?[: ]*",
+    r"(?:i (?:would |will )?)?(?:choose|select|pick)\b[: ]*|i (?:think|believe)\b(?: that\b)?[: ]*",
     r"(?:it|this|that|there|these|they)(?:'s| is|'re| are)\b(?! not\b) *",
     r"(?:about|approximately|approx\.?|roughly|around|\\approx|\\sim) ?(?=[-+]?[\d.\\])",
     "(?:综上(?:所述)?|所以|因此|故|因而|由此可知|即)[,: ]*",
     "(?:[本此该这]题)?的?(?:最终|正确|最后|标准)?的?(?:答案|结果|选项)(?:应该|应|就)?(?:是(?!否)|为|选(?!择))[: ]*",
     "\\[?【?(?:最终|正确|标准)?的?(?:答案|结果)】?\\]?[: ]+",
     "【(?:答案|解答)】[: ]*",
+    "我们?(?:认为|觉得)[, ]*",
     "(?:[本此该这]题)?我?们?(?:应该|应当|应|要)?(?:选择|选)(?!项)的?是?[: ]*",
     "答[: ]+",
     "(?:正确的|这|它|这里)(?:是(?!否)|为)[: ]*",

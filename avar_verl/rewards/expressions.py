@@ -181,8 +181,13 @@ def _number(scalar: Any) -> Any:
     """A scalar to 30 digits, with a number of its own for every symbol; None if it has none."""
     import sympy
 
-    symbols = sorted(scalar.free_symbols, key=str)
-    value = sympy.N(scalar.subs({symbol: sympy.Rational(10 * i + 3, 7) for i, symbol in enumerate(symbols)}), 30)
+    if not isinstance(scalar, sympy.Expr):
+        return None
+    symbols = {symbol: sympy.Rational(10 * i + 3, 7) for i, symbol in enumerate(sorted(scalar.free_symbols, key=str))}
+    try:
+        value = sympy.N(scalar.subs(symbols), 30)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):
+        return None  # what sympy raises, function by function, where it cannot evaluate
     return value if value.is_number and value.is_finite else None
 
 
@@ -216,7 +221,7 @@ def _verify(prediction: str, gold: str, rounding: Decimal | None) -> bool:
     """
     parse, verify, timeout_exception = load_math_verify()
 
-    from sympy import Float
+    from sympy import Expr, Float
 
     def compare() -> bool:
         parsed_gold = parse(f"${gold}$")
@@ -225,7 +230,7 @@ def _verify(prediction: str, gold: str, rounding: Decimal | None) -> bool:
             logger.debug("math-verify cannot parse %r", prediction if parsed_gold else gold)
             return False
         one, other = parsed_prediction[0], parsed_gold[0]
-        if all(getattr(value, "is_number", False) and value.is_commutative for value in (one, other)):
+        if all(isinstance(value, Expr) and value.is_number for value in (one, other)):
             numbers = _number(one), _number(other)
             if None in numbers:
                 return False

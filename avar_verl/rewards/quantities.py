@@ -300,7 +300,7 @@ _THINGS = re.compile(
     rf"({_NUMBER}) ?\(?(?:(?<=[ (])([A-Za-z][A-Za-z' -]+)|([{_MEASURES}][\u4e00-\u9fff]{{0,7}}|[点分角]))\)?"
 )
 _PLACE = re.compile(r" (?:in|on|at|of|from|with|inside|there|here|total|altogether|are|is)\b.*| shown.*| visible.*")
-_NO_THING = re.compile("[多余几或和到至不万亿千百半]")
+_NO_THING = re.compile("[多余几或和到至不万亿千百半上下]")
 
 
 def _things(text: str) -> tuple[str, str] | None:
@@ -365,8 +365,8 @@ def share_unit(texts: Sequence[str]) -> tuple[list[str], str]:
     """Split texts that all end with the same word after a number, whatever it is, into values and the word; "" if not.
 
     Example:
-        >>> share_unit(["10m", "15\\sqrt{3}m"]), share_unit(["10m", "20cm"])
-        ((['10', '15\\sqrt{3}'], 'm'), (['10m', '20cm'], ''))
+        >>> share_unit(["10m", "15m"]), share_unit(["10m", "20cm"])
+        ((['10', '15'], 'm'), (['10m', '20cm'], ''))
     """
     ends = [_END.search(text) for text in texts]
     if len(texts) > 1 and all(ends) and len({end[2] for end in ends}) == 1:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways in which people and models write answers, class by class: what is right, and what is nearly so and wrong."""
 
+import doctest
+
 import pytest
 
+from avar_verl.rewards import choices, cleaning, expressions, quantities
 from avar_verl.rewards.accuracy import accepted_answers, answer_options, extract_answer, grade_answer
 from reward_fns.accuracy import compute_score
 
@@ -49,7 +52,7 @@ CLASSES = {
              "因此选A",
              "所以答案是A。", "本题选A", "【答案】A", "答：A", "综上所述，选A", "答案选A", "A项",
              "A.猫", "A、猫", "A)猫", "A 猫", "A:cat", "A - cat", "“A”", "`A`", "(A) cat", "A：猫", "A．猫",
-             "（A）猫", "【A】",
+             "（A）猫", "A (cat)", "A（猫）", "我认为答案是A", "我觉得选A", "Choose A", "【A】",
              "「A」", "[A]", "{A}", "<A>", "'A'", "*A*", "**A**", "_A_", "A)", "A.", "a)", "**A**: cat", "**A.** cat",
              "A. cat", "A) cat", "A – cat", "A — cat", "[A] cat", "(a) cat", "Ａ", "Ⓐ", "<b>A</b>",
              "option A", "Option (A)", "choice A", "Answer: (A)", "Answer: A. cat", "**Answer:** A",
@@ -76,7 +79,8 @@ CLASSES = {
              "10 objects in the image", "10 people", "ten dogs", "图中有10个", "一共有10只猫", "共10个", "about 10",
              "10.", "10 in total", "10本书"],
             ["10 or more", "10 to 12", "100 objects", "1 object", "10 dogs and 2 cats", "10 million", "ten thousand",
-             "10多个", "more than 10", "not 10", "no objects", "10%5", "dozen", "10 minus two", "10 out of 12",
+             "10多个", "10个以上", "more than 10", "not 10", "no objects", "10%5", "dozen", "10 minus two",
+             "10 out of 12",
              "10个或11个", "十一", "Figure 10", "10c", "10万"],
         ),
         "3 cats": (["3", "three cats", "3 cats in the image", "3 cat"], ["3 dogs", "2 cats", "3只狗", "4"]),
@@ -120,7 +124,7 @@ CLASSES = {
         "30": (
             ["30度", "30°", "30 degrees", "30^\\circ", "30 cm", "30cm", "30厘米", "30\\text{ cm}",
              "30 \\mathrm{~cm}^2",
-             "30米", "30m", "30 (cm)", "30 km/h", "30千米/时", "30平方米", "30 square units", "$30", "\\$30",
+             "30米", "30m", "30 (cm)", "30 km/h", "30千米/时", "30平方米", "30 square units", "$30", "\\$30", "US$30",
              "€30", "30元",
              "¥30", "30 dollars", "30%", "30 years old", "30岁", "30 N·m", "\\angle A = 30^\\circ", "30Ω", "30V",
              "x=30"],
@@ -176,6 +180,16 @@ def test_classes(group):
 def test_reward_and_extraction_see_the_same():
     assert extract_answer("<think>x</think>\\fbox{180}") == "180"
     assert compute_score("q", "<think>x</think><answer>\\fbox{180}</answer>", "180")["acc"] == 1.0
+
+
+def test_what_cannot_be_evaluated_is_no_error():
+    assert grade_answer("x=2, y=3", "2, 3") is True
+
+
+def test_doctests():
+    for module in (choices, cleaning, expressions, quantities):
+        results = doctest.testmod(module)
+        assert results.attempted and not results.failed
 
 
 # --- Options ---
