@@ -65,6 +65,7 @@ def test_on_every_patch_is_everywhere_however_late():
         "verl.utils.tokenizer.hf_processor",
         "verl.utils.tokenizer.tokenizer.hf_processor",
         "verl.utils.fsdp_utils._select_fsdp2_wrap_targets",
+        "verl.utils.model.get_hf_auto_model_class",
         "verl.models.transformers.qwen2_vl._get_input_embeds",
         "verl.models.transformers.qwen2_vl.qwen2_vl_attn_forward",
         "verl.models.transformers.glm4v._get_input_embeds",
