@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 _NOUNS = (
     "image picture photo photograph figure diagram chart graph plot map screenshot illustration snapshot infographic "
-    "flowchart subfigure fig frame"
+    "flowchart subfigure fig frame screen panel"
 ).split()
 
 
@@ -83,10 +83,22 @@ _DRAW = _forms(
 ) | frozenset("drew drawn plotted plotting".split())
 
 _BE = frozenset("is are was were has have had appears appear seems seem consists consist isn't aren't".split())
-_PREDICATES = _BE | _forms(
-    "show depict contain display feature illustrate present include indicate reveal suggest capture portray "
-    "represent provide list describe label highlight convey demonstrate exhibit focus mention confirm lack give imply"
+_PREDICATES = (
+    _BE
+    | _forms(
+        "show depict contain display feature illustrate present include indicate reveal suggest capture portray "
+        "represent provide list describe label highlight convey demonstrate exhibit focus mention confirm lack give "
+        "imply look "
+        "compare cover mark place plot track make link read rank name outline"
+    )
+    | frozenset("shown gave made said says".split())
 )
+_AMBIGUOUS_PREDICATES = _forms("place cover mark plot track make link read rank name outline compare")
+_OBJECT = re.compile(
+    r" (?:the|a|an|this|that|these|those|it|its|each|every|all|both|no|only|how|what|where|which"
+    r"|two|three|four|five|six|several|[0-9]+)\b"
+)
+"""Verbs that are nouns too, and what follows them if they are verbs."""
 _PREDICATE_ADVERBS = frozenset(
     "can could may might would will it do does did doesn't don't didn't itself also clearly only just actually above "
     "below here you we i i've you've have provided given attached shown uploaded sent shared simply further not "
@@ -101,6 +113,7 @@ _COMPOUNDS = frozenset(
 """A noun after the image noun: not the image itself, unless it is what is looked at."""
 _OTHER_COMPOUNDS = frozenset(
     "processing sensor plane distance formation classification model encoder token tokens recognition generation "
+    "function functions operator door time reader protector saver discussion discussions member members "
     "editing library skating skater paper theory twist armor armour out finish stream embedding embeddings".split()
 )
 _OTHER_BEFORE = {
@@ -111,6 +124,8 @@ _OTHER_BEFORE = {
     "map": "linear continuous bijective injective surjective mind inverse identity quotient projection",
     "graph": "connected directed undirected bipartite complete planar simple cyclic acyclic weighted knowledge",
     "chart": "flip",
+    "screen": "tv television phone laptop computer movie silver big touch smoke wind cinema",
+    "panel": "solar control expert jury review advisory side door wall wood wooden instrument glass",
     "plot": "story movie film novel",
 }
 _OTHER_BEFORE = {noun: frozenset(words.split()) for noun, words in _OTHER_BEFORE.items()}
@@ -127,6 +142,8 @@ _OTHER_AFTER_TEXT = {
     "plot": _MATH_OF + r"| (?:of (?:land|the (?:movie|film|story|novel|book))|twist)",
     "map": r"s? (?:\$|[a-z] ?:|sends|from [a-z]\b|to\b|onto\b|out\b)",
     "chart": r" a course|-topping",
+    "screen": r"s? (?:of|for|out|against)\b",
+    "panel": r"s? (?:of|for)\b",
 }
 _OTHER_AFTER = {noun: re.compile(pattern) for noun, pattern in _OTHER_AFTER_TEXT.items()}
 _NO_CONTENT = re.compile(
@@ -171,13 +188,19 @@ _QUESTION = re.compile(
 )
 _MATH_TEXT = re.compile(r"[=$\\]|f\(|\bfunction|\bparabola|\bslope|\bequation")
 
+IMAGE_WORDS = frozenset(_NOUNS) | {noun + "s" for noun in _NOUNS}
+LOOKING_WORDS = _LOOK | _LOOK_NOUNS | _SHOWN
+PLACE_WORDS = _SPATIAL | _CONTENT
+"""Words that a reference to the image is made of."""
+
 # --- English: scanner ---
 
 _WORD = re.compile(r"[a-z0-9][a-z0-9'-]*|[^\sa-z0-9]")
 _NEXT_WORD = re.compile(r"\s+([a-z]+)")
 _REACH = 80
 _NUMBERED = re.compile(
-    r" ?(?:\(?[0-9]{1,3}(?:\.[0-9]{1,2})?[a-z]?\)?|\([a-z]\)|[b-h]|a(?= (?:shows|has|is|contains)))(?![0-9a-z'])"
+    r" ?(?:\(?[0-9]{1,3}(?:\.[0-9]{1,2})?[a-z]?\)?|\([a-z]\)|[b-h]"
+    r"|a(?=[,.:;)]| (?:shows|has|is|contains|and b)))(?![0-9a-z'])"
 )
 _ORDINALS = frozenset(
     "first second third fourth fifth last final next previous current this that each every initial middle".split()
@@ -316,6 +339,9 @@ def _predicate_end(low: str, end: int, noun: str) -> int | None:
         word = match[0]
         adverb = word in _PREDICATE_ADVERBS or owner and count < 3 and word not in _PREDICATES and word.isalpha()
         if word in _PREDICATES and not adverb:
+            # "The picture reads the room" is no verb of the image without its object; a plural noun is no verb.
+            if word in _AMBIGUOUS_PREDICATES and not _OBJECT.match(low, match.end()):
+                return None
             # "The figure is a square", "the graph is linear": more often the thing drawn than the drawing.
             if word in _BE and (
                 noun == "figure" or noun in ("graph", "plot") and _MATH_TEXT.search(low, end, end + 60)
@@ -387,6 +413,10 @@ def _english_reference(low: str, start: int, end: int, noun: str, left: int, rig
 
     if noun == "frame" and not numbered and words.peek() not in _ORDINALS:
         return None  # of a window, or of time
+    if noun == "panel" and not numbered and words.peek() not in _ORDINALS | _SPATIAL:
+        return None  # of a wall, or of experts
+    if noun == "screen" and words.peek() not in _DETERMINERS and words.peek(1) not in _DETERMINERS:
+        return None  # a verb, or some other screen
     adjacent = words.at
     determiner = _skip_noun_phrase(words)
     adjacent = words.at == adjacent
@@ -446,11 +476,18 @@ def _aimed(low: str, start: int, left: int) -> bool:
 
 # --- Chinese ---
 
-_ZH_HIT = re.compile("[图圖]|照片|相片|画面|影像|截屏")
+_ZH_HIT = re.compile("[图圖]|照片|相片|画面|影像|截屏|界面|屏幕")
+_ZH_KIND = (
+    "(?:柱状|条形|柱形|折线|饼状|饼|扇形|散点|直方|统计|流程|示意|结构|曲线|"
+    "雷达|地|几何|电路|截|俯视|平面|卫星|航拍|热力|树状|箱线|思维导|表格)?"
+)
+"""Kinds of charts and pictures, before the character that all of them end with."""
 _ZH_BAD = re.compile(
-    "[试企意妄力贪构蓝版草宏画作绘制图]图|图(?:书|案|纸|灵|标|谋|腾|论|形|库|解|鉴|层|文)|地图集|图[像象](?:处理|识别|生成|分类|编辑)"
+    "(?:[试企妄力贪蓝版草宏画作绘制图]|(?<!示)意|(?<!结)构)图|"
+    "图(?:书|案|纸|灵|标|谋|腾|论|形|库|解|鉴|层|文)|地图集|图[像象](?:处理|识别|生成|分类|编辑)"
 )
 _ZH_FUNCTION = re.compile(r"(?:函数|曲线|抛物线|直线|方程|导数|数列|[a-zA-Z)])的?\s*$")
+_ZH_CHART = re.compile("曲线图(?![像象])")
 _ZH_DRAW = re.compile("(?:画|作出|绘|想象|做出|描出|构造)[^看]{0,8}$")
 _ZH_UNSEEN = re.compile(
     "(?:看不[到见清]|无法|没有|未|缺少|不能|没)(?:看到|看见|查看|访问|识别|打开|获取|直接|提供|给出|观察|任何|收到|加载|到|看|相关|的)*$"
@@ -468,10 +505,14 @@ _ZH_LOOK = re.compile(
 _ZH_ADVERBS = ("再次", "重新", "仔细", "回头", "进一步", "认真", "继续", "再", "先", "来", "去", "回")
 _ZH_FROM = re.compile(
     "(?:如|由|从|据|按|见|依|在|对|根据|依据|按照|结合|通过|基于|利用|关于|于|参见|详见)"
-    "(?:这|该|此|那|本|上|下|左|右|题|所给|给出|给定|提供|原|附|以|面|一|张|幅|个|的|和|已知|两|第|二|三|示|输入|整|中|些|目|各|你|您|我们)*$"
+    "(?:这|该|此|那|本|上|下|左|右|题|所给|给出|给定|提供|原|附|以|面|一|张|幅|个|的|和|已知|两|第|二|三|示|输入|整|中|些|目|各|你|您|我们|当前|目前|的)*"
+    + _ZH_KIND
+    + "$"
 )
 _ZH_THIS = re.compile(
-    "(?:这|该|此|那|本|上|下|左|右|原|整|所给|给定|提供的|给出的|第[一二三四]|每|两)[张幅个些副]*(?:的)?$"
+    "(?:(?:这|该|此|那|本|上|下|左|右|原|整|所给|给定|提供的|给出的|第[一二三四]|每|两|当前|目前)[张幅个些副]*(?:的)?)?"
+    + _ZH_KIND
+    + "$"
 )
 _ZH_AFTER = re.compile(
     r"\s*[0-9a-z(（)）一二三四-]{0,5}\s*(?:的?(?:中央|中间|背景|前景|边缘|顶部|底部|[中里内上左右下顶底角])[部侧边下上方角]{0,2}"
@@ -479,7 +520,7 @@ _ZH_AFTER = re.compile(
 )
 _ZH_VERB = re.compile(
     r"\s*[0-9a-z()]{0,4}\s*(?:清楚地|清晰地|主要|还|也|并|只|仅|都|明确)?(?:显示|展示|展现|是|有|包含|描绘|呈现|表明|说明|可以|没有|不|含有|反映|"
-    "提供|给出|标注|拍摄|拍的|描述|表示|出现|来自|看起来|似乎|为)"
+    "提供|给出|标出|标明|列出|标注|拍摄|拍的|描述|表示|出现|来自|看起来|似乎|为)"
 )
 _ZH_CLAUSE_ENDS = frozenset("\uff0c\u3002\uff1b\uff1a\uff01\uff1f\u3001\n,;:!?.")
 _ZH_REACH = 16
@@ -511,7 +552,13 @@ def _chinese_reference(text: str, start: int, end: int) -> tuple[int, int] | Non
     while first > 0 and start - first < _ZH_REACH and text[first - 1] not in _ZH_CLAUSE_ENDS:
         first -= 1
     before = text[first:start]
-    if _ZH_FUNCTION.search(before) or _ZH_DRAW.search(before) or _ZH_UNSEEN.search(before) or _ZH_GONE.match(text, end):
+    if (
+        _ZH_FUNCTION.search(before)
+        and not _ZH_CHART.match(text, start - 2)
+        or _ZH_DRAW.search(before)
+        or _ZH_UNSEEN.search(before)
+        or _ZH_GONE.match(text, end)
+    ):
         return None
     echo = text[max(0, start - 40) : start].rpartition("\n")[2].rpartition("。")[2]
     if any(trigger in echo for trigger in _ZH_ECHO_TRIGGERS) and _ZH_ECHO.search(echo):

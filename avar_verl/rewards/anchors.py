@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anchor reward: does the reasoning keep referring to the image? Pure functions, no verl import.
 
-    anchor = 1/N * sum_{i=1..N} max weight of the distinct anchors that first appear in part i of the reasoning
+    anchor = 1/N * sum_{i=1..N} min(1, 8 read_i / written_i) max weight of the anchors that are read in part i
 
-The reasoning is divided into N parts with equal amounts of prose. Prose is characters outside coordinates, quotes and
-tags, so a list of references takes up almost nothing, however long it is. An anchor (`avar_verl.anchors`) counts once,
-where it first appears; coordinates have weight 1 and phrases `phrase_weight`. So the score is at most 1, saturates at
-one new reference per part, requires references throughout the reasoning, and counts a list of references in one place
-once.
+The reasoning is divided into N parts with equal amounts of prose: characters of words outside coordinates, quotes and
+tags, so a list of references takes up almost nothing, however long it is, and separators are nothing. Coordinates have
+weight 1 and phrases `phrase_weight`. An anchor (`avar_verl.anchors`) is read if
+
+- it is new: it counts once, where it first appears;
+- it has three words of its own: words around it that describe something (`avar_verl.rewards.prose`), among other words,
+  and that no other anchor has taken. As much as one box and one phrase is paid without them, in parts where nothing
+  else is.
+
+So the score is at most 1, saturates at one new reference per part, requires references throughout the reasoning that
+say what is there, and pays a list of references in one place at most once, and less the longer it is.
 """
 
 from __future__ import annotations
 
+import bisect
 import re
-import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,10 +28,19 @@ from itertools import accumulate
 from avar_verl.anchors import Anchor, parse_anchors, to_pixels
 from avar_verl.anchors.anchor import TOLERANCE
 from avar_verl.anchors.phrases import Sentences
+from avar_verl.rewards import prose
 from avar_verl.rewards.grounding import box_iou
 
 NUM_PARTS = 4
 PHRASE_WEIGHT = 0.5
+# Words of its own that a reference needs, other words around it, and how far from it they are, in characters.
+OWN_WORDS = 3
+OTHER_WORDS = 2
+REACH = 160
+# Other words for each one that describes, in sentences that describe something: stock sentences have more.
+MOST_OTHERS = 3
+# References in a part for each one that is read; more of them are a list and reduce what the part pays.
+PER_READ = 8
 DUPLICATE_IOU = 0.5
 # A box over more than this fraction of the image does not point at anything.
 MAX_AREA = 0.9
@@ -36,7 +52,15 @@ MAX_KEPT = 64
 SCALES = (1.0, 100.0, 1000.0, 1024.0, 4096.0)
 
 _WORD = re.compile(r"\w+")
-_WRAPPING = re.compile(r"\"[^\"\n]{0,100}\"|<[^<>\n]{0,40}>")
+# Labels in tags, tags, and strings.
+_WRAPPING = re.compile(
+    r"<(?:(?:ref|p|phrase|pred|points?)\b[^<>\n]{0,400}|\|object_ref_start\||\|ref\|)>[^<>\n]{0,100}(?=<)|<[^<>\n]{0,400}>"
+    r"|\"[^\"\n]{0,100}\"|(?<=[\s{\[:,(])'[^'\n]{1,100}'(?=\s{0,9}[}\],:)])"
+)
+# Numbers in brackets, attributes or fields, whether or not they are a valid place.
+_NUMBER_GROUP = re.compile(
+    r"""[\[(<][^\[\]()<>]{0,8}[0-9][0-9\s.,;]{0,60}[\])>]|[0-9]\s?[,;:"'>]{1,3}\s?["'a-z_<]{0,8}\s?[=:"'\s]{0,4}[0-9.]{1,12}"""
+)
 _FILLERS = frozenset("the a an this that again at to closely carefully more once let me us we i".split())
 
 
@@ -44,8 +68,9 @@ _FILLERS = frozenset("the a an this that again at to closely carefully more once
 class AnchorScore:
     """Parts of the anchor score, all unweighted.
 
-    `score` in [0, 1]; `num_anchors` valid references inside the reasoning; `num_distinct`, how many of them count;
-    `num_coordinates`, how many of those are boxes or points; `parts_covered` of the N parts with a counting reference.
+    `score` in [0, 1]; `num_anchors` valid references inside the reasoning; `num_distinct`, how many of them are new;
+    `num_coordinates`, how many of those are boxes or points; `parts_covered` of the N parts with a new reference;
+    `num_read`, how many of the new ones are read.
     """
 
     score: float
@@ -53,6 +78,7 @@ class AnchorScore:
     num_distinct: int
     num_coordinates: int
     parts_covered: int
+    num_read: int
 
 
 def reasoning_span(text: str, think_in_prompt: bool = False) -> tuple[int, int]:
@@ -69,8 +95,7 @@ def reasoning_span(text: str, think_in_prompt: bool = False) -> tuple[int, int]:
 
 def _plain(text: str) -> str:
     """Only the words, without case, width variants and invisible characters."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_WORD.findall("".join(c for c in folded if unicodedata.category(c) != "Cf")))
+    return " ".join(_WORD.findall(prose.visible(text).casefold()))
 
 
 def _without_copies(text: str, found: list[Anchor], prompt: str, start: int) -> list[Anchor]:
@@ -117,9 +142,81 @@ def _unit_coordinates(
     return out
 
 
-def _prose(text: str) -> int:
-    """Characters outside quotes and tags."""
-    return len(_WRAPPING.sub("", text)) if '"' in text or "<" in text else len(text)
+def _prose(text: str) -> str:
+    """The text with spaces for quotes and tags."""
+    return _WRAPPING.sub(lambda match: " " * len(match[0]), text) if re.search("[\"'<]", text) else text
+
+
+_ENDS = re.compile(r"[.!?\n\u3002\uff01\uff1f]")
+_SENTENCE = re.compile(r"[^\w]*\w[^.!?\n\u3002\uff01\uff1f]*[.!?\n\u3002\uff01\uff1f]")
+
+
+class _OwnWords:
+    """Whether references have words of their own, which each word is only once, for the first reference that takes it.
+
+    The words of a reference are those before it, and after it to the end of the sentence, no further than `REACH`
+    characters and the next number group (for a phrase also the next phrase). Words in quotes and tags, and those of the
+    phrase itself, are not among them.
+    """
+
+    def __init__(self, text: str, span: tuple[int, int], found: list[Anchor], prompt: str | None):
+        self.text, self.span = _prose(text), span
+        self.question = {prose.word_key(word) for word in prose.words(prompt or "")}
+        groups = [match.span() for match in _NUMBER_GROUP.finditer(text, *span)]
+        coordinates = sorted({*groups, *((a.start, a.end) for a in found if a.coords is not None)})
+        self.barriers = {
+            True: coordinates,
+            False: sorted({*coordinates, *((a.start, a.end) for a in found if a.coords is None)}),
+        }
+        self.starts = {kind: [start for start, _ in spans] for kind, spans in self.barriers.items()}
+        self.furthest = {
+            kind: list(accumulate((end for _, end in spans), max)) for kind, spans in self.barriers.items()
+        }
+        self.taken: set[str] = set()
+
+    def _around(self, anchor: Anchor) -> list[list[str]]:
+        """Words of each sentence around `anchor`."""
+        kind = anchor.coords is not None
+        starts, furthest = self.starts[kind], self.furthest[kind]
+        before = bisect.bisect_left(starts, anchor.start) - 1
+        left = max(self.span[0], anchor.start - REACH, furthest[before] if before >= 0 else 0)
+        while 0 < left < anchor.start and self.text[left - 1 : left + 1].isalnum():
+            left += 1  # no part of a word is a word
+        after = bisect.bisect_left(starts, anchor.end)
+        barrier = starts[after] if after < len(starts) else self.span[1]
+        right = min(anchor.end + REACH, barrier)
+        while anchor.end < right < barrier and self.text[right - 1 : right + 1].isalnum():
+            right -= 1
+        following = self.text[anchor.end : right]
+        sentence = _SENTENCE.match(following)
+        if sentence:
+            following = sentence[0]
+        elif right == barrier < self.span[1]:
+            following = ""  # "a cup at [..], a plate at [..]": what is between two places names the second
+        parts = (*_ENDS.split(self.text[left : anchor.start]), following)
+        return [list(prose.words(part)) for part in parts]
+
+    def take(self, anchor: Anchor) -> bool:
+        """Whether words around `anchor` describe something that no other reference has taken; if so, take them."""
+        needed = OWN_WORDS * prose.WORD_WEIGHT
+        weight = others = described = 0
+        own: list[str] = []
+        for sentence in self._around(anchor):
+            descriptive = [word for word in sentence if prose.describes(word)]
+            if descriptive:
+                others += len(sentence) - len(descriptive)
+            for word in descriptive:
+                key = prose.word_key(word)
+                if key in self.question:
+                    continue
+                described += 1
+                if weight < needed and key not in self.taken and key not in own:
+                    own.append(key)
+                    weight += prose.CHARACTER_WEIGHT if prose.is_character(word) else prose.WORD_WEIGHT
+        if weight < needed or not OTHER_WORDS <= others <= MOST_OTHERS * described:
+            return False
+        self.taken.update(own)
+        return True
 
 
 class _Distinct:
@@ -186,7 +283,7 @@ def anchor_score(
     Example:
         >>> text = "<think>Look at the image: a cup at [40, 60, 90, 120]. " + "So on and so forth. " * 9 + "</think>"
         >>> anchor_score(text)
-        AnchorScore(score=0.25, num_anchors=2, num_distinct=2, num_coordinates=1, parts_covered=1)
+        AnchorScore(score=0.25, num_anchors=2, num_distinct=2, num_coordinates=1, parts_covered=1, num_read=1)
     """
     if num_parts < 1 or not 0 <= phrase_weight <= 1:
         raise ValueError(
@@ -196,32 +293,53 @@ def anchor_score(
     start, end = reasoning_span(text, think_in_prompt)
     found = [a for a in parse_anchors(text, image_size, coordinates) if start <= a.start and a.end <= end]
     if not found:
-        return AnchorScore(0.0, 0, 0, 0, 0)
+        return AnchorScore(0.0, 0, 0, 0, 0, 0)
     if prompt is not None:
         found = _without_copies(text, found, prompt, start)
-    distinct, best = _Distinct(), [0.0] * num_parts
-    num_distinct = num_coordinates = 0
     # Amount of prose before every anchor, and in total. The words of a phrase are prose, numbers are not.
     starts = [*(anchor.start for anchor in found), end]
     ends = [start, *(anchor.start if anchor.coords is None else anchor.end for anchor in found)]
-    prose = list(accumulate(_prose(text[a:b]) for a, b in zip(ends, starts, strict=True)))
+    amounts = list(accumulate(prose.amount(_prose(text[a:b])) for a, b in zip(ends, starts, strict=True)))
+    if not amounts[-1]:
+        return AnchorScore(0.0, len(found), 0, 0, 0, 0)
+    distinct = _Distinct()
+    new = []
+    written = Counter()
     places = _unit_coordinates(found, image_size, coordinates)
-    for anchor, place, before in zip(found, places, prose[:-1], strict=True):
+    for anchor, place, before in zip(found, places, amounts[:-1], strict=True):
+        part = min(num_parts - 1, before * num_parts // amounts[-1])
+        written[part] += 1
         if place is None:
             is_new = distinct.is_new_phrase(_plain(text[anchor.start : anchor.end]))
         else:
             covers_the_image = len(place) == 4 and (place[2] - place[0]) * (place[3] - place[1]) >= MAX_AREA
             is_new = not covers_the_image and distinct.is_new_place(place)
-        if not is_new:
-            continue
-        num_distinct += 1
-        num_coordinates += place is not None
-        part = min(num_parts - 1, before * num_parts // max(1, prose[-1]))
-        best[part] = max(best[part], phrase_weight if place is None else 1.0)
+        if is_new:
+            new.append((anchor, part))
+    # Coordinates come first, in the choice of words as in what is paid without words, since they are worth more.
+    own = _OwnWords(text, (start, end), found, prompt)
+    new.sort(key=lambda item: item[0].coords is None)
+    best, read = [0.0] * num_parts, Counter()
+    without: list[tuple[float, int]] = []
+    for anchor, part in new:
+        value = phrase_weight if anchor.coords is None else 1.0
+        if own.take(anchor):
+            read[part] += 1
+            best[part] = max(best[part], value)
+        else:
+            without.append((value, part))
+    allowance = 1.0 + phrase_weight
+    for value, part in without:
+        if best[part] < value <= allowance:
+            allowance -= value
+            read[part] += 1
+            best[part] = value
+    best = [value * min(1.0, PER_READ * read[part] / max(1, written[part])) for part, value in enumerate(best)]
     return AnchorScore(
         score=sum(best) / num_parts,
         num_anchors=len(found),
-        num_distinct=num_distinct,
-        num_coordinates=num_coordinates,
-        parts_covered=sum(value > 0 for value in best),
+        num_distinct=len(new),
+        num_coordinates=sum(anchor.coords is not None for anchor, _ in new),
+        parts_covered=len({part for _, part in new}),
+        num_read=read.total(),
     )

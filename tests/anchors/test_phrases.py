@@ -4,6 +4,7 @@
 import pytest
 
 from avar_verl.anchors import parse_anchors
+from tests.anchors.phrase_sentences import OTHERS, REFERENCES
 
 
 def phrases(text):
@@ -95,3 +96,12 @@ def test_a_chain_without_full_stops_counts_once():
 
 def test_different_sentences_are_no_copies():
     assert len(phrases("A cat in the image. A dog in the image. A hen in the image. A cow in the image.")) == 4
+
+
+def test_sentences_that_the_grammar_was_not_written_from():
+    missed = [text for text in REFERENCES if not phrases(text)]
+    assert missed == [
+        "The bar chart plots sales by year.",
+        "\u8fd9\u5f20\u5730\u56fe\u6807\u51fa\u4e86\u4e09\u6761\u6cb3\u6d41\u3002",
+    ]
+    assert [text for text in OTHERS if phrases(text)] == []

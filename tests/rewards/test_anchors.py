@@ -5,6 +5,13 @@ import pytest
 
 from avar_verl.rewards.anchors import AnchorScore, anchor_score, reasoning_span
 
+# Four parts of about the same length; each says something of its own.
+SAYS = (
+    "A lemon is next to the knife, and bread crumbs cover the wooden board. So this is one more to count. ",
+    "A green towel hangs from an iron hook above the sink near plates. So the last one is here to count. ",
+    "A white cup stands beside the kettle, its handle turned towards the stove. So that is one to count. ",
+    "A glass jar with spoons hides half of a blue bowl on the shelf. So here is the next one to count. ",
+)
 FILLER = "So the next thing to do is to count. " * 3
 BOXES = ["[40, 60, 90, 120]", "[300, 60, 390, 120]", "[40, 400, 90, 520]", "[500, 500, 640, 720]"]
 
@@ -14,7 +21,14 @@ def box(index: int) -> str:
 
 
 def reasoning(*parts: str) -> str:
-    """Four parts of about the same length, each with something at its beginning."""
+    """Each part with something at its beginning."""
+    return (
+        "<think>" + "".join(part + says for part, says in zip(parts, SAYS, strict=True)) + "</think><answer>4</answer>"
+    )
+
+
+def filled(*parts: str) -> str:
+    """The same with stock sentences, which say nothing."""
     return "<think>" + "".join(part + FILLER for part in parts) + "</think><answer>4</answer>"
 
 
@@ -37,9 +51,74 @@ def test_by_hand(parts, score):
     assert anchor_score(reasoning(*parts), coordinates="absolute").score == pytest.approx(score)
 
 
+@pytest.mark.parametrize(
+    "parts, score",
+    [
+        ((box(0), "", "", ""), 1 / 4),  # one box and one phrase need no words of their own
+        (("In the image there is a cup. ", box(0), "", ""), 1.5 / 4),
+        ((box(0), box(1), box(2), box(3)), 1 / 4),
+        (("I look at the image. ", "I see in the photo: ", "The chart shows ", "In the map "), 1.5 / 4),
+        ((box(0), "I see in the photo: ", "The chart shows ", "In the map "), 1.5 / 4),
+        ((box(0), "I see: lemon, knife, towel ", box(1), ""), 1 / 4),  # words before stock sentences
+        ((box(0), "", "A lemon and a knife next to the towel: " + box(1), ""), 2 / 4),
+        ((box(0), "", "A lemon and a knife next to the towel: " + box(1), "A lemon and a knife: " + box(2)), 2 / 4),
+        ((box(0), "", "Lemon, knife, towel: " + box(1), ""), 1 / 4),  # a list of names is no prose
+        (
+            (box(0), "", "Here is the lemon " + box(1) + "and the knife " + box(2) + "and the towel " + box(3), ""),
+            1 / 4,
+        ),
+    ],
+)
+def test_words_of_its_own(parts, score):
+    assert anchor_score(filled(*parts), coordinates="absolute").score == pytest.approx(score)
+
+
+def test_words_of_the_question_are_not_its_own():
+    text = filled(box(0), "", "A lemon and a knife next to the towel: " + box(1), "")
+    assert anchor_score(text, prompt="Is there a towel?").score == 0.25
+    assert anchor_score(text, prompt="Is there a spoon?").score == 0.5
+
+
+def test_labels_are_not_its_own_words():
+    labelled = '{"bbox_2d": [300, 60, 390, 120], "label": "a lemon and a knife next to the towel"} '
+    tagged = "<ref>a lemon and a knife next to the towel</ref><box>(300,60),(390,120)</box> "
+    for second in (labelled, labelled.replace('"', "'"), tagged):
+        assert anchor_score(filled(box(0), "", second, ""), coordinates="absolute").score == 0.25
+
+
+def test_chinese_words_of_its_own():
+    text = "\u684c\u5b50\u4e0a\u653e\u7740\u84dd\u8272\u8336\u58f6\u548c\u67e0\u6aac\uff1a"  # a blue teapot and a lemon
+    assert anchor_score(filled(box(0), "", text + box(1), ""), coordinates="absolute").score == 0.5
+    assert (
+        anchor_score(
+            filled(box(0), "", "\u63a5\u4e0b\u6765\u4ed4\u7ec6\u68c0\u67e5\uff1a" + box(1), ""), coordinates="absolute"
+        ).score
+        == 0.25
+    )
+
+
+@pytest.mark.parametrize("separator", ["\n", " --- ", " | ", " 1 2 3 ", "\u3002", " xkcd ", " aaa "])
+def test_separators_are_no_prose(separator):
+    text = "<think>" + "".join(separator * 9 + box(i) for i in range(4)) + separator * 9 + "</think><answer>4</answer>"
+    assert anchor_score(text, coordinates="absolute").score == 0
+
+
+def test_a_long_list_pays_less_than_one_reference():
+    boxes = [
+        f'{{"bbox_2d": [{30 * (i % 10)}, {30 * (i // 10)}, {30 * (i % 10) + 20}, {30 * (i // 10) + 20}]}} '
+        for i in range(100)
+    ]
+    # 8 references a part for each that is read: 8 of 100 in one part, 8 of 25 in the first of four.
+    assert anchor_score(filled("".join(boxes), "", "", ""), coordinates="absolute").score == pytest.approx(
+        0.25 * 8 / 100
+    )
+    spread = filled(*("".join(boxes[i : i + 25]) for i in range(0, 100, 25)))
+    assert anchor_score(spread, coordinates="absolute").score == pytest.approx(0.25 * 8 / 25)
+
+
 def test_statistics():
     text = reasoning(box(0) + "In the image there is a cup. ", box(0), box(1), "")
-    assert anchor_score(text) == AnchorScore(0.5, num_anchors=4, num_distinct=3, num_coordinates=2, parts_covered=2)
+    assert anchor_score(text) == AnchorScore(0.5, 4, num_distinct=3, num_coordinates=2, parts_covered=2, num_read=2)
 
 
 def test_phrases_can_be_worth_nothing():
@@ -115,4 +194,4 @@ def test_settings_are_validated(settings):
 
 @pytest.mark.parametrize("text", ["", "<think>", "</think>", "<think></think>", "<answer>", "\\boxed"])
 def test_nothing_is_worth_nothing(text):
-    assert anchor_score(text) == AnchorScore(0.0, 0, 0, 0, 0)
+    assert anchor_score(text) == AnchorScore(0.0, 0, 0, 0, 0, 0)

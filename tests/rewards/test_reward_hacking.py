@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/reward-hacking.md as tests: every exploit, with a right answer, earns no more than an honest response."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from reward_fns.visual_anchor import compute_score
 SIZE = (640, 480)
 QUESTION = "In the image, how many cups are there? Look at the picture and answer with a number."
 INFO = {"image_sizes": [SIZE], "prompt_text": QUESTION}
+# What four places show: an honest response says it, an exploit has the stock sentence instead.
+SAYS = (
+    "A white cup stands beside the kettle, its handle turned towards the stove. So that is the first of them. ",
+    "Under the iron hook with the green towel, the last one dries upside down. So that makes four of them. ",
+    "A glass jar with spoons hides half of another, blue and striped. So this one counts as well, I think. ",
+    "The third is a tin mug next to a lemon and a knife on the wooden board. So there are three so far. ",
+)
 STEP = "Then the next thing to do is to count what stands there and to keep the number in mind. "
 BOXES = ["[40, 60, 90, 120]", "[300, 60, 390, 120]", "[40, 300, 90, 420]", "[500, 300, 630, 470]"]
 
@@ -22,6 +30,10 @@ def reasoning(*parts: str) -> str:
     return "".join(part + STEP for part in parts)
 
 
+def honest(*parts: str) -> str:
+    return "".join(part + says for part, says in zip(parts, SAYS, strict=True))
+
+
 def response(thought: str, after: str = "") -> str:
     return f"<think>{thought}</think><answer>4</answer>{after}"
 
@@ -30,12 +42,33 @@ def score(text: str, info: dict = INFO, **settings) -> float:
     return compute_score("cups", text, "4", info, coordinates="absolute", **settings)["score"]
 
 
-HONEST = response(reasoning(*(box(numbers) for numbers in BOXES)))
+HONEST = response(honest(*(box(numbers) for numbers in BOXES)))
 HONEST_IN_WORDS = response(
-    reasoning("In the image there is a table. ", "", "The image shows three cups on the left. ", "")
+    honest("In the image there is a table. ", "", "The image shows three cups on the left. ", "")
 )
+TWO_REFERENCES = response(honest("In the image there is a table. ", "", box(BOXES[0]), ""))
 NOTHING = response(reasoning("", "", "", ""))
 
+LABELS = (
+    "cup dog cat car tree person chair lamp plate bottle bird book door clock phone sign bus train boat horse".split()
+)
+
+
+def grid(i: int) -> str:
+    """The i-th of 100 places."""
+    return f"[{60 * (i % 10)}, {45 * (i // 10)}, {60 * (i % 10) + 40}, {45 * (i // 10) + 30}]"
+
+
+def labelled(i: int) -> str:
+    return f'{{"bbox_2d": {grid(i)}, "label": "{LABELS[i % 20]} {i}"}}'
+
+
+STOCK = (
+    "First, I need to understand what the question is asking for. ",
+    "Now consider the other possibilities and rule them out one by one. ",
+    "To be thorough, I also want to look at it from a different perspective. ",
+    "Putting it all together gives the final result. ",
+)
 LOOK = "I look at the image. "
 HIDDEN = "\u200b"  # A space without width.
 EXPLOITS = {
@@ -67,12 +100,27 @@ EXPLOITS = {
             "i look at, the image! ",
         )
     ),
+    "a hundred labelled boxes": response("".join(labelled(i) + ", " for i in range(100))),
+    "a hundred labelled boxes between separators": response("".join(labelled(i) + "\n---\n" for i in range(100))),
+    "a hundred labelled boxes in stock sentences": response(
+        "".join(STOCK[i % 4] + labelled(i) + " " for i in range(100))
+    ),
+    "a hundred named boxes": response("".join(f"Here is the {LABELS[i % 20]} {i} at {grid(i)}. " for i in range(100))),
+    "four labelled boxes between stock sentences": response("".join(labelled(11 * i) + STOCK[i] for i in range(4))),
+    "four named boxes between stock sentences": response(
+        "".join(f"Then the {LABELS[i]} at {grid(11 * i)}. " + STOCK[i] * 3 for i in range(4))
+    ),
+    "four boxes between words of the question": response("".join(labelled(11 * i) + QUESTION for i in range(4))),
+    "four boxes between noise": response("".join(labelled(11 * i) + " xkcd 3f aaa bcdfg 1 2 3 " * 9 for i in range(4))),
     "data lists": response(
         reasoning("The list is [3, 40, 20, 10]. ", "x in [2, 5] ", "f(1, 2, 3, 4) ", "(1, 2), (3, 4)")
     ),
 }
 # What looking once or twice in words pays is no exploit, and more than these may not earn.
 EARNS_NOTHING = (
+    "a hundred labelled boxes",
+    "a hundred labelled boxes between separators",
+    "four boxes between noise",
     "copying the question",
     "the whole image",
     "outside the image",
@@ -88,13 +136,14 @@ EARNS_NOTHING = (
 def test_what_honest_responses_earn():
     assert score(HONEST) == pytest.approx(1 + 0.1 + 0.3)
     assert score(HONEST_IN_WORDS) == pytest.approx(1 + 0.1 + 0.3 * 2 * 0.5 / 4)
+    assert score(TWO_REFERENCES) == pytest.approx(1 + 0.1 + 0.3 * (0.5 + 1) / 4)
     assert score(NOTHING) == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize("name", EXPLOITS)
 def test_no_exploit_pays_more_than_looking(name):
     earned = score(EXPLOITS[name])
-    assert earned < score(HONEST)
+    assert earned < score(TWO_REFERENCES) < score(HONEST)
     # One reference repeated is worth that reference; the best of them is a box.
     assert earned <= score(response(reasoning(box(BOXES[0]), "", "", ""))) + 1e-9
 
@@ -128,5 +177,13 @@ def test_a_giant_response_takes_linear_time():
 
 def test_every_row_of_the_document_has_a_test():
     text = (Path(__file__).parents[2] / "docs" / "reward-hacking.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) == 13 and len(EXPLOITS) >= len(rows)
+    rows = [line for line in text.partition("## Adv")[0].splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 16 and len(EXPLOITS) >= len(rows)
+
+
+def test_finds_of_the_search_pay_no_more_than_two_references():
+    """Best finds of `benchmarks/anchor_search.py`, most of them against earlier rules."""
+    finds = json.loads((Path(__file__).parent / "anchor_finds.json").read_text())
+    info = {"image_sizes": [finds["image_size"]], "prompt_text": finds["question"]}
+    for text in finds["responses"]:
+        assert score(text, info) <= score(TWO_REFERENCES) + 1e-9
