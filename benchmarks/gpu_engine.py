@@ -27,6 +27,7 @@ from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
+from avar_verl.objectives.vars import MASS_FIELDS
 from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, AgtoConfig, VarsConfig
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
 from avar_verl.tools.demo import photo_grid
@@ -103,7 +104,7 @@ def main() -> None:
             return data
 
         measured = build(vars=VarsConfig()).infer_batch(batch(0, compute_loss=False, **{MEASURE_FLAG: True}))
-        visual = torch.stack(list(measured[VISUAL_OUTPUT].unbind()))
+        visual = torch.stack(list(measured[VISUAL_OUTPUT].unbind()))[:, : len(MASS_FIELDS)]
         worker = build(agto=AgtoConfig(alpha=0.15, beta=0.1))
         losses = []
         for step in range(STEPS):

@@ -4,8 +4,9 @@
     torchrun --standalone --nproc_per_node=1 benchmarks/verl_step.py [--repeats 10]
 
 The tiny Qwen2.5-VL of the demo in verl's own TrainingWorker on the CPU, one padded sample of more than 2048 positions,
-whose roles are counted in the first line. The two workers take turns; preparing the sample is not timed. The ratio is
-the median over the repeats. Guidance is on for all layers and the user's queries, the reward for all response queries.
+whose roles are counted in the first line. The workers take turns; preparing the sample is not timed. The ratio is the
+median over the repeats. Guidance is on for all layers and the user's queries, the reward for all response queries; the
+dependency runs the model again with blank images, with the masses and without.
 """
 
 import argparse
@@ -135,6 +136,8 @@ def main() -> None:
         )
         plain, guided = build_worker(model), build_worker(model, agto=AgtoConfig())
         rewarded = build_worker(model, vars=VarsConfig())
+        depending = build_worker(model, vars=VarsConfig(statistic="dependency"))
+        both = build_worker(model, vars=VarsConfig(measure_dependency=True))
 
         sample, pad = dataset[0], model.tokenizer.pad_token_id
         role_map = RoleMap.from_pretrained(model.processor, model.hf_config)
@@ -149,7 +152,8 @@ def main() -> None:
         training = partial(batch, sample, pad)
         compare("training step, AGTO", training, training, plain.train_batch, guided.train_batch, arguments.repeats)
         off, on = inference(False), inference(True)
-        compare("log-prob pass, VARS", off, on, plain.infer_batch, rewarded.infer_batch, arguments.repeats)
+        for name, worker in (("VARS", rewarded), ("dependency", depending), ("VARS and dependency", both)):
+            compare(f"log-prob pass, {name}", off, on, plain.infer_batch, worker.infer_batch, arguments.repeats)
     torch.distributed.destroy_process_group()
 
 

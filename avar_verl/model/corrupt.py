@@ -5,7 +5,8 @@
 and masks as they are, so a corrupted sample has the same tokens at the same positions.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +72,11 @@ def blank(features: Features) -> dict[str, torch.Tensor | None]:
     return {key: blanked(value) if _is_pixels(key) and value is not None else value for key, value in features.items()}
 
 
+def has_pixels(features: Features) -> bool:
+    """Whether there is anything to corrupt."""
+    return any(_is_pixels(key) and value is not None for key, value in features.items())
+
+
 def shape_of(features: Features) -> tuple:
     """What two samples must share to swap their images: shapes of the pixels, values of everything else. Hashable.
 
@@ -101,3 +107,44 @@ def swap(features: Features, partner: Features) -> dict[str, torch.Tensor | None
             "of one size, or corruption=blank."
         )
     return {key: partner.get(key) if _is_pixels(key) else value for key, value in features.items()}
+
+
+def _digest(features: Features) -> bytes:
+    """Of the pixels."""
+    digest = hashlib.sha256()
+    for key, value in sorted(features.items()):
+        if _is_pixels(key) and value is not None:
+            digest.update(value.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def partners(samples: Sequence[Features]) -> list[int | None]:
+    """For every sample the index of the one whose images it is swapped with; None for a sample without an image.
+
+    Among images of one shape, everyone gets the next one in the order of the digests of their pixels, the last one the
+    first. So it depends on the set of images alone, not on their order, and equal images are not swapped for each
+    other.
+
+    Raises:
+        ValueError: a sample whose images are the only ones of their shape.
+    """
+    groups: dict[tuple, dict[bytes, int]] = {}
+    keys = [(shape_of(features), _digest(features)) if has_pixels(features) else None for features in samples]
+    for index, key in enumerate(keys):
+        if key is not None:
+            groups.setdefault(key[0], {}).setdefault(key[1], index)
+    out: list[int | None] = []
+    for index, key in enumerate(keys):
+        if key is None:
+            out.append(None)
+            continue
+        group = groups[key[0]]
+        order = sorted(group)
+        if len(order) == 1:
+            raise ValueError(
+                "an image is swapped for another one of the same size in its batch; got only one of the shapes "
+                f"{ {name: tuple(v.shape) for name, v in samples[index].items() if v is not None} } among "
+                f"{len(samples)} prompts. Set avar.vars.corruption=blank, or use images of one size."
+            )
+        out.append(group[order[(order.index(key[1]) + 1) % len(order)]])
+    return out

@@ -20,16 +20,16 @@ def system_mass_alarm(system_mass: float, floor: float) -> bool:
 class RiseAlarm:
     """Alarm that is on while the visual statistic rises and the accuracy does not.
 
-    Over the last `window` steps: the mean of the statistic in the later half is more than 10 % above that of the
-    earlier half, and the mean accuracy of the later half is not above that of the earlier one. Off until the window is
-    full; a restarted run starts with an empty window.
+    Over the last `window` steps: the mean of the statistic in the later half is above that of the earlier half by more
+    than 10 % of that one's absolute value, and the mean accuracy of the later half is not above that of the earlier
+    one. Off until the window is full; a restarted run starts with an empty window.
 
     >>> alarm = RiseAlarm(4)
     >>> [alarm.update(vas, 0.5) for vas in (1.0, 1.0, 2.0, 2.0)]
     [False, False, False, True]
     """
 
-    RISE = 1.1
+    RISE = 0.1
 
     def __init__(self, window: int):
         self.steps: deque[tuple[float, float]] = deque(maxlen=window)
@@ -47,5 +47,5 @@ class RiseAlarm:
         def mean(part, index):
             return sum(step[index] for step in part) / half
 
-        rises = mean(later, 0) > self.RISE * mean(earlier, 0)
+        rises = mean(later, 0) - mean(earlier, 0) > self.RISE * abs(mean(earlier, 0))
         return rises and mean(later, 1) <= mean(earlier, 1)

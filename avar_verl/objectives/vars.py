@@ -4,7 +4,8 @@
     r_visual = mean_{t in T} mean_{l in L} m_image(l, t) / (m_system(l, t) + epsilon)     if the answer is right, else 0
 
 T are the response tokens, m(l, t) the mean over heads (arXiv 2603.03825, the VARS reward). The ratio is unbounded, and
-a policy can raise it by shrinking the denominator, so there are also a bounded statistic and several shapings.
+a policy can raise it by shrinking the denominator, so there are also a bounded statistic, one that measures use instead
+of attention (`objectives.dependency`), and several shapings.
 
 Shape suffixes: B = samples, H = query heads, Q = queries, R = token roles, X = R and more, F = fields of VISUAL_FIELDS
 """
@@ -18,21 +19,23 @@ from avar_verl.objectives.agto import normalized_weights
 from avar_verl.objectives.groups import group_index, group_rank
 from avar_verl.objectives.vas import attention_ratio
 
-# What the log-prob pass returns for every sample: a vector of F numbers.
-VISUAL_FIELDS = (
+# What `visual_fields` returns for every sample.
+MASS_FIELDS = (
     *("ratio", "image_share", "image_mass", "system_mass", "vas"),
     *("num_queries", "num_image", "num_system"),
 )
+# What the log-prob pass returns for every sample, a vector of F numbers; nan where something is not measured.
+VISUAL_FIELDS = (*MASS_FIELDS, "dependency")
 # Undefined for a sample without a system turn.
-_OF_SYSTEM = [VISUAL_FIELDS.index(name) for name in ("ratio", "image_share", "vas")]
+_OF_SYSTEM = [MASS_FIELDS.index(name) for name in ("ratio", "image_share", "vas")]
 # The masses that the reduction reads.
 VISUAL_ROLES = (TokenRole.SYSTEM, TokenRole.IMAGE)
-STATISTICS = ("ratio", "image_share")
+STATISTICS = ("ratio", "image_share", "dependency")
 SHAPINGS = ("none", "clip", "log", "rank")
 
 
 class VisualReduction:
-    """Reduction of one layer for `capture_mass`: the first five of VISUAL_FIELDS, means over the sample's queries.
+    """Reduction of one layer for `capture_mass`: the first five of MASS_FIELDS, means over the sample's queries.
 
     (B, H, Q, R) -> (B, 5); nan for a sample without queries. `ratio` and `image_share` use masses averaged over the
     heads, as in r_visual. `vas` is the paper's metric, the mean over heads of m_image / m_system without an epsilon:
@@ -60,7 +63,7 @@ def visual_fields(
     valid_BQ: torch.Tensor,
     layer_weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """(B, F) float32 in the order of VISUAL_FIELDS, from the `VisualReduction` of every captured layer.
+    """(B, 8) float32 in the order of MASS_FIELDS, from the `VisualReduction` of every captured layer.
 
     Layers are averaged, by `layer_weights` if given.
 
@@ -95,15 +98,16 @@ def shape_visual_reward(
     """r_visual of every rollout: gated on a correct answer, then shaped. (B,) float32, 0 for a wrong answer.
 
     Args:
-        raw_B: the statistic, >= 0.
+        raw_B: the statistic; >= 0, but for the dependency, which is negative where the image makes a response less
+            likely. Then r_visual is negative too, except with `rank`.
         correct_B: bool, the gate.
         groups: B hashable group ids (the prompt's uid), for `rank`.
-        shaping: `none` raw, in [0, inf); `clip` min(raw, clip_max); `log` log(1 + raw); `rank` the rank among the
-            correct answers of the group divided by their number, in (0, 1]; ties share the mean rank.
+        shaping: `none` raw; `clip` min(raw, clip_max); `log` log(1 + raw), for a statistic >= 0; `rank` the rank among
+            the correct answers of the group divided by their number, in (0, 1]; ties share the mean rank.
         clip_max: bound of `clip`, > 0.
 
     Raises:
-        ValueError: a correct answer whose statistic is not finite, or an unknown shaping.
+        ValueError: a correct answer whose statistic is not finite, or negative with `log`; an unknown shaping.
 
     >>> shape_visual_reward(torch.tensor([2.0, 8.0, 5.0]), torch.tensor([True, True, False]), ["a"] * 3, "clip", 4.0)
     tensor([2., 4., 0.])
@@ -113,9 +117,9 @@ def shape_visual_reward(
     undefined = correct_B & ~torch.isfinite(raw_B)
     if bool(undefined.any()):
         raise ValueError(
-            "r_visual needs a response token, a system turn and a finite ratio for every right answer; got "
-            f"{raw_B[undefined].tolist()} at rows {undefined.nonzero().flatten().tolist()}. Give the prompts a system "
-            "turn, or set avar.vars.lambda_v=0."
+            "r_visual needs a response token, a system turn and a finite ratio for every right answer (the dependency "
+            f"only a response token); got {raw_B[undefined].tolist()} at rows "
+            f"{undefined.nonzero().flatten().tolist()}. Give the prompts a system turn, or set avar.vars.lambda_v=0."
         )
     raw_B = raw_B.where(correct_B, 0.0).float()
     if shaping == "none":
@@ -123,6 +127,11 @@ def shape_visual_reward(
     if shaping == "clip":
         return raw_B.clamp(max=clip_max)
     if shaping == "log":
+        if bool((raw_B < 0).any()):
+            raise ValueError(
+                f"shaping=log needs a statistic >= 0; got {raw_B[raw_B < 0].tolist()}. Set avar.vars.shaping to none, "
+                "clip or rank."
+            )
         return torch.log1p(raw_B)
     if shaping == "rank":
         rank_B = torch.zeros_like(raw_B)

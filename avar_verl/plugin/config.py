@@ -11,12 +11,21 @@ from dataclasses import dataclass, field
 from avar_verl import moved
 from avar_verl.attention.mass import IMPLEMENTATIONS
 from avar_verl.model.roles import TokenRole
+from avar_verl.objectives.dependency import CORRUPTIONS
 from avar_verl.objectives.vars import SHAPINGS, STATISTICS
 
 # Set on a batch to have its forward pass return VISUAL_OUTPUT, a vector of VISUAL_FIELDS for every sample. A flag and
 # not a mode, because with LoRA the same engine also runs the reference pass, whose masses are not needed.
 MEASURE_FLAG = "avar_measure"
 VISUAL_OUTPUT = "avar_visual"
+# Beside it with token_weights: the dependency of every token, laid out like verl's log_probs (nested, whole samples).
+DEPENDENCY_OUTPUT = "avar_dependency"
+# With corruption=swap: the key of the rollout whose image features stand in for the row's own, "" for a row without an
+# image, and the partition of the TransferQueue in which both are.
+PARTNER, PARTITION = "avar_partner", "avar_partition"
+TOKEN_WEIGHTS = ("none", "dependency")
+# Fields of VarsConfig that only masses read.
+OF_MASSES = ("epsilon", "layers", "layer_weights", "region", "alarm_system_mass", "implementation")
 # The names of TRL's `multi_objective_aggregation`.
 ADVANTAGES = ("sum_then_normalize", "normalize_then_sum")
 DROP_GROUPS = ("identical", "all_wrong")
@@ -162,11 +171,14 @@ class VarsConfig:
     """
 
     statistic: str = "ratio"
-    """The rewarded statistic: ratio (image mass over system mass, the paper's, unbounded) or image_share (in [0, 1]).
+    """The rewarded statistic: ratio (image mass over system mass, the paper's, unbounded), image_share (in [0, 1]) or
+    dependency (mean log-probability that the image adds to a response token, in nats, in [-5, 5]; one more forward).
     """
 
     shaping: str = "none"
-    """none (paper), clip, log (log(1 + r)) or rank (rank among the correct answers of the group, in (0, 1])."""
+    """none (paper), clip, log (log(1 + r), not for dependency) or rank (rank among the correct answers of the group, in
+    (0, 1]).
+    """
 
     clip_max: float | None = None
     """Bound of the statistic for shaping=clip, > 0; must be null otherwise."""
@@ -195,7 +207,22 @@ class VarsConfig:
     """The answer is correct if the gate's value is above this."""
 
     measure: bool = False
-    """Log the masses of rollouts even if lambda_v is 0; the rewards are then bit-identical to verl's."""
+    """Log the masses of rollouts even if no reward is made of them (lambda_v=0 or statistic=dependency); with
+    lambda_v=0, the rewards are then bit-identical to verl's.
+    """
+
+    measure_dependency: bool = False
+    """Log the visual dependency of rollouts even if nothing else needs it; one more forward in the log-prob pass."""
+
+    corruption: str = "blank"
+    """What the image is compared with for the dependency: blank (the processor's mean colour) or swap (another image of
+    the same size from the same batch).
+    """
+
+    token_weights: str = "none"
+    """Weights of the advantages of a response's tokens: none, or dependency (in proportion to what the image adds to
+    the token's log-probability, mean 1 over a response). Paper: none.
+    """
 
     alarm_system_mass: float = 0.01
     """Mean system mass below which avar/alarm/system_mass is 1 in the log, in [0, 1); 0 disables the alarm."""
@@ -233,11 +260,58 @@ class VarsConfig:
         _check(window == 0 or window >= 2, "alarm_window must be 0 or >= 2", window, fix + "alarm_window=0 for none.")
         object.__setattr__(self, "layers", _check_indices("layers", self.layers))
         object.__setattr__(self, "layer_weights", _check_weights(self.layer_weights, self.layers))
+        for name, values in (("corruption", CORRUPTIONS), ("token_weights", TOKEN_WEIGHTS)):
+            _check(getattr(self, name) in values, f"{name} must be one of {values}", getattr(self, name), fix + name)
+        ok = isinstance(self.measure_dependency, bool)
+        _check(ok, "measure_dependency must be true or false", self.measure_dependency, fix + "measure_dependency.")
+        got = (self.statistic, self.shaping)
+        _check(
+            got != ("dependency", "log"),
+            "shaping=log needs a statistic >= 0, which the dependency is not",
+            got,
+            fix + "shaping to none, clip or rank.",
+        )
+        _check(
+            self.corruption == "blank" or self.measures_dependency,
+            "corruption needs a measured dependency",
+            self.corruption,
+            fix + "measure_dependency=true, or corruption=blank, the default.",
+        )
+        if self.statistic == "dependency" and not self.measure:
+            given = {name: getattr(self, name) for name in OF_MASSES}
+            unread = {name: value for name, value in given.items() if value != getattr(VarsConfig, name)}
+            _check(
+                not unread,
+                "some settings are of attention masses, which statistic=dependency does not measure",
+                unread,
+                fix + "measure=true to log masses too, or leave them at their defaults.",
+            )
+
+    @property
+    def measures_masses(self) -> bool:
+        """Whether the log-prob pass must return masses."""
+        return self.measure or (self.lambda_v > 0 and self.statistic != "dependency")
+
+    @property
+    def measures_dependency(self) -> bool:
+        """Whether the log-prob pass must return the dependency."""
+        is_read = self.statistic == "dependency" and (self.lambda_v > 0 or self.measure)
+        return is_read or self.measure_dependency or self.token_weights == "dependency"
+
+    @property
+    def swaps(self) -> bool:
+        """Whether images are swapped for each other."""
+        return self.measures_dependency and self.corruption == "swap"
+
+    @property
+    def measures_statistic(self) -> bool:
+        """Whether the log-prob pass returns `statistic`."""
+        return self.measures_dependency if self.statistic == "dependency" else self.measures_masses
 
     @property
     def measures(self) -> bool:
-        """Whether the log-prob pass must return masses."""
-        return self.lambda_v > 0 or self.measure
+        """Whether the log-prob pass must return anything."""
+        return self.measures_masses or self.measures_dependency
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from avar_verl.model.corrupt import NEARLY_ZERO, PIXELS, blank, check_blank, shape_of, swap
+from avar_verl.model.corrupt import NEARLY_ZERO, PIXELS, blank, check_blank, partners, shape_of, swap
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import collate, render
 from tests.model.families.tiny import sample_messages
@@ -115,3 +115,28 @@ def test_unknown_features_are_refused(corrupt):
 def test_a_processor_that_does_not_normalise_has_no_blank_image():
     with pytest.raises(ValueError, match="do_normalize=False. Corrupt images by swapping them"):
         check_blank(SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False)))
+
+
+def test_partners_are_other_images_of_the_same_shape():
+    """Cycles within a shape, equal images share a partner, whatever the order; nothing for a sample without one."""
+
+    def of(value: float, shape=(2, 3)) -> dict:
+        return {"pixel_values": torch.full(shape, value)}
+
+    samples = [of(1), of(2), {}, of(1), of(5, (4, 3)), of(3), of(6, (4, 3))]
+    chosen = partners(samples)
+    assert chosen[2] is None and chosen[4] == 6 and chosen[6] == 4 and chosen[0] == chosen[3]
+    images = {name: samples[chosen[name]]["pixel_values"][0, 0].item() for name in (0, 1, 5)}
+    assert sorted(images.values()) == [1, 2, 3] and images[0] != 1 and images[1] != 2 and images[5] != 3
+    again = partners(samples[::-1])[::-1]
+    for before, after in zip(chosen, again, strict=True):
+        assert before is after is None or torch.equal(
+            samples[before]["pixel_values"], samples[::-1][after]["pixel_values"]
+        )
+    assert partners([]) == [] and partners([{}, {}]) == [None, None]
+
+
+@pytest.mark.parametrize("others", [[], [{"pixel_values": torch.ones(2, 3)}], [{"pixel_values": torch.zeros(4, 3)}]])
+def test_an_image_without_a_partner_is_refused(others):
+    with pytest.raises(ValueError, match="got only one of the shapes .*corruption=blank, or use images of one size"):
+        partners([{"pixel_values": torch.ones(2, 3)}, {}, *others])

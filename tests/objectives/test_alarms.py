@@ -34,3 +34,10 @@ def test_an_odd_window_leaves_out_its_middle():
 
 def test_a_window_of_zero_never_rings():
     assert not any(feed(RiseAlarm(0), [(10.0**step, 0.0) for step in range(9)]))
+
+
+@pytest.mark.parametrize("later, rings", [(-0.9, False), (-0.89, True), (-1.05, False), (0.0, True)])
+def test_a_statistic_below_zero_rises_by_a_share_of_its_size(later, rings):
+    alarm = RiseAlarm(2)
+    alarm.update(-1.0, 0.5)
+    assert alarm.update(later, 0.5) is rings

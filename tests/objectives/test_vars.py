@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from avar_verl.objectives.vars import (
+    MASS_FIELDS,
     SHAPINGS,
     STATISTICS,
     VISUAL_FIELDS,
@@ -32,7 +33,7 @@ def fields(layers: list, valid: list, roles: list, epsilon: float = 1e-6) -> dic
     per_layer = [VisualReduction(epsilon)(layer, valid_BQ) for layer in layers]
     out = visual_fields(per_layer, torch.tensor([roles]), valid_BQ)
     assert out.dtype == torch.float32
-    return dict(zip(VISUAL_FIELDS, out[0].tolist(), strict=True))
+    return dict(zip(MASS_FIELDS, out[0].tolist(), strict=True))
 
 
 def test_mean_over_heads_first_then_ratio_then_queries():
@@ -95,7 +96,7 @@ def test_what_is_not_defined_is_nan():
 def test_a_batch_in_which_nobody_has_a_response():
     valid = torch.zeros(2, 0, dtype=torch.bool)
     out = visual_fields([VisualReduction(1e-6)(torch.zeros(2, 3, 0, 5), valid)], torch.zeros(2, 4).long(), valid)
-    assert out.shape == (2, len(VISUAL_FIELDS)) and bool(torch.isnan(out[:, :5]).all()) and not out[:, 5:].any()
+    assert out.shape == (2, len(MASS_FIELDS)) and bool(torch.isnan(out[:, :5]).all()) and not out[:, 5:].any()
 
 
 @pytest.mark.parametrize(
@@ -166,3 +167,14 @@ def test_layer_weights_of_visual_fields():
     torch.testing.assert_close(out[0, :5], torch.tensor([2.5, 0.5, 0.25, 0.1, 6.0]))
     plain = visual_fields(per_layer, roles, valid)
     torch.testing.assert_close(visual_fields(per_layer, roles, valid, layer_weights=(5.0, 5.0)), plain)
+
+
+def test_a_dependency_may_be_negative():
+    """-0.5 and 2 of right answers, 1 of a wrong one: clip bounds it above only, log is refused, ranks are of both."""
+    raw, correct = torch.tensor([-0.5, 2.0, 1.0]), torch.tensor([True, True, False])
+    assert shape_visual_reward(raw, correct, ["a"] * 3).tolist() == [-0.5, 2.0, 0.0]
+    assert shape_visual_reward(raw, correct, ["a"] * 3, "clip", 1.0).tolist() == [-0.5, 1.0, 0.0]
+    assert shape_visual_reward(raw, correct, ["a"] * 3, "rank").tolist() == [0.5, 1.0, 0.0]
+    with pytest.raises(ValueError, match=r"shaping=log needs a statistic >= 0; got \[-0.5\]. Set avar.vars.shaping"):
+        shape_visual_reward(raw, correct, ["a"] * 3, "log")
+    assert shape_visual_reward(raw, ~correct, ["a"] * 3, "log").tolist()[:2] == [0.0, 0.0]

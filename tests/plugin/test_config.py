@@ -73,7 +73,7 @@ def test_every_field_is_explained_above_it(path):
             for number, line in enumerate(lines)
             if ":" in line and not line.strip().startswith(("#", "_target_"))
         ]
-        assert len(fields) == 38
+        assert len(fields) == 41
         for number in fields:
             assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
     trailing = [line for line in lines if line.split("#")[0].strip() and "#" in line]
@@ -118,7 +118,11 @@ NAN = float("nan")
         (AgtoConfig, {"anneal": [1, 5], "warmup_steps": 2}, ".*warmup_steps <= first < last"),
         (VarsConfig, {"lambda_v": -0.3}, "lambda_v must be >= 0; got -0.3"),
         (VarsConfig, {"epsilon": 0.0}, "epsilon must be > 0; got 0.0"),
-        (VarsConfig, {"statistic": "vas"}, r"statistic must be one of \('ratio', 'image_share'\); got 'vas'"),
+        (
+            VarsConfig,
+            {"statistic": "vas"},
+            r"statistic must be one of \('ratio', 'image_share', 'dependency'\); got 'vas'",
+        ),
         (VarsConfig, {"advantage": "total"}, r"advantage must be one of \('sum_then_normalize', .*\); got 'total'"),
         (VarsConfig, {"drop_groups": "easy"}, r"drop_groups must be one of \('identical', 'all_wrong'\); got 'easy'"),
         (VarsConfig, {"shaping": "tanh"}, "shaping must be one of .*; got 'tanh'"),
@@ -143,6 +147,35 @@ NAN = float("nan")
         (RewardManagerConfig, {"max_failures": 0}, "max_failures must be >= 1; got 0"),
         (TrainerConfig, {"poll_interval_s": 0}, "poll_interval_s must be null or > 0; got 0"),
         (TrainerConfig, {"poll_interval_s": NAN}, "poll_interval_s must be null or > 0; got nan"),
+        (VarsConfig, {"measure_dependency": 1}, "measure_dependency must be true or false; got 1"),
+        (VarsConfig, {"corruption": "noise"}, r"corruption must be one of \('blank', 'swap'\); got 'noise'"),
+        (VarsConfig, {"corruption": "swap"}, "corruption needs a measured dependency; got 'swap'"),
+        (
+            VarsConfig,
+            {"corruption": "swap", "statistic": "dependency", "lambda_v": 0.0},
+            "corruption needs a measured dependency; got 'swap'",
+        ),
+        (VarsConfig, {"token_weights": "entropy"}, r"token_weights must be one of \('none', 'dependency'\); got 'ent"),
+        (
+            VarsConfig,
+            {"statistic": "dependency", "shaping": "log"},
+            r"shaping=log needs a statistic >= 0, which the dependency is not; got \('dependency', 'log'\)",
+        ),
+        *(
+            (
+                VarsConfig,
+                {"statistic": "dependency", **values},
+                rf"some settings are of attention masses, .*statistic=dependency.*; got \{{'{next(iter(values))}'",
+            )
+            for values in (
+                {"region": True},
+                {"layers": [0]},
+                {"layer_weights": [1.0]},
+                {"epsilon": 1e-3},
+                {"alarm_system_mass": 0.0},
+                {"implementation": "lse"},
+            )
+        ),
         (VarsConfig, {"region": "left"}, "region must be true or false; got 'left'"),
         (VarsConfig, {"layers": [True]}, r"layers must be null or a non-empty list of integers; got \[True\]"),
     ],
@@ -166,6 +199,10 @@ def test_every_rule_is_enforced(config, values, message):
         *((VarsConfig, {"advantage": name}) for name in ADVANTAGES),
         *((VarsConfig, {"drop_groups": name}) for name in DROP_GROUPS),
         (VarsConfig, {"shaping": "clip", "clip_max": 20, "layers": (0, -1)}),
+        (VarsConfig, {"statistic": "dependency", "measure": True, "layers": (0,), "region": True}),
+        (VarsConfig, {"statistic": "dependency", "corruption": "swap", "shaping": "rank"}),
+        (VarsConfig, {"lambda_v": 0, "measure_dependency": True, "corruption": "swap"}),
+        (VarsConfig, {"token_weights": "dependency", "corruption": "swap", "lambda_v": 0}),
         (RewardManagerConfig, {"skip_special_tokens": False, "timeout_s": None, "max_failures": 1}),
         (TrainerConfig, {"poll_interval_s": None}),
         *((config, {"implementation": name}) for config in (AgtoConfig, VarsConfig) for name in IMPLEMENTATIONS),
@@ -201,6 +238,28 @@ def test_what_guides(values, guides):
 @pytest.mark.parametrize("lambda_v, measure, measures", [(0.3, False, True), (0, False, False), (0, True, True)])
 def test_what_measures(lambda_v, measure, measures):
     assert VarsConfig(lambda_v=lambda_v, measure=measure).measures is measures
+
+
+@pytest.mark.parametrize(
+    "values, masses, dependency",
+    [
+        ({}, True, False),
+        ({"measure_dependency": True}, True, True),
+        ({"token_weights": "dependency"}, True, True),
+        ({"statistic": "dependency"}, False, True),
+        ({"statistic": "dependency", "measure": True}, True, True),
+        ({"statistic": "dependency", "lambda_v": 0}, False, False),
+        ({"statistic": "dependency", "lambda_v": 0, "measure": True}, True, True),
+        ({"lambda_v": 0, "measure_dependency": True}, False, True),
+    ],
+)
+def test_what_is_measured(values, masses, dependency):
+    config = VarsConfig(**values)
+    assert (config.measures_masses, config.measures_dependency) == (masses, dependency)
+    assert config.measures is (masses or dependency) and config.swaps is False
+    assert config.measures_statistic is (dependency if config.statistic == "dependency" else masses)
+    if dependency:
+        assert VarsConfig(**values, corruption="swap").swaps is True
 
 
 @pytest.mark.parametrize("machine", ["gpu_sft", "cpu_sft"])

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's FSDP engine with attention guidance in training and attention masses in the log-prob pass.
+"""verl's FSDP engine with attention guidance in training, and masses and visual dependency in the log-prob pass.
 
 Shape suffixes:
     B = samples of a micro-batch, S = positions, Q = selected queries, L = captured layers, H = query heads,
-    R = token roles (+ 2 columns, see objectives.agto)
+    R = token roles (+ 2 columns, see objectives.agto), F = fields of VISUAL_FIELDS, N = tokens of all samples
 """
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
 
@@ -25,18 +26,28 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
 from avar_verl.attention.mass import choose_implementation
 from avar_verl.model.checkpoint import check_weights
+from avar_verl.model.corrupt import blank, check_blank, has_pixels, swap
 from avar_verl.model.families import FAMILIES, Family, get_family
 from avar_verl.model.freeze import excluded_modules, freeze_adapters, freeze_vision
 from avar_verl.model.regions import REGION_KEY, image_region
 from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.alarms import system_mass_alarm
-from avar_verl.objectives.vars import VISUAL_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
+from avar_verl.objectives.dependency import mean_dependency, token_dependency
+from avar_verl.objectives.vars import MASS_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
 from avar_verl.plugin.compat.cpu.detect import PLATFORM
 from avar_verl.plugin.compat.verl.weight_names import checkpoint_name
-from avar_verl.plugin.config import MEASURE_FLAG, QUERY_ROLES, VISUAL_OUTPUT
+from avar_verl.plugin.config import (
+    DEPENDENCY_OUTPUT,
+    MEASURE_FLAG,
+    PARTNER,
+    QUERY_ROLES,
+    VISUAL_OUTPUT,
+    AgtoConfig,
+    VarsConfig,
+)
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
-from avar_verl.plugin.engine.inputs import DummyImage, merged_features
+from avar_verl.plugin.engine.inputs import DummyImage, merged_features, partner_features, sample_features, with_features
 
 
 def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:
@@ -90,12 +101,13 @@ class _Guidance:
 
 
 class AvarFSDPEngine(FSDPEngineWithLMHead):
-    """`FSDPEngineWithLMHead` that captures attention masses when its config asks for it.
+    """`FSDPEngineWithLMHead` that measures attention masses and visual dependency when its config asks for it.
 
     Changes relative to verl's engine; all but the last one need an `AvarFSDPEngineConfig`:
     - training with `agto`: the loss gets alpha * L_enhance + beta * L_suppress, normalised over the global batch like
       verl's own loss, and `avar/*` metrics; with alpha = beta = 0 nothing is added to it;
-    - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers per sample;
+    - a forward pass flagged MEASURE_FLAG with `vars`: the model output gets VISUAL_OUTPUT, a few numbers per sample,
+      and DEPENDENCY_OUTPUT with `token_weights`; for the dependency, the model runs again with corrupted images;
     - with `freeze_vision_tower` or `freeze_projector`: these parameters have no gradient and no optimizer state, and
       LoRA puts no adapter there;
     - for known families: images with different numbers of tiles can share a micro-batch, per-position inputs are
@@ -109,21 +121,23 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         self._agto = engine_config.agto if is_avar else None
         self._vars = engine_config.vars if is_avar else None
         self._guidance: _Guidance | None = None
-        self._captured: CapturedMass | None = None
+        self._partners: dict[str, dict] = {}  # With swapped images: the features of this pass by PARTNER.
         self._role_map: RoleMap | None = None
         model_type = model_config.hf_config.model_type
         self._family: Family | None = get_family(model_type) if model_type in FAMILIES else None
         self._dummy_image: DummyImage | None = None
         self._frozen: list[str] = []
-        if self._captures(engine_config):
+        if self._capturing(engine_config):
             self._role_map = RoleMap.from_pretrained(model_config.processor, model_config.hf_config)
 
     @staticmethod
-    def _captures(engine_config) -> bool:
+    def _capturing(engine_config) -> list[AgtoConfig | VarsConfig]:
+        """The parts of the config that need attention masses."""
         if not isinstance(engine_config, AvarFSDPEngineConfig):
-            return False
+            return []
         agto, vars_ = engine_config.agto, engine_config.vars
-        return bool((agto and (agto.guides or agto.measure)) or (vars_ and vars_.measures))
+        guidance = [agto] if agto is not None and (agto.guides or agto.measure) else []
+        return guidance + ([vars_] if vars_ is not None and vars_.measures_masses else [])
 
     @classmethod
     def _check(cls, model_config, engine_config) -> None:
@@ -140,12 +154,15 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 "freeze_vision_tower or freeze_projector with use_orig_params=False. Set use_orig_params=True, or "
                 "strategy=fsdp2."
             )
-        if not cls._captures(engine_config):
+        capturing = cls._capturing(engine_config)
+        vars_ = engine_config.vars if isinstance(engine_config, AvarFSDPEngineConfig) else None
+        measures_dependency = vars_ is not None and vars_.measures_dependency
+        if not capturing and not measures_dependency:
             return
         if model_config.processor is None:
             raise ValueError(
-                f"attention masses need the model's processor; verl loaded none from {model_config.tokenizer_path!r}. "
-                "Check that the folder holds a processor of a family that verl knows."
+                "attention masses and visual dependency need the model's processor; verl loaded none from "
+                f"{model_config.tokenizer_path!r}. Check that the folder holds a processor of a family that verl knows."
             )
         sp_size = engine_config.ulysses_sequence_parallel_size
         if sp_size > 1 and not model_config.use_remove_padding:
@@ -160,39 +177,40 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 f"samples of {model_type} cannot be packed ({family.unpackable}); got use_remove_padding=True. Set "
                 "model.use_remove_padding=False."
             )
-        agto, vars_ = engine_config.agto, engine_config.vars
-        wants_image_mass = bool((agto and agto.alpha > 0) or (vars_ and vars_.measures))
+        if measures_dependency and vars_.corruption == "blank":
+            check_blank(model_config.processor)
+        wants_image_mass = any(part is vars_ or part.alpha > 0 for part in capturing)
         if family.cross_attention and wants_image_mass:
             raise ValueError(
-                "L_enhance and r_visual need image and system keys in one softmax; got "
-                f"model_type={model_type!r}, which reads images in cross-attention layers. Set avar.agto.alpha and "
-                "avar.vars.lambda_v to 0 and avar.vars.measure to false; L_suppress (avar.agto.beta) works."
+                "L_enhance, ratio and image share need image and system keys in one softmax; got "
+                f"model_type={model_type!r}, which reads images in cross-attention layers. Set avar.agto.alpha to 0, "
+                "avar.vars.measure to false, and avar.vars.statistic to dependency or avar.vars.lambda_v to 0; "
+                "L_suppress (avar.agto.beta) works."
             )
         text_config = model_config.hf_config.get_text_config()
-        for part in (engine_config.agto, engine_config.vars):
-            if part is not None:
-                head_size = getattr(text_config, "head_dim", None) or (
-                    text_config.hidden_size // text_config.num_attention_heads
+        for part in capturing:
+            head_size = getattr(text_config, "head_dim", None) or (
+                text_config.hidden_size // text_config.num_attention_heads
+            )
+            choose_implementation(part.implementation, get_device_name(), len(TokenRole), head_size)
+            layers = resolve_indices("layers", part.layers, text_config.num_hidden_layers)
+            if part.layers is None:
+                cross = getattr(text_config, "cross_attention_layers", ())
+                layers = tuple(layer for layer in layers if layer not in cross)
+            types = getattr(text_config, "layer_types", None) or ()
+            sliding = [layer for layer in layers if types and types[layer] == "sliding_attention"]
+            if sliding:
+                full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+                raise ValueError(
+                    "masses need layers in which a response sees the system turn and the image; got layers "
+                    f"{sliding}, which have a sliding window of {text_config.sliding_window} tokens. Set "
+                    f"avar.agto.layers and avar.vars.layers to some of {full}."
                 )
-                choose_implementation(part.implementation, get_device_name(), len(TokenRole), head_size)
-                layers = resolve_indices("layers", part.layers, text_config.num_hidden_layers)
-                if part.layers is None:
-                    cross = getattr(text_config, "cross_attention_layers", ())
-                    layers = tuple(layer for layer in layers if layer not in cross)
-                types = getattr(text_config, "layer_types", None) or ()
-                sliding = [layer for layer in layers if types and types[layer] == "sliding_attention"]
-                if sliding:
-                    full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
-                    raise ValueError(
-                        "masses need layers in which a response sees the system turn and the image; got layers "
-                        f"{sliding}, which have a sliding window of {text_config.sliding_window} tokens. Set "
-                        f"avar.agto.layers and avar.vars.layers to some of {full}."
-                    )
-                if part.layer_weights is not None and len(part.layer_weights) != len(layers):
-                    raise ValueError(
-                        f"layer_weights must have one weight per layer; got {len(part.layer_weights)} for "
-                        f"{len(layers)} layers. Give one weight per layer, or null."
-                    )
+            if part.layer_weights is not None and len(part.layer_weights) != len(layers):
+                raise ValueError(
+                    f"layer_weights must have one weight per layer; got {len(part.layer_weights)} for "
+                    f"{len(layers)} layers. Give one weight per layer, or null."
+                )
         if engine_config.agto is not None:
             resolve_indices("heads", engine_config.agto.heads, text_config.num_attention_heads)
             if engine_config.agto.heads is not None and sp_size > 1:
@@ -235,18 +253,23 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
 
     # ---- roles -------------------------------------------------------------------------------------------------
 
-    def _roles(self, data: TensorDict) -> torch.Tensor:
-        """(B, S) roles of right-padded samples, aligned with the padded model inputs (prepare_model_inputs)."""
+    @staticmethod
+    def _masks(data: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S) bool of right-padded samples: where there is a token, and where a token of the response."""
         input_ids, mask = data["input_ids"], data["loss_mask"]
-        ids_BS = torch.nested.to_padded_tensor(input_ids, padding=0)
         lengths_B = input_ids.offsets().diff()
-        positions_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        positions_S = torch.arange(int(lengths_B.max()), device=lengths_B.device)
         real_BS = positions_S < lengths_B[:, None]
         # SFT has masks of whole samples, RL of responses: both end where the sample ends.
         mask_BM = torch.nested.to_padded_tensor(mask, padding=0)
         index_BS = positions_S - (lengths_B - mask.offsets().diff())[:, None]
         inside_BS = (index_BS >= 0) & real_BS
-        response_BS = mask_BM.gather(1, index_BS.clamp(0, mask_BM.shape[1] - 1)).bool() & inside_BS
+        return real_BS, mask_BM.gather(1, index_BS.clamp(0, mask_BM.shape[1] - 1)).bool() & inside_BS
+
+    def _roles(self, data: TensorDict) -> torch.Tensor:
+        """(B, S) roles of right-padded samples, aligned with the padded model inputs (prepare_model_inputs)."""
+        ids_BS = torch.nested.to_padded_tensor(data["input_ids"], padding=0)
+        real_BS, response_BS = self._masks(data)
         roles_BS = self._role_map(ids_BS, real_BS, response_BS)
         if REGION_KEY in data.keys():  # From plugin.datasets.region: image tokens outside the boxes have no role.
             region_BS = torch.nested.to_padded_tensor(data[REGION_KEY], padding=0).bool()
@@ -263,7 +286,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     def _inside_boxes(self, roles_BS: torch.Tensor, data: TensorDict) -> torch.Tensor:
         """Roles in which image tokens outside the reference boxes of the rollout's sample have no role."""
         roles_BS = roles_BS.clone()
-        samples = zip(data["input_ids"].unbind(), data["extra_info"], data["multi_modal_inputs"], strict=True)
+        samples = zip(data["input_ids"].unbind(), data["extra_info"], sample_features(data), strict=True)
         for row, (ids_S, info, inputs) in enumerate(samples):
             info = info or {}
             boxes, size = info.get("boxes"), info.get("boxes_size")
@@ -332,6 +355,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     # ---- verl's methods ----------------------------------------------------------------------------------------
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False):
+        if self._is_measured(data) and self._vars.swaps:
+            self._partners = partner_features(data)
         if forward_only or self._agto is None or not (self._agto.guides or self._agto.measure):
             return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         self._guidance = self._begin_guidance(data)
@@ -352,34 +377,77 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 reduction=mean_over_queries,
                 implementation=self._agto.implementation,
             )
-        elif (
-            self._vars is not None
-            and self._vars.measures
-            and tu.get_non_tensor_data(data=micro_batch, key=MEASURE_FLAG, default=False)
-        ):
-            capture = dict(
-                layers=self._vars.layers,
-                query_role=TokenRole.RESPONSE,
-                reduction=VisualReduction(self._vars.epsilon, lambda mass: _mean_over_heads(mass.mean(1))),
-                columns=VISUAL_ROLES,
-                implementation=self._vars.implementation,
-            )
-        else:
+            micro_batch = micro_batch.to(get_device_id())
+            with self._capture(micro_batch, self._roles(micro_batch), **capture) as captured:
+                return super().forward_step(micro_batch, self._guided(loss_function, captured), forward_only)
+        if not self._is_measured(micro_batch):
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-            capture["packed_offsets"] = micro_batch["input_ids"].offsets()
+        with self._capture_masses(micro_batch) as captured:
+            loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+        model_output = output["model_output"]
+        if captured is None:
+            fields_BF = torch.full((len(micro_batch), len(MASS_FIELDS)), float("nan"), device=get_device_id())
+        else:
+            fields_BF = visual_fields(captured.per_layer(), captured.roles, captured.valid, self._vars.layer_weights)
+        dependency_B = fields_BF.new_full((len(micro_batch),), float("nan"))
+        if self._vars.measures_dependency:
+            dependency = self._token_dependency(micro_batch, model_output["log_probs"])
+            if self._vars.token_weights == "dependency":
+                model_output[DEPENDENCY_OUTPUT] = dependency
+            _, response_BS = self._masks(micro_batch)
+            dependency_BS = torch.nested.to_padded_tensor(dependency, padding=0.0, output_size=response_BS.shape)
+            # The log-probability of a token is at the position before it; the first token of a sample has none.
+            dependency_B = mean_dependency(dependency_BS[:, :-1], response_BS[:, 1:])
+        model_output[VISUAL_OUTPUT] = torch.cat([fields_BF, dependency_B[:, None]], dim=1)
+        return loss, output
+
+    def _is_measured(self, data: TensorDict) -> bool:
+        """Whether the forward pass returns VISUAL_OUTPUT."""
+        flagged = tu.get_non_tensor_data(data=data, key=MEASURE_FLAG, default=False)
+        return bool(flagged) and self._vars is not None and self._vars.measures
+
+    def _capture(self, micro_batch: TensorDict, roles_BS: torch.Tensor, **settings):
+        packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+        offsets = {"packed_offsets": micro_batch["input_ids"].offsets()} if packed else {}
+        return capture_mass(self.module, roles_BS, **settings, **offsets)
+
+    def _capture_masses(self, micro_batch: TensorDict):
+        """The capture of a measured forward pass; of None without masses."""
+        if not self._vars.measures_masses:
+            return nullcontext()
         roles_BS = self._roles(micro_batch)
-        if self._guidance is None and self._vars.region:
-            roles_BS = self._inside_boxes(roles_BS, micro_batch)
-        with capture_mass(self.module, roles_BS, **capture) as captured:
-            self._captured = captured
-            try:
-                if self._guidance is not None:
-                    loss_function = self._guided(loss_function, captured)
-                return super().forward_step(micro_batch, loss_function, forward_only)
-            finally:
-                self._captured = None
+        return self._capture(
+            micro_batch,
+            self._inside_boxes(roles_BS, micro_batch) if self._vars.region else roles_BS,
+            layers=self._vars.layers,
+            query_role=TokenRole.RESPONSE,
+            reduction=VisualReduction(self._vars.epsilon, lambda mass: _mean_over_heads(mass.mean(1))),
+            columns=VISUAL_ROLES,
+            implementation=self._vars.implementation,
+        )
+
+    def _token_dependency(self, micro_batch: TensorDict, log_probs: torch.Tensor) -> torch.Tensor:
+        """d(t) of `objectives.dependency`, nested like `log_probs`, from a forward pass with corrupted images.
+
+        A micro-batch without images is run again too: under FSDP all ranks take part in the collectives.
+        """
+        samples = sample_features(micro_batch)
+        if self._vars.swaps:
+            others = [self._partners[key] for key in tu.get(micro_batch, PARTNER)]
+            images = [swap(features, partner) for features, partner in zip(samples, others, strict=True)]
+        else:
+            images = [blank(features) for features in samples]
+        corrupted = with_features(micro_batch, images)
+        tu.assign_non_tensor(corrupted, calculate_entropy=False, calculate_sum_pi_squared=False)
+        with torch.no_grad():
+            _, output = super().forward_step(corrupted, None, forward_only=True)
+        dependency_N = token_dependency(log_probs.values(), output["model_output"]["log_probs"].values()).float()
+        # To the bit, whatever the kernels make of the same sample beside others.
+        has_image_B = torch.tensor([has_pixels(features) for features in samples], device=dependency_N.device)
+        lengths_B = log_probs.offsets().diff()
+        dependency_N = dependency_N.where(has_image_B.repeat_interleave(lengths_B), 0.0)
+        return torch.nested.nested_tensor_from_jagged(dependency_N, log_probs.offsets())
 
     def prepare_model_inputs(self, micro_batch: TensorDict):
         if self._family is None or "multi_modal_inputs" not in micro_batch.keys():
@@ -400,15 +468,6 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             return params, peft_config
         name_of = checkpoint_name(module)
         return ((name_of(name), param) for name, param in params), peft_config
-
-    def prepare_model_outputs(self, output, output_args, micro_batch: TensorDict, logits_processor_func):
-        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        if self._captured is not None and self._guidance is None:
-            captured = self._captured
-            fields_BF = visual_fields(captured.per_layer(), captured.roles, captured.valid, self._vars.layer_weights)
-            assert fields_BF.shape[1] == len(VISUAL_FIELDS)
-            model_output[VISUAL_OUTPUT] = fields_BF
-        return model_output
 
 
 # (device, vendor) keys that win over the device keys of verl's own FSDP engines.

@@ -2,13 +2,42 @@
 """Model inputs that verl's engine cannot make: features of images of different sizes, and batches without images."""
 
 import torch
+import transfer_queue as tq
 from PIL import Image
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData
+from verl.utils import tensordict_utils as tu
 
 from avar_verl.attention.capture import find_decoder
 from avar_verl.model.families import Family
 from avar_verl.model.render import merge_features, render
+from avar_verl.plugin.config import PARTITION, PARTNER
+
+
+def sample_features(micro_batch: TensorDict) -> list[dict[str, torch.Tensor]]:
+    """The image features of every sample, {} without an image."""
+    if "multi_modal_inputs" not in micro_batch.keys():
+        return [{}] * len(micro_batch)
+    items = [item.data if isinstance(item, NonTensorData) else item for item in micro_batch["multi_modal_inputs"]]
+    return [dict(item or {}) for item in items]
+
+
+def with_features(micro_batch: TensorDict, samples: list[dict[str, torch.Tensor]]) -> TensorDict:
+    """The micro-batch with other image features."""
+    changed = micro_batch.copy()
+    changed["multi_modal_inputs"] = torch.stack([NonTensorData(features) for features in samples], dim=0)
+    return changed
+
+
+def partner_features(data: TensorDict) -> dict[str, dict[str, torch.Tensor]]:
+    """The image features of the rollouts that PARTNER names, by their key in the TransferQueue; {} for ""."""
+    keys = sorted(set(tu.get(data, PARTNER)) - {""})
+    found = {"": {}}
+    if keys:
+        partition = tu.get_non_tensor_data(data=data, key=PARTITION, default=None)
+        got = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["multi_modal_inputs"])
+        found.update(zip(keys, sample_features(got), strict=True))
+    return found
 
 
 def merged_features(
@@ -19,13 +48,9 @@ def merged_features(
     verl concatenates the samples' features (verl/utils/model.py:759-809), which fails if one image has more tiles than
     another. `like`: features of any image, for families in which every sample needs features.
     """
-    samples = [item.data if isinstance(item, NonTensorData) else item for item in micro_batch["multi_modal_inputs"]]
-    features = merge_features(family, samples, like)
-    merged = micro_batch.copy()
+    features = merge_features(family, sample_features(micro_batch), like)
     # A batch needs one entry per sample; all but the first are empty.
-    rows = [NonTensorData(features if row == 0 else {}) for row in range(len(samples))]
-    merged["multi_modal_inputs"] = torch.stack(rows, dim=0)
-    return features, merged
+    return features, with_features(micro_batch, [features, *([{}] * (len(micro_batch) - 1))])
 
 
 class DummyImage:

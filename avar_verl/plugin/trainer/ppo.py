@@ -20,6 +20,7 @@ from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
 from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, TrainerConfig, VarsConfig
 from avar_verl.plugin.switch import VARIABLE, is_wanted, switch_on
 from avar_verl.plugin.trainer.advantage import add_to_advantages, check_advantage, visual_advantage
+from avar_verl.plugin.trainer.dependency import choose_partners, weigh_tokens
 from avar_verl.plugin.trainer.replay_buffer import check_drop_groups, configured_replay_buffer
 from avar_verl.plugin.trainer.rewards import gate_if_any, reward_infos, reward_part_metrics
 
@@ -70,10 +71,11 @@ def check_workers_are_on() -> None:
 class AvarPPOTrainer(PPOTrainerSync):
     """`PPOTrainerSync` plus `lambda_v * r_visual` on the last response token of correct answers, before the advantage.
 
-    Changes relative to verl's trainer: the old-log-prob pass also returns attention masses; the weighted visual reward
-    is added to `rm_scores` of rollouts with a correct answer, or normalised to the advantages (`avar.vars.advantage`);
-    which groups the replay buffer drops and how often it looks; `avar/*` metrics. With lambda_v = 0, rewards and
-    advantages are verl's.
+    Changes relative to verl's trainer: the old-log-prob pass also returns attention masses and visual dependency; the
+    weighted visual reward is added to `rm_scores` of rollouts with a correct answer, or normalised to the advantages
+    (`avar.vars.advantage`); the dependency can weigh the advantages of tokens (`avar.vars.token_weights`); which groups
+    the replay buffer drops and how often it looks; `avar/*` metrics. With lambda_v = 0, rewards are verl's, and so are
+    advantages without token weights.
     """
 
     def __init__(self, config: DictConfig):
@@ -102,6 +104,8 @@ class AvarPPOTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch.extra_info[MEASURE_FLAG] = self.vars.measures
+        if self.vars.swaps:
+            choose_partners(batch)
         batch = super()._compute_old_log_prob(batch, metrics)
         batch.extra_info[MEASURE_FLAG] = False
         return batch
@@ -131,6 +135,8 @@ class AvarPPOTrainer(PPOTrainerSync):
             measured = self._balance_batch(measured, metrics={})
         finally:
             self._is_measuring = False
+        if self.vars.swaps:
+            choose_partners(measured)
         measured.extra_info.update(calculate_entropy=False, compute_loss=False, **{MEASURE_FLAG: True})
         measured.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
         self.actor_rollout_wg.compute_log_prob(measured)
@@ -164,6 +170,8 @@ class AvarPPOTrainer(PPOTrainerSync):
         done = super()._compute_advantage(batch, metrics)
         if advantage_B is not None:
             add_to_advantages(batch, advantage_B)
+        if self.vars.token_weights == "dependency":
+            metrics.update(weigh_tokens(batch))
         return done
 
     def _add_visual_reward(self, batch: KVBatchMeta, metrics: dict) -> torch.Tensor | None:
@@ -209,12 +217,13 @@ class AvarPPOTrainer(PPOTrainerSync):
 
     def _alarms(self, metrics: dict) -> dict[str, float]:
         """`avar/alarm/*`, 1 while an alarm is on; empty without a measured rollout, none of accuracy without a gate."""
-        if "avar/ratio" not in metrics:
-            return {}
-        starved = system_mass_alarm(metrics["avar/system_mass"], self.vars.alarm_system_mass)
-        alarms = {"avar/alarm/system_mass": float(starved)}
-        if "avar/correct" in metrics:
-            rises = self._rise_alarm.update(metrics[f"avar/{self.vars.statistic}"], metrics["avar/correct"])
+        alarms = {}
+        if "avar/system_mass" in metrics:
+            starved = system_mass_alarm(metrics["avar/system_mass"], self.vars.alarm_system_mass)
+            alarms["avar/alarm/system_mass"] = float(starved)
+        statistic = f"avar/{self.vars.statistic}"
+        if statistic in metrics and "avar/correct" in metrics:
+            rises = self._rise_alarm.update(metrics[statistic], metrics["avar/correct"])
             alarms["avar/alarm/rise_without_accuracy"] = float(rises)
         return alarms
 
@@ -237,16 +246,19 @@ class _MeasuringBuffer:
 def validation_parts(
     visual_BF: torch.Tensor, infos: list[dict], groups: list, vars_config: VarsConfig
 ) -> list[dict[str, float | None]]:
-    """`vas`, `ratio`, `image_share`, `r_visual_raw`, `r_visual_gated` and `r_visual_weighted` of validation rollouts.
+    """`vas`, `ratio`, `image_share`, `dependency`, `r_visual_raw`, `r_visual_gated`, `r_visual_weighted` of validation
+    rollouts, as far as they are measured.
 
-    None, which verl leaves out of its means, if a rollout has no system turn or no response; its r_visual is 0. The
-    last two need a gate.
+    None, which verl leaves out of its means, if a rollout has no response or, but for the dependency, no system turn;
+    its r_visual is 0. The last two need a gate.
     """
-    raw_B = visual_BF[:, VISUAL_FIELDS.index(vars_config.statistic)]
-    columns = {name: visual_BF[:, VISUAL_FIELDS.index(name)] for name in ("vas", "ratio", "image_share")}
-    columns["r_visual_raw"] = raw_B
+    names = ("vas", "ratio", "image_share") if vars_config.measures_masses else ()
+    names += ("dependency",) if vars_config.measures_dependency else ()
+    columns = {name: visual_BF[:, VISUAL_FIELDS.index(name)] for name in names}
     correct_B = gate_if_any(infos, [True] * len(infos), vars_config)
-    if correct_B is not None:
+    if vars_config.measures_statistic:
+        columns["r_visual_raw"] = raw_B = visual_BF[:, VISUAL_FIELDS.index(vars_config.statistic)]
+    if vars_config.measures_statistic and correct_B is not None:
         paid_B = correct_B & torch.isfinite(raw_B)
         gated_B = shape_visual_reward(raw_B, paid_B, groups, vars_config.shaping, vars_config.clip_max)
         columns |= {"r_visual_gated": gated_B, "r_visual_weighted": vars_config.lambda_v * gated_B}
@@ -268,21 +280,28 @@ def visual_metrics(
     """Metrics of a batch of rollouts, over the real ones.
 
     `avar/vas`, `avar/ratio`, `avar/image_share`, `avar/image_mass`, `avar/system_mass` of the responses, over rollouts
-    where they are defined (their number is `avar/measured_rollouts`); `avar/r_visual/raw` of the same;
+    where they are defined; `avar/dependency` likewise; `avar/measured_rollouts`, the number of rollouts where any of
+    them is; `avar/r_visual/raw` of rollouts where the statistic is;
     `avar/r_visual/gated` after gate and shaping, `avar/r_visual/weighted` after lambda_v and, if there is a gate,
     `avar/correct`, over all.
     """
     real_B = torch.tensor(real)
     fields = dict(zip(VISUAL_FIELDS, visual_BF.unbind(1), strict=True))
-    measured_B = real_B & torch.isfinite(fields["ratio"]) & torch.isfinite(fields["image_share"])
+    with_masses_B = real_B & torch.isfinite(fields["ratio"]) & torch.isfinite(fields["image_share"])
+    with_dependency_B = real_B & torch.isfinite(fields["dependency"])
+    measured_B = with_masses_B | with_dependency_B
     out = {"avar/measured_rollouts": int(measured_B.sum())}
     if correct_B is not None:
         out["avar/correct"] = float(correct_B[real_B].float().mean())
-    if bool(measured_B.any()):
+    if bool(with_masses_B.any()):
         for name in ("vas", "ratio", "image_share", "image_mass", "system_mass"):
-            out[f"avar/{name}"] = float(fields[name][measured_B].mean())
-        if raw_B is not None:
-            out["avar/r_visual/raw"] = float(raw_B[measured_B].mean())
+            out[f"avar/{name}"] = float(fields[name][with_masses_B].mean())
+    if bool(with_dependency_B.any()):
+        out["avar/dependency"] = float(fields["dependency"][with_dependency_B].mean())
+    if raw_B is not None:
+        raw_B = raw_B[measured_B & torch.isfinite(raw_B)]
+        if len(raw_B):
+            out["avar/r_visual/raw"] = float(raw_B.mean())
     if shaped_B is not None:
         out["avar/r_visual/gated"] = float(shaped_B[real_B].mean())
         out["avar/r_visual/weighted"] = float(weighted_B[real_B].mean())

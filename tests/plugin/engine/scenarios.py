@@ -27,7 +27,10 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
-from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, AgtoConfig, VarsConfig
+from avar_verl.model.corrupt import partners
+from avar_verl.plugin.config import DEPENDENCY_OUTPUT, MEASURE_FLAG, PARTNER, VISUAL_OUTPUT, AgtoConfig, VarsConfig
+from avar_verl.plugin.datasets.sft import AvarSFTDataset
+from avar_verl.plugin.engine import fsdp
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
 from avar_verl.plugin.engine.fsdp import AvarFSDPEngine
 
@@ -88,6 +91,12 @@ def batches(dataset, scenario: dict, pad_token_id: int):
     for step in range(STEPS):
         rows = [dataset[step * 8 + index] for index in range(rank, 8, world)]
         tensors = SFTTensorCollator("no_padding")(rows)
+        if scenario.get("vars", {}).get("corruption") == "swap":
+            features = [dataset[step * 8 + index].get("multi_modal_inputs") or {} for index in range(8)]
+            # There is no TransferQueue here: the keys are indices, and the engine is given what it would fetch.
+            chosen = ["" if index is None else str(index) for index in partners(features)]
+            tensors[PARTNER] = [chosen[index] for index in range(rank, 8, world)]
+            fsdp.partner_features = lambda data, own=features: {"": {}, **{str(i): f for i, f in enumerate(own)}}
         if "boxes" in scenario:  # As verl's RL data set hands it through.
             tensors["extra_info"] = [
                 {"index": i, "boxes": scenario["boxes"], "boxes_size": [112, 112]} for i in range(8)
@@ -112,8 +121,14 @@ def run(scenario: dict, model_path: str, dataset, pad_token_id: int) -> dict:
         output = worker.infer_batch(data)
         if output is None:
             return out
+        rows = [dataset[index] for index in range(8)]
+        out["samples"] = [
+            {key: row.get(key) for key in ("input_ids", "loss_mask", "multi_modal_inputs")} for row in rows
+        ]
         if VISUAL_OUTPUT in output.keys():
             out["visual"] = torch.stack(list(output[VISUAL_OUTPUT].unbind()))
+        if DEPENDENCY_OUTPUT in output.keys():
+            out["dependency"] = list(output[DEPENDENCY_OUTPUT].unbind())
         out["log_probs"] = output["log_probs"].values()
         return out
     for data in batches(dataset, scenario, pad_token_id):
@@ -136,10 +151,16 @@ def main() -> None:
         OmegaConf.create({"pad_mode": "no_padding", "max_length": 512}),
         config.processor,
     )
-    result = {
-        scenario["name"]: run(scenario, spec["model"], dataset, config.tokenizer.pad_token_id)
-        for scenario in spec["scenarios"]
-    }
+    result = {}
+    for scenario in spec["scenarios"]:
+        path, own, pad_id = spec["model"], dataset, config.tokenizer.pad_token_id
+        if "path" in scenario:
+            path = scenario["path"]
+            family = HFModelConfig(path=path)
+            settings = OmegaConf.create({"max_length": 1024})
+            own = AvarSFTDataset(scenario["data"], family.tokenizer, settings, family.processor)
+            pad_id = family.tokenizer.pad_token_id
+        result[scenario["name"]] = run(scenario, path, own, pad_id)
     if dist.get_rank() == 0:
         torch.save(result, work / "result.pt")
     dist.destroy_process_group()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from avar_verl.plugin.config import AgtoConfig
+from avar_verl.plugin.config import AgtoConfig, VarsConfig
 from avar_verl.plugin.engine import fsdp
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
 
@@ -52,6 +52,34 @@ def test_cross_attention_is_refused_where_masses_are_wanted(monkeypatch):
     common = dict(model_type="mllama", strategy="fsdp2", use_remove_padding=False)
     check(monkeypatch, **common)
     check(monkeypatch, **common, agto=AgtoConfig(alpha=0.0, beta=0.15))
+
+
+NORMALISING = SimpleNamespace(image_processor=SimpleNamespace(do_normalize=True))
+
+
+def test_the_dependency_needs_no_masses(monkeypatch):
+    """Cross-attention and sliding windows are no obstacle, unless masses are wanted too."""
+    common = dict(strategy="fsdp2", use_remove_padding=False, processor=NORMALISING)
+    check(monkeypatch, model_type="mllama", **common, vars=VarsConfig(statistic="dependency"))
+    check(monkeypatch, model_type="mllama", **common, vars=VarsConfig(lambda_v=0, measure_dependency=True))
+    for vars_config in (VarsConfig(statistic="dependency", measure=True), VarsConfig(measure_dependency=True)):
+        with pytest.raises(ValueError, match="in one softmax; got .*'mllama'.*avar.vars.statistic to dependency"):
+            check(monkeypatch, model_type="mllama", **common, vars=vars_config)
+    text = dict(layer_types=["sliding_attention"] * 4, sliding_window=64)
+    check(monkeypatch, model_type="gemma3", **common, text=text, vars=VarsConfig(statistic="dependency"))
+
+
+def test_what_the_dependency_cannot_be_measured_with_is_refused(monkeypatch):
+    vars_config = VarsConfig(statistic="dependency")
+    with pytest.raises(ValueError, match="masses and visual dependency need the model's processor"):
+        check(monkeypatch, processor=None, strategy="fsdp2", vars=vars_config)
+    with pytest.raises(ValueError, match="samples of gemma3 cannot be packed"):
+        check(monkeypatch, model_type="gemma3", processor=NORMALISING, strategy="fsdp2", vars=vars_config)
+    raw = SimpleNamespace(image_processor=SimpleNamespace(do_normalize=False))
+    with pytest.raises(ValueError, match="do_normalize=False"):
+        check(monkeypatch, processor=raw, strategy="fsdp2", vars=vars_config)
+    swapping = VarsConfig(statistic="dependency", corruption="swap")
+    check(monkeypatch, processor=raw, strategy="fsdp2", vars=swapping)
 
 
 def test_layers_with_a_window_are_refused_where_masses_are_wanted(monkeypatch):

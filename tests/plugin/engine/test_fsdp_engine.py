@@ -4,19 +4,30 @@
 import json
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
-from avar_verl.objectives.vars import VISUAL_FIELDS
+from avar_verl.model.corrupt import blank
+from avar_verl.model.families import FAMILIES, get_family
+from avar_verl.model.render import Rendered, collate
+from avar_verl.objectives.vars import MASS_FIELDS, VISUAL_FIELDS
 from avar_verl.tools.demo import photo_grid
+from tests.e2e import family_data
 
 pytestmark = pytest.mark.e2e
 
 SCRIPT = Path(__file__).parent / "scenarios.py"
 GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
+DEPENDENCY = {"measure_dependency": True, "token_weights": "dependency"}
+FAMILY_SCENARIOS = [
+    *sorted(FAMILIES),
+    *(f"{name}_packed" for name in sorted(FAMILIES) if not get_family(name).unpackable),
+]
 LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
 # 2e-5 is 2 % of a step of 1e-3. (Adam divides a gradient by its own size, which would make rounding of one near zero as
 # large as a step: its epsilon in scenarios.py is above that.)
@@ -48,7 +59,7 @@ def run(work: Path, model: Path, data: Path, scenarios: dict[str, dict], process
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
+def one(tmp_path_factory, tiny_model_path, data_file, family_path) -> dict:
     """Every scenario that needs one process; packed ones last, for which verl replaces the process's attention."""
     packed = {"use_remove_padding": True}
     scenarios = {
@@ -70,6 +81,11 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "visual_right": {"vars": {"region": True}, "boxes": [[56, 0, 112, 56], [56, 56, 112, 112]]},
         "visual_lse": {"vars": {"implementation": "lse"}},
         "visual_chunked": {"vars": {"implementation": "chunked"}},
+        "dependency": {"vars": DEPENDENCY},
+        "dependency_micro": {"vars": DEPENDENCY, "micro": 1, "checkpointing": True},
+        "dependency_alone": {"vars": {"statistic": "dependency"}, "attention": "eager"},
+        "dependency_lora": {"vars": DEPENDENCY, "model": LORA},
+        "swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, "micro": 2},
         "stock_inference": {"vars": {"lambda_v": 0.0}},
         "unpacked_ulysses": {"agto": GUIDED, "engine": {"ulysses_sequence_parallel_size": 2}},
         "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
@@ -90,7 +106,21 @@ def one(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "packed_visual": {"vars": {}, **packed},
         "packed_left": {"vars": {"region": True}, "boxes": [[0, 0, 56, 112]], **packed},
         "packed_lse": {"vars": {"implementation": "lse"}, **packed},
+        "packed_dependency": {"vars": DEPENDENCY, **packed},
+        "packed_dependency_dynamic": {"vars": DEPENDENCY, "dynamic": 600, **packed},
+        "packed_swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, **packed},
     }
+    # Families last, and their packed ones after all others.
+    for name in FAMILY_SCENARIOS:
+        model_type, is_packed = name.removesuffix("_packed"), name.endswith("_packed")
+        folder = tmp_path_factory.mktemp(name)
+        scenarios[name] = {
+            "path": str(family_path(model_type)),
+            "data": str(family_data.make_sft(folder / "sft.parquet", 8, model_type)),
+            "vars": {"statistic": "dependency"},
+            "micro": 2,
+            "use_remove_padding": is_packed,
+        }
     return run(tmp_path_factory.mktemp("one"), tiny_model_path, data_file, scenarios)
 
 
@@ -104,6 +134,10 @@ def two(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "ulysses": {"agto": GUIDED, **ulysses},
         "ulysses_micro": {"agto": GUIDED, "micro": 2, "checkpointing": True, **ulysses},
         "ulysses_visual": {"vars": {}, **ulysses},
+        "dependency": {"vars": DEPENDENCY},
+        "dependency_micro": {"vars": DEPENDENCY, "micro": 1},
+        "ulysses_dependency": {"vars": DEPENDENCY, **ulysses},
+        "swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, "micro": 1},
         "ulysses_heads": {"agto": {**GUIDED, "heads": [0]}, **ulysses},
     }
     return run(tmp_path_factory.mktemp("two"), tiny_model_path, data_file, scenarios, processes=2)
@@ -222,39 +256,145 @@ def test_log_prob_pass_returns_a_few_numbers_a_sample(one):
     assert visual.shape == (8, len(VISUAL_FIELDS))
     fields = dict(zip(VISUAL_FIELDS, visual.unbind(1), strict=True))
     assert fields["num_image"].tolist() == [16, 16, 16, 0, 16, 16, 16, 16]
+    assert bool(fields["dependency"].isnan().all())  # not asked for
     assert bool((fields["num_system"] > 0).all()) and bool((fields["num_queries"] > 20).all())
     assert fields["ratio"][3] == 0 and fields["image_share"][3] == 0  # no image, but a system turn
     assert bool((fields["image_mass"] + fields["system_mass"] <= 1).all())
-    torch.testing.assert_close(one["visual_micro"]["visual"], visual, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one["visual_micro"]["visual"], visual, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_masses_of_rollouts_do_not_depend_on_packing_or_sequence_parallelism(one, two):
     padded = one["visual"]["visual"]
-    torch.testing.assert_close(one["packed_visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(two["ulysses_visual"]["visual"], padded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one["packed_visual"]["visual"], padded, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(two["ulysses_visual"]["visual"], padded, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_masses_of_rollouts_do_not_depend_on_the_implementation(one):
     """`lse` by name refuses a pass in which it cannot be used, so it was."""
     for visual in (one["visual_lse"], one["packed_lse"]):
-        torch.testing.assert_close(visual["visual"], one["visual_chunked"]["visual"], rtol=1e-5, atol=1e-6)
+        reference = one["visual_chunked"]["visual"]
+        torch.testing.assert_close(visual["visual"], reference, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_masses_of_rollouts_in_a_region(one):
     """Of the whole image it is the image's; the halves of an image share its mass; packing changes nothing."""
     whole, left, right = (one[f"visual_{name}"]["visual"] for name in ("whole", "left", "right"))
-    torch.testing.assert_close(whole, one["visual"]["visual"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole, one["visual"]["visual"], rtol=1e-5, atol=1e-6, equal_nan=True)
     image, system, count = (VISUAL_FIELDS.index(name) for name in ("image_mass", "system_mass", "num_image"))
     torch.testing.assert_close(left[:, image] + right[:, image], whole[:, image], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(left[:, system], whole[:, system], rtol=1e-5, atol=1e-6)
     assert left[:, count].tolist() == [8, 8, 8, 0, 8, 8, 8, 8]
     assert not torch.allclose(left[:, image], right[:, image])
-    torch.testing.assert_close(one["packed_left"]["visual"], left, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one["packed_left"]["visual"], left, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_measuring_leaves_log_probs_alone(one):
     assert "visual" not in one["stock_inference"]
-    torch.testing.assert_close(one["visual"]["log_probs"], one["stock_inference"]["log_probs"], rtol=0, atol=0)
+    for name in ("visual", "dependency"):
+        torch.testing.assert_close(one[name]["log_probs"], one["stock_inference"]["log_probs"], rtol=0, atol=0)
+
+
+def plain_dependency(model, sample: dict, corrupted: dict) -> torch.Tensor:
+    """(S,) of one sample by transformers alone; 0 outside the response.
+
+    At position t is the dependency of the token at t + 1, as in verl's log-probabilities.
+    """
+    ids_S, features = sample["input_ids"], sample["multi_modal_inputs"] or {}
+    if not features:
+        return torch.zeros(len(ids_S))
+
+    def log_probs(features: dict) -> torch.Tensor:
+        rendered = Rendered(ids_S=ids_S, prompt_ids=[], features=features)
+        with torch.no_grad():
+            inputs = collate(get_family(model.config.model_type), model.config, [rendered], pad_id=0)
+            logits_SV = model(**inputs).logits[0]
+        return logits_SV[:-1].log_softmax(-1).gather(1, ids_S[1:, None])[:, 0]
+
+    difference = (log_probs(features) - log_probs(corrupted)).clamp(-5, 5)
+    return torch.cat([difference.where(sample["loss_mask"][1:].bool(), 0.0), torch.zeros(1)])
+
+
+def assert_plain_dependency(model, result: dict, corrupted: list[dict]) -> None:
+    """Of every token where the engine returned them, and their mean over the response."""
+    means = []
+    for row, (sample, features) in enumerate(zip(result["samples"], corrupted, strict=True)):
+        plain_S, response_S = plain_dependency(model, sample, features), sample["loss_mask"].roll(-1).bool()
+        response_S[-1] = False
+        means.append(plain_S[response_S].mean())
+        if "dependency" in result:
+            tokens_S = result["dependency"][row]
+            torch.testing.assert_close(tokens_S[response_S], plain_S[response_S], rtol=0, atol=1e-5)
+        if sample["multi_modal_inputs"]:
+            assert plain_S.abs().max() > 0.01
+        else:
+            assert dependencies(result)[row] == 0
+    torch.testing.assert_close(dependencies(result), torch.stack(means), rtol=0, atol=1e-5)
+
+
+def dependencies(result: dict) -> torch.Tensor:
+    return result["visual"][:, VISUAL_FIELDS.index("dependency")]
+
+
+def test_dependency_is_that_of_a_plain_computation(one, load_tiny):
+    samples = one["dependency"]["samples"]
+    assert [bool(sample["multi_modal_inputs"]) for sample in samples] == [True] * 3 + [False] + [True] * 4
+    blanked = [
+        {key: torch.zeros_like(value) if key == "pixel_values" else value for key, value in features.items()}
+        for features in (sample["multi_modal_inputs"] or {} for sample in samples)
+    ]
+    assert_plain_dependency(load_tiny("eager"), one["dependency"], blanked)
+    assert not bool(one["dependency"]["dependency"][3].any())
+
+
+def test_dependency_on_a_swapped_image(one, two, load_tiny):
+    """By hand: the eight images in the order of their digests; each sample sees the next one."""
+    images = [sample["multi_modal_inputs"] or {} for sample in one["swap"]["samples"]]
+    order = sorted((i for i in range(8) if images[i]), key=lambda i: sha256(images[i]["pixel_values"].numpy()).digest())
+    swapped = [{} for _ in images]
+    for index, other in zip(order, order[1:] + order[:1], strict=True):
+        swapped[index] = {**images[index], "pixel_values": images[other]["pixel_values"]}
+    assert_plain_dependency(load_tiny("eager"), one["swap"], swapped)
+    torch.testing.assert_close(dependencies(two["swap"]), dependencies(one["swap"])[::2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(dependencies(one["packed_swap"]), dependencies(one["swap"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scenario", FAMILY_SCENARIOS)
+def test_dependency_of_every_family(one, family_path, scenario):
+    """Two samples a micro-batch: one or two images beside text alone."""
+    path = family_path(scenario.removesuffix("_packed"))
+    model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="eager").eval()
+    family = get_family(model.config.model_type)
+    if family.prepare is not None:
+        family.prepare(model)
+    result = one[scenario]
+    assert_plain_dependency(model, result, [blank(sample["multi_modal_inputs"]) for sample in result["samples"]])
+    assert [bool(sample["multi_modal_inputs"]) for sample in result["samples"]] == [True, False] * 4
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    ["dependency_micro", "dependency_alone", "packed_dependency", "packed_dependency_dynamic", "dependency_lora"],
+)
+def test_dependency_does_not_depend_on_the_layout(one, scenario):
+    """New adapters of LoRA change nothing either."""
+    torch.testing.assert_close(dependencies(one[scenario]), dependencies(one["dependency"]), rtol=0, atol=1e-5)
+    assert dependencies(one[scenario])[3] == 0
+
+
+@pytest.mark.parametrize("scenario", ["dependency", "dependency_micro", "ulysses_dependency"])
+def test_dependency_does_not_depend_on_the_number_of_processes(one, two, scenario):
+    """The first process has every other sample, or under sequence parallelism all. The one without an image is the
+    other's: in micro-batches of one, its own forward pass has no image while the first's has one.
+    """
+    expected = one["dependency"] if "ulysses" in scenario else {"visual": one["dependency"]["visual"][::2]}
+    torch.testing.assert_close(two[scenario]["visual"], expected["visual"], rtol=1e-5, atol=1e-5)
+
+
+def test_dependency_is_measured_without_masses(one):
+    """Then these are not captured, and token weights that nobody asked for are not returned."""
+    fields = dict(zip(VISUAL_FIELDS, one["dependency_alone"]["visual"].unbind(1), strict=True))
+    assert all(bool(fields[name].isnan().all()) for name in MASS_FIELDS)
+    assert "dependency" not in one["dependency_alone"] and "dependency" in one["dependency"]
 
 
 @pytest.mark.parametrize(

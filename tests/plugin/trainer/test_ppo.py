@@ -9,10 +9,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
 
 from avar_verl.objectives.alarms import RiseAlarm
 from avar_verl.objectives.vars import VISUAL_FIELDS
-from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, VarsConfig
+from avar_verl.plugin.config import DEPENDENCY_OUTPUT, MEASURE_FLAG, PARTITION, PARTNER, VISUAL_OUTPUT, VarsConfig
+from avar_verl.plugin.engine.inputs import partner_features
+from avar_verl.plugin.trainer.dependency import choose_partners, weigh_tokens
 from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, check_grpo_config, validation_parts, visual_metrics
 from avar_verl.plugin.trainer.rewards import correct_answers, gate_if_any, reward_infos, reward_part_metrics
 
@@ -85,10 +88,11 @@ def test_parts_of_data_sources_that_return_different_ones(order):
     assert got == {"avar/reward/acc": 0.5, "avar/reward/iou": 0.25, "avar/reward/f1": 0.25}
 
 
-def rows(*ratios: float) -> torch.Tensor:
-    """(B, F) with the given ratio, the other fields 0.5."""
+def rows(*ratios: float, dependency: float = math.nan) -> torch.Tensor:
+    """(B, F) with the given ratio and dependency (nan: not measured), the other fields 0.5."""
     out = torch.full((len(ratios), len(VISUAL_FIELDS)), 0.5)
     out[:, 0] = torch.tensor(ratios)
+    out[:, VISUAL_FIELDS.index("dependency")] = dependency
     return out
 
 
@@ -105,9 +109,9 @@ def test_metrics_leave_out_padding_and_what_is_not_defined():
 
 
 def test_every_metric_is_its_own_field():
-    visual = torch.tensor([[7.0, 0.9, 0.4, 0.05, 11.0, 10, 16, 8], [5.0, 0.7, 0.2, 0.15, 8.0, 20, 16, 8]])
+    visual = torch.tensor([[7.0, 0.9, 0.4, 0.05, 11.0, 10, 16, 8, 0.5], [5.0, 0.7, 0.2, 0.15, 8.0, 20, 16, 8, -0.1]])
     out = visual_metrics(visual, torch.tensor([True, True]), [True, True])
-    expected = {"vas": 9.5, "ratio": 6.0, "image_share": 0.8, "image_mass": 0.3, "system_mass": 0.1}
+    expected = {"vas": 9.5, "ratio": 6.0, "image_share": 0.8, "image_mass": 0.3, "system_mass": 0.1, "dependency": 0.2}
     assert {key: out[f"avar/{key}"] for key in expected} == pytest.approx(expected)
     assert not any(key.startswith("avar/r_visual") for key in out)  # nothing is paid, nothing is logged as paid
 
@@ -124,6 +128,32 @@ def test_a_field_that_is_not_finite_leaves_the_rollout_out(field, value):
 def test_nothing_measured():
     out = visual_metrics(rows(math.nan), torch.tensor([False]), [True], torch.tensor([math.nan]))
     assert out == {"avar/measured_rollouts": 0, "avar/correct": 0.0}
+
+
+def test_a_dependency_without_masses():
+    """Dependencies 1, -0.5, not defined (no response), padding 9: their mean is 0.25, and nothing is said of masses."""
+    visual = torch.full((4, len(VISUAL_FIELDS)), math.nan)
+    dependency = torch.tensor([1.0, -0.5, math.nan, 9.0])
+    visual[:, -1] = dependency
+    paid = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    out = visual_metrics(visual, torch.tensor([True] + [False] * 3), [True] * 3 + [False], dependency, paid, 0.3 * paid)
+    assert out == pytest.approx(
+        {
+            "avar/measured_rollouts": 2,
+            "avar/correct": 1 / 3,
+            "avar/dependency": 0.25,
+            "avar/r_visual/raw": 0.25,
+            "avar/r_visual/gated": 1 / 3,
+            "avar/r_visual/weighted": 0.1,
+        }
+    )
+
+
+def test_a_rollout_without_a_system_turn_has_a_dependency():
+    visual = rows(2.0, math.nan, dependency=0.5)
+    out = visual_metrics(visual, None, [True, True], visual[:, 0])
+    assert out["avar/measured_rollouts"] == 2 and out["avar/dependency"] == 0.5
+    assert out["avar/ratio"] == out["avar/r_visual/raw"] == 2.0
 
 
 # ---- configs that cannot be right ----------------------------------------------------------------------------------
@@ -209,6 +239,15 @@ def test_alarms_watch_the_statistic_that_is_paid_for():
     assert trainer._alarms({}) == {}  # no rollout was measured
 
 
+def test_alarms_of_a_dependency_below_zero():
+    """From -0.5 to -0.4 is a rise; without masses there is no alarm about them."""
+    trainer = trainer_with(VarsConfig(statistic="dependency", alarm_window=2))
+    steps = [{"avar/dependency": value, "avar/correct": 0.5} for value in (-0.5, -0.4, -0.42)]
+    alarms = [trainer._alarms(step) for step in steps]
+    assert [list(alarm) for alarm in alarms] == [["avar/alarm/rise_without_accuracy"]] * 3
+    assert [alarm["avar/alarm/rise_without_accuracy"] for alarm in alarms] == [0.0, 1.0, 0.0]
+
+
 def test_the_trainer_is_synchronous_whatever_its_name():
     trainer = trainer_with(VarsConfig())
     trainer.trainer_mode = "avar_sync"  # verl's base class assigns the configured name
@@ -259,6 +298,21 @@ def test_parts_of_validation_rollouts():
     assert third["vas"] is None and third["r_visual_raw"] == 2.0 and third["r_visual_gated"] == 0
 
 
+def test_parts_of_validation_rollouts_are_those_that_are_measured():
+    from avar_verl.plugin.trainer.ppo import validation_parts
+
+    visual = torch.full((2, len(VISUAL_FIELDS)), math.nan)
+    visual[:, -1] = torch.tensor([-0.5, 2.0])
+    infos = [{"acc": 1.0}, {"acc": 0.0}]
+    parts = validation_parts(visual, infos, ["a", "b"], VarsConfig(statistic="dependency", lambda_v=0.5))
+    assert parts == [
+        {"dependency": -0.5, "r_visual_raw": -0.5, "r_visual_gated": -0.5, "r_visual_weighted": -0.25},
+        {"dependency": 2.0, "r_visual_raw": 2.0, "r_visual_gated": 0.0, "r_visual_weighted": 0.0},
+    ]
+    only_logged = VarsConfig(lambda_v=0, measure_dependency=True)
+    assert validation_parts(visual, infos, ["a", "b"], only_logged) == [{"dependency": -0.5}, {"dependency": 2.0}]
+
+
 def test_placeholders_are_forbidden_and_other_biases_stay():
     from avar_verl.plugin.rollout.agent_loop import forbid
 
@@ -279,8 +333,10 @@ def test_placeholders_are_forbidden_and_other_biases_stay():
         (VarsConfig(shaping="clip", clip_max=3.0), [[0, 0, 1.1 + 0.6], [0, 0.1], [1.0 + 0.9], [0.0]]),
         (VarsConfig(lambda_v=0.0, measure=True), [[0, 0, 1.1], [0, 0.1], [1.0], [0.0]]),
         (VarsConfig(lambda_v=0.0), [[0, 0, 1.1], [0, 0.1], [1.0], [0.0]]),
+        # the dependency of every row is -0.5: a right answer loses
+        (VarsConfig(statistic="dependency"), [[0, 0, 1.1 - 0.15], [0, 0.1], [1.0 - 0.15], [0.0]]),
     ],
-    ids=["paper", "clip", "lambda 0 measured", "lambda 0"],
+    ids=["paper", "clip", "lambda 0 measured", "lambda 0", "dependency"],
 )
 def test_r_visual_lands_on_the_last_token_of_right_answers(queue, vars_config, expected):
     from tensordict import TensorDict
@@ -294,7 +350,7 @@ def test_r_visual_lands_on_the_last_token_of_right_answers(queue, vars_config, e
             "uid": NonTensorStack("a", "a", "b", "b"),
             "rm_scores": torch.nested.as_nested_tensor(scores, layout=torch.jagged),
             "extra_fields": NonTensorStack(*infos),
-            VISUAL_OUTPUT: rows(2.0, 4.0, 8.0, 100.0),
+            VISUAL_OUTPUT: rows(2.0, 4.0, 8.0, 100.0, dependency=-0.5),
         },
         batch_size=4,
     )
@@ -337,3 +393,75 @@ def test_rollouts_without_a_reward_functions_dict(queue):
     with pytest.raises(ValueError, match="no reward function was called"):
         trainer_with(VarsConfig())._add_visual_reward(batch, {})
     queue.kv_clear(keys=batch.keys, partition_id="train")
+
+
+@pytest.mark.e2e
+def test_advantages_are_weighted_by_token(queue):
+    """Dependencies 3, -2, 1, 0 over their mean of 1; none above 0; 4 and the other token masked; padding.
+
+    Verl's log-probabilities of a sample are those of the next token: the last one belongs to no token of the sample.
+    """
+    from tensordict import TensorDict
+
+    def nested(*rows):
+        return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+    keys = [f"weights_{i}_0" for i in range(4)]
+    fields = TensorDict(
+        {
+            "advantages": nested([2.0, 2.0, 2.0, 2.0], [-1.0, -1.0], [0.5, 0.5], [0.0]),
+            "response_mask": nested([1, 1, 1, 1], [1, 1], [0, 1], [0]),
+            # two tokens of the prompt, which have one log-probability before the response's, and the last one
+            DEPENDENCY_OUTPUT: nested(
+                [5.0, 3.0, -2.0, 1.0, 0.0, 5.0], [5.0, -1.0, 0.0, 5.0], [5.0, 2.0, 4.0, 5.0], [5.0, 1.0, 5.0]
+            ),
+        },
+        batch_size=4,
+    )
+    batch = queue.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=[{}] * 4)
+    metrics = weigh_tokens(batch)
+    got = queue.kv_batch_get(keys=keys, partition_id="train", select_fields=["advantages"])["advantages"].unbind()
+    expected = [[6.0, 0.0, 2.0, 0.0], [-1.0, -1.0], [0.0, 0.5], [0.0]]
+    assert [row.tolist() for row in got] == expected
+    assert metrics == {"avar/token_weights/zero": 2 / 7}
+    queue.kv_clear(keys=keys, partition_id="train")
+
+
+@pytest.mark.e2e
+def test_the_partner_of_a_prompt_depends_on_the_images_alone(queue):
+    """Three prompts with images, one of them twice, one without: rollouts of one prompt share a partner."""
+    from tensordict import TensorDict
+    from tensordict.tensorclass import NonTensorStack
+
+    def rollouts(order: list[str]) -> dict[str, dict]:
+        pixels = {"a": 1.0, "b": 2.0, "c": 3.0}
+        features = {uid: {"pixel_values": torch.full((2, 3), value)} for uid, value in pixels.items()}
+        keys = [f"{uid}_{number}_0" for number, uid in enumerate(order)]
+        fields = TensorDict(
+            {
+                "uid": NonTensorStack(*order),
+                "multi_modal_inputs": NonTensorStack(*(features.get(u, {}) for u in order)),
+            },
+            batch_size=len(order),
+        )
+        batch = queue.kv_batch_put(keys=keys, partition_id="swap", fields=fields, tags=[{}] * len(order))
+        choose_partners(batch)
+        assert batch.extra_info[PARTITION] == "swap"
+        data = queue.kv_batch_get(keys=keys, partition_id="swap", select_fields=[PARTNER, "multi_modal_inputs"])
+        data = tu.get_tensordict({PARTNER: list(data[PARTNER])}, non_tensor_dict=batch.extra_info)
+        found = partner_features(data)
+        queue.kv_clear(keys=keys, partition_id="swap")
+        return {uid: found[key] for uid, key in zip(order, tu.get(data, PARTNER), strict=True)}
+
+    first = rollouts(["a", "a", "b", "c", "text"])
+    second = rollouts(["c", "text", "b", "a", "a"])
+    assert first["text"] == second["text"] == {}
+    values = {uid: first[uid]["pixel_values"][0, 0].item() for uid in "abc"}
+    assert values == {uid: second[uid]["pixel_values"][0, 0].item() for uid in "abc"}
+    assert sorted(values.values()) == [1.0, 2.0, 3.0]
+    assert not any(values[uid] == own for uid, own in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
+    assert rollouts(["text", "text"]) == {"text": {}}
+    with pytest.raises(
+        ValueError, match="got only one of the shapes .* among 2 prompts. Set avar.vars.corruption=blank"
+    ):
+        rollouts(["a", "text"])
