@@ -80,6 +80,7 @@ PHOTOS = (
     Photo("tissue", "ihc.png", train=(0, 0, 512, 330), test=(0, 330, 512, 512)),
 )
 NAMES = tuple(photo.name for photo in PHOTOS)
+_PHOTO_OF = {photo.name: photo for photo in PHOTOS}
 
 PLACES: dict[str, Box] = {
     "top left": (0, 0, CELL_SIZE, CELL_SIZE),
@@ -103,10 +104,11 @@ class Sample:
     """One image with its question.
 
     ``boxes`` (of the cells, in pixels of ``image``) and ``crops`` follow the order of `PLACES`. ``index`` is the
-    sample's number under its seed and split.
+    sample's number under its seed and split. ``hint`` is the name that a question of `lazy_task` suggests, whose text
+    rows have no image.
     """
 
-    image: Image.Image
+    image: Image.Image | None
     question: str
     response: str
     answer: str
@@ -115,11 +117,13 @@ class Sample:
     crops: tuple[Crop, ...]
     split: str
     index: int
+    hint: str | None = None
 
     @property
     def row(self) -> dict:
         """What `avar_verl.tools.rows.conversation` reads."""
-        return {"question": self.question, "image": self.image, "response": self.response}
+        image = {} if self.image is None else {"image": self.image}
+        return {"question": self.question, **image, "response": self.response}
 
 
 def answers_of(kind: str) -> tuple[str, ...]:
@@ -230,8 +234,9 @@ def _draw_names(kind: str, rng: np.random.Generator) -> tuple[list[str], str]:
     return names, subject
 
 
-def _draw_crop(photo: Photo, split: str, rng: np.random.Generator) -> Crop:
+def draw_crop(name: str, split: str, rng: np.random.Generator) -> Crop:
     """A square crop of random size and place: its side is 50 to 100 % of the region's shorter side."""
+    photo = _PHOTO_OF[name]
     left, top, right, bottom = photo.region(split)
     shorter = min(right - left, bottom - top)
     side = int(rng.integers(shorter // 2, shorter + 1))
@@ -240,11 +245,11 @@ def _draw_crop(photo: Photo, split: str, rng: np.random.Generator) -> Crop:
     return Crop(photo.name, (x, y, x + side, y + side))
 
 
-def _paint(crops: Iterable[Crop]) -> Image.Image:
-    photos = {photo.name: photo for photo in PHOTOS}
+def paint(crops: Iterable[Crop]) -> Image.Image:
+    """The image of four crops, in the order of `PLACES`."""
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
     for crop, box in zip(crops, PLACES.values(), strict=True):
-        cell = load_photo(photos[crop.name].file).resize((CELL_SIZE, CELL_SIZE), Image.BILINEAR, box=crop.box)
+        cell = load_photo(_PHOTO_OF[crop.name].file).resize((CELL_SIZE, CELL_SIZE), Image.BILINEAR, box=crop.box)
         image.paste(cell, box[:2])
     return image
 
@@ -255,10 +260,9 @@ def _make_sample(index: int, seed: int, split: str) -> Sample:
     kind = CYCLE[index % len(CYCLE)]
     names, subject = _draw_names(kind, rng)
     response, answer = response_text(kind, subject, names)
-    photos = {photo.name: photo for photo in PHOTOS}
-    crops = tuple(_draw_crop(photos[name], split, rng) for name in names)
+    crops = tuple(draw_crop(name, split, rng) for name in names)
     return Sample(
-        image=_paint(crops),
+        image=paint(crops),
         question=question_text(kind, subject),
         response=response,
         answer=answer,
@@ -270,14 +274,23 @@ def _make_sample(index: int, seed: int, split: str) -> Sample:
     )
 
 
-def iter_samples(n: int, seed: int, split: str) -> Iterator[Sample]:
-    """`make_samples`, one at a time."""
+def check_request(n: int, seed: int, split: str) -> None:
+    """Refuse what no list of samples can be made of.
+
+    Raises:
+        ValueError: ``n`` < 1, ``seed`` < 0 or ``split`` not in `SPLITS`.
+    """
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}. Ask for one sample or more.")
     if seed < 0:
         raise ValueError(f"seed must not be negative; got {seed}. Use 0 or a positive number.")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}; got {split!r}. Held-out samples are split='test'.")
+
+
+def iter_samples(n: int, seed: int, split: str) -> Iterator[Sample]:
+    """`make_samples`, one at a time."""
+    check_request(n, seed, split)
     for index in range(n):
         yield _make_sample(index, seed, split)
 
@@ -289,7 +302,7 @@ def make_samples(n: int, seed: int, split: str) -> list[Sample]:
     need two seeds.
 
     Raises:
-        ValueError: ``n`` < 1, ``seed`` < 0 or ``split`` not in `SPLITS`.
+        ValueError: what `check_request` refuses.
         FileNotFoundError: a photograph is missing, see `load_photo`.
     """
     return list(iter_samples(n, seed, split))
@@ -308,31 +321,32 @@ def _write(path: str | Path, rows: list[dict]) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def make_sft_parquet(path: str | Path, n: int, seed: int, split: str = "train") -> None:
-    """Write ``n`` samples for verl's SFT trainer (`MultiTurnSFTDataset`): columns ``messages`` and ``images``."""
+def _user_turn(sample: Sample) -> dict:
+    return {"role": "user", "content": f"{'' if sample.image is None else '<image>'}{sample.question}"}
+
+
+def write_sft(path: str | Path, samples: Iterable[Sample]) -> None:
+    """Write samples for verl's SFT trainer (`MultiTurnSFTDataset`): columns ``messages`` and ``images``."""
     _write(
         path,
         [
             {
-                "messages": [
-                    {"role": "user", "content": f"<image>{sample.question}"},
-                    {"role": "assistant", "content": sample.response},
-                ],
-                "images": [{"bytes": _png(sample.image)}],
+                "messages": [_user_turn(sample), {"role": "assistant", "content": sample.response}],
+                "images": [] if sample.image is None else [{"bytes": _png(sample.image)}],
             }
-            for sample in iter_samples(n, seed, split)
+            for sample in samples
         ],
     )
 
 
-def make_rl_parquet(path: str | Path, n: int, seed: int, split: str = "train") -> None:
-    """Write ``n`` samples for verl's PPO trainer (`RLHFDataset`); ``extra_info`` holds kind, split and crops."""
+def write_rl(path: str | Path, samples: Iterable[Sample], data_source: str = DATA_SOURCE) -> None:
+    """Write samples for verl's PPO trainer (`RLHFDataset`); ``extra_info`` holds kind, split, crops and hint."""
     _write(
         path,
         [
             {
-                "data_source": DATA_SOURCE,
-                "prompt": [{"role": "user", "content": f"<image>{sample.question}"}],
+                "data_source": data_source,
+                "prompt": [_user_turn(sample)],
                 "images": [{"bytes": _png(sample.image)}],
                 "ability": "vision",
                 "reward_model": {"style": "rule", "ground_truth": sample.answer},
@@ -342,8 +356,19 @@ def make_rl_parquet(path: str | Path, n: int, seed: int, split: str = "train") -
                     "kind": sample.kind,
                     "question": sample.question,
                     "crops": [{"name": crop.name, "box": list(crop.box)} for crop in sample.crops],
+                    **({} if sample.hint is None else {"hint": sample.hint}),
                 },
             }
-            for sample in iter_samples(n, seed, split)
+            for sample in samples
         ],
     )
+
+
+def make_sft_parquet(path: str | Path, n: int, seed: int, split: str = "train") -> None:
+    """`write_sft` of `make_samples`."""
+    write_sft(path, iter_samples(n, seed, split))
+
+
+def make_rl_parquet(path: str | Path, n: int, seed: int, split: str = "train") -> None:
+    """`write_rl` of `make_samples`."""
+    write_rl(path, iter_samples(n, seed, split))

@@ -25,7 +25,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.demo import lazy_task, photo_grid
 
 # Qwen2.5-VL's own special tokens, in its own order.
 SPECIAL_TOKENS = (
@@ -178,7 +178,7 @@ def build_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
             f"overrides must be fields of TEXT_CONFIG, or of VISION_CONFIG under vision_config; got {unknown}. "
             "Take the names from the two tables."
         )
-    tokenizer = build_tokenizer(photo_grid.sentences())
+    tokenizer = build_tokenizer([*photo_grid.sentences(), *lazy_task.sentences()])
     text = dict(TEXT_CONFIG)
     vision = {**VISION_CONFIG, **overrides.pop("vision_config", {})}
     text.update(overrides)
