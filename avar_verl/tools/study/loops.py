@@ -21,15 +21,17 @@ from avar_verl.intervention.transformers_hook import generate as generate_under
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.model.corrupt import blank
 from avar_verl.model.freeze import freeze_vision
-from avar_verl.model.render import Rendered, render
+from avar_verl.model.render import PER_TOKEN, Rendered, render
 from avar_verl.model.roles import TokenRole
 from avar_verl.objectives.agto import agto_terms, mean_over_queries
 from avar_verl.objectives.dependency import mean_dependency, token_dependency
+from avar_verl.objectives.groups import group_normalize
 from avar_verl.objectives.vars import VISUAL_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
 from avar_verl.rewards.accuracy import extract_answer, grade_answer
-from avar_verl.tools.demo.lazy_task import looks
+from avar_verl.tools.demo import lazy_task, photo_grid
 from avar_verl.tools.demo.photo_grid import Sample
 from avar_verl.tools.rows import conversation
+from reward_fns import avar, visual_anchor
 
 EPSILON = 1e-6
 
@@ -157,13 +159,13 @@ def answer(
     samples: Sequence[Sample],
     prompts: Sequence[Rendered],
     max_new_tokens: int,
-    sample_tokens: bool = False,
+    sampled: bool = False,
     spec: str | None = None,
 ) -> Answered:
     """Greedy or sampled responses (temperature 1, the whole distribution) to one batch of prompts."""
     inputs = checkpoint.prompts(prompts)
-    settings = {"do_sample": sample_tokens, "max_new_tokens": max_new_tokens}
-    settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample_tokens else {}
+    settings = {"do_sample": sampled, "max_new_tokens": max_new_tokens}
+    settings |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
     settings["suppress_tokens"] = list(checkpoint.role_map.image_token_ids)
     if spec is None:
         ids_BS = checkpoint.model.generate(**inputs, **settings)
@@ -176,23 +178,20 @@ def answer(
     ]
     texts = checkpoint.processor.tokenizer.batch_decode(responses, skip_special_tokens=True)
     found = [extract_answer(text) for text in texts]
-    correct = [
-        one is not None and grade_answer(one, sample.answer) for one, sample in zip(found, samples, strict=True)
-    ]
+    correct = [one is not None and grade_answer(one, sample.answer) for one, sample in zip(found, samples, strict=True)]
     return Answered(
         batch_of(checkpoint, whole, [len(prompt.ids_S) for prompt in prompts]),
         texts,
         torch.tensor(correct),
-        torch.tensor([looks(text) for text in texts]),
+        torch.tensor([lazy_task.looks(text) for text in texts]),
     )
 
 
 @torch.no_grad()
 def dependency(checkpoint: Checkpoint, batch: Batch, logs_BS: torch.Tensor) -> torch.Tensor:
     """(B,) visual dependency of the responses, whose log-probabilities are `logs_BS`; the image is blanked."""
-    features = {key: value for key, value in batch.inputs.items()}
-    corrupted = {**batch.inputs, **blank(checkpoint.family, features)}
-    blank_BS = log_probs(checkpoint.model, corrupted)
+    features = {key: value for key, value in batch.inputs.items() if key not in PER_TOKEN}
+    blank_BS = log_probs(checkpoint.model, {**batch.inputs, **blank(features)})
     return mean_dependency(token_dependency(logs_BS, blank_BS), batch.response_BS)
 
 
@@ -209,19 +208,111 @@ def measured(checkpoint: Checkpoint, batch: Batch, query: TokenRole = TokenRole.
 
 # ---- reinforcement -------------------------------------------------------------------------------------------------
 
+# What r_visual can be, beside nothing: fields of the masses, visual dependency, or the anchors in the text.
+MASSES = ("ratio", "image_share", "image_mass")
+VISUAL = (*MASSES, "dependency", "visual_anchor")
+NORMALIZATIONS = ("sum_then_normalize", "normalize_then_sum", "no_std")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Grpo:
-    """Settings of GRPO: one update per batch of rollouts, no KL, no entropy bonus, vision tower and projector frozen."""
+    """GRPO with one update per batch of rollouts; no KL, no entropy bonus; vision tower and projector are frozen."""
 
     steps: int = 20
     prompts: int = 16
     rollouts: int = 8
     lr: float = 1e-4
     lambda_v: float = 0.3
-    statistic: str | None = None
-    """What r_visual is: one of VISUAL_FIELDS, `dependency`, `visual_anchor`; null for none."""
+    visual: str | None = None
+    """r_visual, one of VISUAL; null for accuracy and format alone."""
 
-    normalization: str = "group"
+    normalization: str = "sum_then_normalize"
+    """One of NORMALIZATIONS: the group's standard deviation of the summed reward (verl's), of each part, or none
+    (Dr.GRPO).
+    """
+
     max_new_tokens: int = 72
-    temperature: float = 1.0
+
+    def __post_init__(self):
+        for name, known in (("visual", (None, *VISUAL)), ("normalization", NORMALIZATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}. Name one.")
+
+
+def visual_statistic(
+    checkpoint: Checkpoint, rollouts: Answered, logs_BS: torch.Tensor, samples: Sequence[Sample], visual: str
+) -> torch.Tensor:
+    """(B,) the statistic `visual` of VISUAL, not gated; `logs_BS` are the log-probabilities of the rollouts."""
+    if visual == "visual_anchor":
+        info = {"image_sizes": [(photo_grid.IMAGE_SIZE,) * 2]}
+        pairs = zip(rollouts.texts, samples, strict=True)
+        return torch.tensor(
+            [
+                visual_anchor.compute_score(
+                    lazy_task.DATA_SOURCE, text, sample.answer, {**info, "prompt_text": sample.question}
+                )["anchor"]
+                for text, sample in pairs
+            ]
+        )
+    if visual == "dependency":
+        return dependency(checkpoint, rollouts.batch, logs_BS)
+    return measured(checkpoint, rollouts.batch)[0][:, VISUAL_FIELDS.index(visual)]
+
+
+def advantages(score_B: torch.Tensor, visual_B: torch.Tensor, group_B: torch.Tensor, settings: Grpo) -> torch.Tensor:
+    """(B,) advantage of every rollout from its score and its gated r_visual, without lambda_v."""
+    if settings.normalization == "normalize_then_sum":
+        return group_normalize(score_B, group_B) + settings.lambda_v * group_normalize(visual_B, group_B)
+    total_B = score_B + settings.lambda_v * visual_B
+    if settings.normalization == "sum_then_normalize":
+        return group_normalize(total_B, group_B)
+    sums_N = torch.zeros(int(group_B.max()) + 1).index_add_(0, group_B, total_B)
+    return total_B - (sums_N / group_B.bincount())[group_B]
+
+
+def grpo(checkpoint: Checkpoint, samples: Sequence[Sample], settings: Grpo, seed: int) -> Iterator[dict[str, float]]:
+    """Train on shuffled epochs of the prompts of `samples`; yields the means of every step.
+
+    Rollouts are sampled with torch's global generator, which is seeded here.
+    """
+    torch.manual_seed(seed)
+    model, rng = checkpoint.model, np.random.default_rng([seed, 3])
+    freeze_vision(model, model.config.model_type, tower=True, projector=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    prompts, order = [prompt_of(checkpoint, sample) for sample in samples], []
+    group_B = torch.arange(settings.prompts).repeat_interleave(settings.rollouts)
+    for _ in range(settings.steps):
+        if len(order) < settings.prompts:
+            order = list(rng.permutation(len(samples)))
+        chosen, order = order[: settings.prompts], order[settings.prompts :]
+        index = [one for one in chosen for _ in range(settings.rollouts)]
+        asked = [samples[one] for one in index]
+        rollouts = answer(checkpoint, asked, [prompts[one] for one in index], settings.max_new_tokens, sampled=True)
+        logs_BS = log_probs(model, rollouts.batch.inputs)
+        score_B = torch.tensor(
+            [
+                avar.compute_score(lazy_task.DATA_SOURCE, text, sample.answer)["score"]
+                for text, sample in zip(rollouts.texts, asked, strict=True)
+            ]
+        )
+        visual_B = torch.zeros_like(score_B)
+        if settings.visual is not None:
+            raw_B = visual_statistic(checkpoint, rollouts, logs_BS.detach(), asked, settings.visual)
+            visual_B = raw_B.where(rollouts.correct_B, 0.0).float()
+        advantage_B = advantages(score_B, visual_B, group_B, settings)
+        mask_BS = rollouts.batch.response_BS
+        # One update per batch: the ratio to the policy that sampled is 1, and nothing is clipped.
+        ratio_BS = torch.exp(logs_BS - logs_BS.detach())
+        loss = -(ratio_BS * advantage_B[:, None] * mask_BS).sum() / mask_BS.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield {
+            "accuracy": float(rollouts.correct_B.float().mean()),
+            "looks": float(rollouts.looks_B.float().mean()),
+            "visual": float(visual_B.mean()),
+            "tokens": float(mask_BS.sum(1).float().mean()),
+            "surprise": float(-(logs_BS.detach() * mask_BS).sum() / mask_BS.sum()),
+        }
