@@ -76,6 +76,18 @@ def standard_error(accuracy: float, n: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
+def wilson(accuracy: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `n` samples, in [0, 1]; unlike the standard error, not empty at 0 and 1.
+
+    >>> [round(end, 3) for end in wilson(0.0, 100)]
+    [0.0, 0.037]
+    """
+    z = 1.959964
+    center = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
 def group_accuracy(correct: Sequence[bool], groups: Sequence[str]) -> float:
     """Fraction of groups whose items are all right.
 

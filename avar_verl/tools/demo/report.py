@@ -38,18 +38,20 @@ from avar_verl.tools.figures import (
     svg,
 )
 from avar_verl.tools.report import data_uri, decode_image, duration_text, number_text, overlay, page, printable
-from avar_verl.tools.stats import standard_error
+from avar_verl.tools.stats import standard_error, wilson
 
-STAGES = ("base", "sft", "agto", "avar")
-STARTS_FROM = {"base": None, "sft": "base", "agto": "base", "avar": "agto"}
+STAGES = ("base", "sft", "agto", "grpo", "avar")
+STARTS_FROM = {"base": None, "sft": "base", "agto": "base", "grpo": "agto", "avar": "agto"}
+# What the first figure shows of a stage, in [0, 1].
+SHARES = {"accuracy": "unbiased hints", "accuracy_biased": "biased hints", "looks": "responses that look"}
 QUERIES = ("response", "user")
 BOUNDED_FIELDS = ("image_share", "image_mass", "system_mass")  # In [0, 1].
 STAGE_KEYS = (
-    *("name", "title", "seconds", "accuracy", "n_eval", "chance", "by_kind"),
+    *("name", "title", "seconds", "accuracy", "accuracy_biased", "looks", "n_eval", "chance"),
     *("vas", "heatmap", "samples", "guidance"),
 )
 
-STAGE_COLORS = {"base": GREY, "sft": BLUE, "agto": ORANGE, "avar": GREEN}
+STAGE_COLORS = {"base": GREY, "sft": BLUE, "agto": ORANGE, "grpo": VERMILION, "avar": GREEN}
 LONG_RESPONSE = 160  # Characters; a longer text without a closed reasoning block is folded away.
 
 
@@ -123,25 +125,24 @@ def compare(stage: dict, before: dict) -> str:
 
 def summary_text(stages: Sequence[dict], seconds: float) -> str:
     """The paragraph at the top, written from the numbers."""
-    base, sft, _, last = stages
-    pairs = list(zip(stages, stages[1:], strict=False))
+    by_name = {stage["name"]: stage for stage in stages}
+    base, control, last = by_name["base"], by_name["grpo"], by_name["avar"]
     out = [
-        f"{base['title']} answers {accuracy_text(base['accuracy'], base['n_eval'])} of {base['n_eval']} held-out "
-        f"questions right; guessing gives {100 * base['chance']:.1f}\u00a0%."
+        f"{base['n_eval']} held-out questions have hints that are right in 1 of 10: a lazy answer believes the hint, "
+        f"and guessing gives {100 * base['chance']:.1f}\u00a0%."
     ]
-    for before, stage in pairs:
+    for stage in stages[1:]:
         reached = accuracy_text(stage["accuracy"], stage["n_eval"])
-        out.append(f"{stage['title']} reaches {reached}, {compare(stage, before)}.")
-    out.append(f"{last['title']}, the end of the recipe, is {compare(last, sft)}.")
+        looks = f"{100 * stage['looks']:.0f}\u00a0% of its responses look at the image"
+        before = compare(stage, by_name[STARTS_FROM[stage["name"]]])
+        out.append(f"{stage['title']} answers {reached} right, {before}; {looks}.")
+    out.append(
+        f"{control['title']} and {last['title']} differ in the visual reward alone: {last['title']} is "
+        f"{compare(last, control)}."
+    )
     out.append("Clear means at least two standard errors of the difference.")
     shares = ", ".join(f"{stage['title']} {number_text(_share(stage))}" for stage in stages)
     out.append(f"Of the attention that response tokens give to the image or the system turn, the image gets: {shares}.")
-    for before, stage in pairs:
-        if _share(stage) > _share(before) and stage["accuracy"] < before["accuracy"]:
-            out.append(
-                f"{stage['title']} looks more at the image than {before['title']} and yet answers fewer questions "
-                "right."
-            )
     out.append(
         f"The run took {duration_text(seconds)}. One seed and a tiny model: compare the stages with one another, not "
         "with published numbers."
@@ -171,37 +172,37 @@ def split_response(response: str) -> tuple[str, str, str]:
 # ---- figures ---------------------------------------------------------------------------------------------------
 
 
-def accuracy_figure(stages: Sequence[dict]) -> Markup:
-    """Accuracy by kind of question and overall, one bar per stage."""
-    kinds = list(stages[0]["by_kind"])
-    width = 0.8 / len(stages)
-    with drawing(10.5, 3.1) as figure:
-        axes = figure.subplots(gridspec_kw={"left": 0.05, "right": 0.995, "bottom": 0.14, "top": 0.9})
-        alts = []
-        for index, stage in enumerate(stages):
-            parts = [(stage["by_kind"][kind]["accuracy"], stage["by_kind"][kind]["n"]) for kind in kinds]
-            parts.append((stage["accuracy"], stage["n_eval"]))
-            heights = [100 * accuracy for accuracy, _ in parts]
-            errors = [100 * standard_error(accuracy, n) for accuracy, n in parts]
-            x = np.arange(len(parts)) + (index - (len(stages) - 1) / 2) * width
-            color = STAGE_COLORS[stage["name"]]
-            axes.bar(x, heights, width * 0.92, color=color, label=stage["title"])
-            axes.errorbar(x, heights, errors, fmt="none", ecolor=BLACK, elinewidth=0.8, capsize=2)
-            for at, height, error in zip(x, heights, errors, strict=True):
-                axes.annotate(f"{height:.0f}", (at, height + error), (0, 2), textcoords="offset points", ha="center",
-                              fontsize=8)  # fmt: skip
-            alts.append(f"{stage['title']} " + ", ".join(f"{height:.0f}" for height in heights))
-        chance = 100 * stages[0]["chance"]
-        axes.hlines(chance, len(kinds) - 0.46, len(kinds) + 0.46, BLACK, "dashed", linewidth=1, label="chance (all)")
-        counts = [stages[0]["by_kind"][kind]["n"] for kind in kinds] + [stages[0]["n_eval"]]
-        names = [f"{name}\n(n = {n})" for name, n in zip([*kinds, "all"], counts, strict=True)]
-        axes.set_xticks(range(len(names)), names)
-        axes.set_ylim(0, 112)
-        axes.set_yticks(range(0, 101, 20))
-        axes.set_ylabel("right answers (%)")
-        axes.grid(axis="x", visible=False)
+def draw_shares(axes, stages: Sequence[dict]) -> list[str]:
+    """Bars of SHARES by stage, with Wilson's 95 % intervals; what they say in words."""
+    width, alts = 0.8 / len(stages), []
+    for index, stage in enumerate(stages):
+        values = [stage[key] for key in SHARES]
+        heights = [100 * value for value in values]
+        ends = np.array([wilson(value, stage["n_eval"]) for value in values]).T * 100
+        x = np.arange(len(SHARES)) + (index - (len(stages) - 1) / 2) * width
+        axes.bar(x, heights, width * 0.92, color=STAGE_COLORS[stage["name"]], label=stage["title"])
+        errors = np.abs(ends - np.array(heights))
+        axes.errorbar(x, heights, errors, fmt="none", ecolor=BLACK, elinewidth=0.8, capsize=2)
+        for at, height, end in zip(x, heights, ends[1], strict=True):
+            axes.annotate(f"{height:.0f}", (at, end), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+        alts.append(f"{stage['title']} " + ", ".join(f"{height:.0f}" for height in heights))
+    axes.hlines(100 * stages[0]["chance"], -0.46, 0.46, BLACK, "dashed", linewidth=1, label="guessing")
+    axes.set_xticks(range(len(SHARES)), list(SHARES.values()))
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("%")
+    axes.grid(axis="x", visible=False)
+    return alts
+
+
+def shares_figure(stages: Sequence[dict]) -> Markup:
+    """Right answers with unbiased and biased hints, and responses that look, one bar per stage."""
+    with drawing(10.5, 3.4) as figure:
+        axes = figure.subplots(gridspec_kw={"left": 0.05, "right": 0.995, "bottom": 0.1, "top": 0.9})
+        alts = draw_shares(axes, stages)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(stages) + 1)
-        return svg(figure, "kinds", f"Right answers in per cent for {', '.join(kinds)}, all: {'; '.join(alts)}.")
+        what = "Right answers with unbiased and biased hints, and responses that look, in per cent of"
+        return svg(figure, "shares", f"{what} {stages[0]['n_eval']}: {'; '.join(alts)}.")
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,12 @@ class Panel:
     log_scale: bool = False
 
 
+def _curves(stages: Sequence[str], key: str, suffix: str = "", style: str = "-") -> tuple[Curve, ...]:
+    return tuple(Curve(stage, key, f"{{{stage}}}{suffix}", STAGE_COLORS[stage], style) for stage in stages)
+
+
 def _both_cold_starts(key: str, suffix: str = "", style: str = "-") -> tuple[Curve, ...]:
-    return tuple(Curve(stage, key, f"{{{stage}}}{suffix}", STAGE_COLORS[stage], style) for stage in ("sft", "agto"))
+    return _curves(("sft", "agto"), key, suffix, style)
 
 
 COLD_START_PANELS = (
@@ -258,19 +263,14 @@ COLD_START_PANELS = (
 
 
 def _of_rollouts(title: str, about: str, key: str, log_scale: bool = False) -> Panel:
-    return Panel(title, about, (Curve("avar", key, title.lower(), STAGE_COLORS["avar"]),), log_scale)
+    return Panel(title, about, _curves(("grpo", "avar"), key), log_scale)
 
 
 GRPO_PANELS = (
-    Panel(
-        "Reward",
-        "Mean over rollouts; the score is the weighted sum that GRPO sees.",
-        (
-            Curve("avar", "critic/score/mean", "score", BLACK),
-            Curve("avar", "avar/reward/acc", "accuracy", BLUE),
-            Curve("avar", "avar/reward/format", "format", VERMILION, "--"),
-        ),
-    ),
+    _of_rollouts("Responses that look", "Share of rollouts, not paid.", "avar/reward/looks"),
+    _of_rollouts("Accuracy", "Of the rollouts; the hints of the prompts are always right.", "avar/reward/acc"),
+    _of_rollouts("Visual dependency", "Of response tokens on the image, in nats.", "avar/dependency"),
+    _of_rollouts("Response length", "Tokens, mean over rollouts.", "response_length/mean"),
     Panel(
         "Visual reward",
         "Raw, after gate and shaping, after lambda_v.",
@@ -282,7 +282,6 @@ GRPO_PANELS = (
     ),
     _of_rollouts("Image share", "Of the rollouts' response tokens.", "avar/image_share"),
     _of_rollouts("VAS of the rollouts", "Mean ratio as in the paper.", "avar/vas", log_scale=True),
-    _of_rollouts("Response length", "Tokens, mean over rollouts.", "response_length/mean"),
     _of_rollouts(
         "Rollout and actor agree",
         "Correlation of the probabilities of vLLM and of the actor.",
@@ -341,22 +340,22 @@ def heatmap_figure(stages: Sequence[dict], query: str) -> Markup:
 
 
 def picture(stages: Sequence[dict]) -> Figure:
-    """report.png: where each stage looks as it writes one answer, with accuracy and image share as bars below.
+    """report.png: right answers and looks by stage, and below it where each stage looks as it writes one answer.
 
-    The question is the first of those that most stages answer correctly.
+    The question is the first that the last stage answers correctly and the fewest others.
     """
-    counts = [sum(stage["samples"][index]["correct"] for stage in stages) for index in range(len(stages[0]["samples"]))]
-    shown = [stage["samples"][counts.index(max(counts))] for stage in stages]
+    samples = [stage["samples"] for stage in stages]
+    counts = [sum(of_stage[index]["correct"] for of_stage in samples[:-1]) for index in range(len(samples[0]))]
+    index = min(range(len(counts)), key=lambda one: (not samples[-1][one]["correct"], counts[one]))
+    shown = [of_stage[index] for of_stage in samples]
     image = decode_image(shown[0]["image"], "the sample of report.png")
-    values = [
-        [100 * stage["accuracy"] for stage in stages],
-        [stage["vas"]["response"]["image_share"] for stage in stages],
-    ]
-    with drawing(9, 5.2) as figure:
-        question = printable(shown[0]["question"])
-        figure.suptitle(f"Attention to the image while answering \u201c{question}\u201d", y=0.97)
+    with drawing(9, 5.6) as figure:
+        axes = figure.subplots(gridspec_kw={"left": 0.06, "right": 0.99, "bottom": 0.52, "top": 0.93})
+        draw_shares(axes, stages)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(stages) + 1)
+        figure.text(0.5, 0.4, f"\u201c{printable(shown[0]['question'])}\u201d", ha="center", fontsize=11)
         cells = figure.subplots(
-            1, len(stages) + 1, gridspec_kw={"left": 0.02, "right": 0.98, "bottom": 0.54, "top": 0.84}
+            1, len(stages) + 1, gridspec_kw={"left": 0.02, "right": 0.98, "bottom": 0.02, "top": 0.3}
         )
         cells[0].set_title("the image")
         cells[0].imshow(image)
@@ -367,22 +366,6 @@ def picture(stages: Sequence[dict]) -> Figure:
             axes.set_title(f"{stage['title']}\n" + (f"\u201c{answer}\u201d" if answer else "no answer"))
         for axes in cells:
             axes.set_axis_off()
-        bars = figure.subplots(
-            1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.07, "top": 0.46, "wspace": 0.2}
-        )
-        for axes, heights, name, form in zip(
-            bars, values, ("correct answers (%)", "image share"), ("{:.1f}", "{:.2f}"), strict=True
-        ):
-            drawn = axes.bar(
-                [stage["title"] for stage in stages], heights, color=[STAGE_COLORS[stage["name"]] for stage in stages]
-            )
-            axes.bar_label(drawn, [form.format(height) for height in heights], padding=2)
-            axes.set_title(name)
-            axes.grid(axis="x", visible=False)
-        bars[0].axhline(100 * stages[0]["chance"], color=BLACK, linestyle="dashed", linewidth=1, label="guessing")
-        bars[0].set_ylim(0, 100)
-        bars[1].set_ylim(0, 1)
-        bars[0].legend(loc="upper left")
     return figure
 
 
@@ -403,10 +386,10 @@ def stage_rows(stages: Sequence[dict]) -> list[dict]:
             {
                 "title": stage["title"],
                 "color": STAGE_COLORS[stage["name"]],
-                "starts_from": titles.get(STARTS_FROM[stage["name"]], "random weights"),
+                "starts_from": titles.get(STARTS_FROM[stage["name"]], "random weights, on captions"),
                 "accuracy": accuracy_text(stage["accuracy"], stage["n_eval"]),
-                "n_eval": stage["n_eval"],
-                "chance": f"{100 * stage['chance']:.1f} %",
+                "accuracy_biased": accuracy_text(stage["accuracy_biased"], stage["n_eval"]),
+                "looks": f"{100 * stage['looks']:.1f} %",
                 "seconds": duration_text(stage["seconds"]),
                 "parts": parts,
             }
@@ -482,6 +465,8 @@ def report_dict(stages: Sequence[dict], seconds: float, versions: Mapping[str, s
                 "vas_response": finite_or_none(response["vas"]),
                 "image_share_response": finite_or_none(response["image_share"]),
                 "accuracy": float(stage["accuracy"]),
+                "accuracy_biased": float(stage["accuracy_biased"]),
+                "looks": float(stage["looks"]),
                 "n_eval": stage["n_eval"],
                 "accuracy_standard_error": standard_error(stage["accuracy"], stage["n_eval"]),
                 "image_share_user": finite_or_none(user["image_share"]),
@@ -521,7 +506,7 @@ def report_page(run_dir: Path, stages: Sequence[dict], seconds: float, versions:
         summary=summary_text(stages, seconds),
         stage_rows=stage_rows(stages),
         skipped=skipped_note(stages),
-        accuracy_svg=accuracy_figure(stages),
+        shares_svg=shares_figure(stages),
         cold_start=cold_start,
         grpo=grpo,
         curve_notes=notes + cold_start_notes + grpo_notes,

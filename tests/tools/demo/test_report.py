@@ -18,16 +18,17 @@ import pytest
 from avar_verl.tools import figures
 from avar_verl.tools.demo import photo_grid, report
 
-TITLES = {"base": "Base", "sft": "SFT", "agto": "AGTO SFT", "avar": "GRPO+VARS"}
-ACCURACY = {"base": 0.0, "sft": 0.625, "agto": 0.5, "avar": 0.5417}
+TITLES = {"base": "Base", "sft": "SFT", "agto": "AGTO SFT", "grpo": "GRPO", "avar": "GRPO+VARS"}
+ACCURACY = {"base": 0.0, "sft": 0.625, "agto": 0.5, "grpo": 0.125, "avar": 0.5417}
 VERSIONS = {"avar-verl": "0.1.0", "verl": "0.9.1", "torch": "2.11.0"}
 GUIDANCE = {
     "base": None,
     "sft": {"alpha": 0.0, "beta": 0.0, "query_role": "response"},
     "agto": {"alpha": 0.02, "beta": 0.0, "query_role": "response", "image_target": 0.4},
-    "avar": {"lambda_v": 0.3, "statistic": "image_share"},
+    "grpo": {"lambda_v": 0.0},
+    "avar": {"lambda_v": 0.3, "statistic": "dependency"},
 }
-SECTIONS = ("summary", "stages", "kinds", "curves", "heatmaps", "samples", "settings")
+SECTIONS = ("summary", "shares", "stages", "curves", "heatmaps", "samples", "settings")
 
 
 # ---- a made-up run ---------------------------------------------------------------------------------------------
@@ -90,19 +91,17 @@ def fake_sample(stage: str, index: int, rng: np.random.Generator) -> dict:
 
 def fake_stage(name: str) -> dict:
     rng = np.random.default_rng(list(TITLES).index(name))
-    share = {"base": 0.5, "sft": 0.55, "agto": 0.75, "avar": 0.8}[name]
+    share = {"base": 0.5, "sft": 0.55, "agto": 0.75, "grpo": 0.75, "avar": 0.8}[name]
     measured = {query: fake_vas(share, rng) for query in ("user", "response")}
     return {
         "name": name,
         "title": TITLES[name],
-        "seconds": {"base": 0.0, "sft": 251.3, "agto": 268.9, "avar": 402.0}[name],
+        "seconds": {"base": 0.0, "sft": 251.3, "agto": 268.9, "grpo": 398.0, "avar": 402.0}[name],
         "accuracy": ACCURACY[name],
+        "accuracy_biased": 0.9 - ACCURACY[name] / 10,
+        "looks": ACCURACY[name] * 0.9,
         "n_eval": 240,
-        "chance": 0.1917,
-        "by_kind": {
-            kind: {"accuracy": float(np.clip(ACCURACY[name] * factor, 0, 1)), "n": 60}
-            for kind, factor in zip(photo_grid.KINDS, (1.4, 1.1, 0.9, 0.6), strict=True)
-        },
+        "chance": 0.1,
         "vas": {query: summary for query, (summary, _) in measured.items()},
         "heatmap": {query: heatmap for query, (_, heatmap) in measured.items()},
         "samples": [fake_sample(name, index, rng) for index in range(6)],
@@ -141,9 +140,9 @@ def fake_grpo_log() -> list[dict]:
     for step in range(1, 25):
         accuracy, share = 0.45 + 0.006 * step + 0.04 * rng.normal(), 0.75 + 0.002 * step + 0.01 * rng.normal()
         data = {
-            "critic/score/mean": accuracy + 0.1 + 0.3 * accuracy * share,
             "avar/reward/acc": accuracy,
-            "avar/reward/format": 0.98,
+            "avar/reward/looks": accuracy * 0.9,
+            "avar/dependency": 0.1 + 0.01 * step,
             "avar/r_visual/raw": share,
             "avar/r_visual/gated": accuracy * share,
             "avar/r_visual/weighted": 0.3 * accuracy * share,
@@ -162,7 +161,7 @@ def build_run(folder: Path) -> Path:
         (folder / name).mkdir(parents=True)
     for name in TITLES:
         (folder / "stages" / f"{name}.json").write_text(json.dumps(fake_stage(name)))
-    logs = {"sft": fake_sft_log(False), "agto": fake_sft_log(True), "avar": fake_grpo_log()}
+    logs = {"sft": fake_sft_log(False), "agto": fake_sft_log(True), "grpo": fake_grpo_log(), "avar": fake_grpo_log()}
     for name, records in logs.items():
         write_log(folder, name, records)
     settings = {"seed": 0, "sft_steps": 280, "sft_lr": 2e-3, "grpo_steps": 24, "agto": GUIDANCE["agto"]}
@@ -236,14 +235,14 @@ def test_report_json_holds_the_numbers_of_the_stages(pristine):
     found = json.loads((pristine / "report.json").read_text())
     assert found["seconds"] == 1234.5
     assert found["versions"] == VERSIONS
-    assert found["chance"] == 0.1917
-    assert [stage["name"] for stage in found["stages"]] == ["base", "sft", "agto", "avar"]
+    assert found["chance"] == 0.1
+    assert [stage["name"] for stage in found["stages"]] == ["base", "sft", "agto", "grpo", "avar"]
     for stage in found["stages"]:
         measured = json.loads((pristine / "stages" / f"{stage['name']}.json").read_text())
         assert stage["vas_user"] == measured["vas"]["user"]["vas"]
         assert stage["vas_response"] == measured["vas"]["response"]["vas"]
         assert stage["image_share_response"] == measured["vas"]["response"]["image_share"]
-        assert stage["accuracy"] == measured["accuracy"]
+        assert [stage[key] for key in report.SHARES] == [measured[key] for key in report.SHARES]
         assert stage["n_eval"] == 240
 
 
@@ -282,17 +281,17 @@ def test_large_heat_map_has_no_numbers(pristine):
 # ---- report.png ------------------------------------------------------------------------------------------------
 
 
-def test_picture_shows_a_question_that_most_stages_answer(pristine):
+def test_picture_shows_a_question_that_the_last_stage_answers_and_few_others(pristine):
     stages = report.read_stages(pristine)
     figure = report.picture(stages)
-    correct = [sum(stage["samples"][index]["correct"] for stage in stages) for index in range(6)]
-    best = stages[0]["samples"][correct.index(max(correct))]
-    assert best["question"] in figure.get_suptitle()
-    cells = [axes.get_title() for axes in figure.axes[1:5]]
-    assert cells[0] == "Base\nno answer" and cells[3].endswith(f"\u201c{best['answer']}\u201d")
-    accuracy, share = figure.axes[5:]
-    assert [bar.get_height() for bar in accuracy.patches] == [100 * stage["accuracy"] for stage in stages]
-    assert [bar.get_height() for bar in share.patches] == [stage["vas"]["response"]["image_share"] for stage in stages]
+    right = [index for index in range(6) if stages[-1]["samples"][index]["correct"]]
+    counts = {index: sum(stage["samples"][index]["correct"] for stage in stages) for index in right}
+    best = stages[0]["samples"][min(right, key=counts.get)]
+    assert best["question"] in figure.texts[0].get_text()
+    cells = [axes.get_title() for axes in figure.axes[2:]]
+    assert cells[0] == "Base\nno answer" and cells[4].endswith(f"\u201c{best['answer']}\u201d")
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == [100 * stage[key] for stage in stages for key in report.SHARES]
     assert (pristine / "report.png").stat().st_size > 10_000
 
 
@@ -345,12 +344,13 @@ def test_size_is_bounded(page):
 # ---- report.html: parts ----------------------------------------------------------------------------------------
 
 
-def test_summary_says_that_a_stage_got_worse(pristine):
+def test_summary_compares_each_stage_with_its_start_and_the_last_one_with_its_control(pristine):
     seen = page_text(pristine)
-    assert "AGTO SFT reaches 50.0 \u00b1 3.2 %, clearly worse than SFT (-12.5 points)." in seen
-    assert "AGTO SFT looks more at the image than SFT and yet answers fewer questions right." in seen
-    assert "GRPO+VARS reaches 54.2 \u00b1 3.2 %, better than AGTO SFT, but not clearly so (+4.2 points)." in seen
-    assert "GRPO+VARS, the end of the recipe, is worse than SFT, but not clearly so (-8.3 points)." in seen
+    start = "AGTO SFT answers 50.0 \u00b1 3.2 % right, clearly worse than Base"
+    assert start not in seen and "AGTO SFT answers 50.0 \u00b1 3.2 % right, clearly better than Base" in seen
+    assert "GRPO answers 12.5 \u00b1 2.1 % right, clearly worse than AGTO SFT (-37.5 points); 11 % of its" in seen
+    assert "GRPO+VARS answers 54.2 \u00b1 3.2 % right, better than AGTO SFT, but not clearly so (+4.2 points)" in seen
+    assert "GRPO+VARS is clearly better than GRPO (+41.7 points)." in seen
 
 
 @pytest.mark.parametrize(
@@ -376,11 +376,14 @@ def test_standard_error_of_accuracy():
 
 def test_table_names_bands_and_start_of_every_stage(pristine):
     rows = report.stage_rows(report.read_stages(pristine))
-    assert [row["starts_from"] for row in rows] == ["random weights", "Base", "Base", "AGTO SFT"]
+    assert [row["starts_from"] for row in rows] == [
+        *("random weights, on captions", "Base", "Base"),
+        *("AGTO SFT", "AGTO SFT"),
+    ]
     assert [part["query"] for part in rows[0]["parts"]] == ["response", "user"]
     assert rows[2]["accuracy"] == "50.0\u00a0\u00b1\u00a03.2\u00a0%"
-    assert rows[3]["seconds"] == "6 min 42 s"
-    assert rows[3]["parts"][0]["band"] == "panoramic"
+    assert rows[4]["seconds"] == "6 min 42 s"
+    assert rows[4]["parts"][0]["band"] == "panoramic"
 
 
 def test_skipped_samples_are_counted(pristine):
@@ -413,7 +416,7 @@ def test_split_response(response, expected):
 def test_settings_and_versions_are_shown(pristine):
     seen = page_text(pristine)
     assert "AGTO SFT image_target 0.4" in seen
-    assert "GRPO+VARS statistic image_share" in seen
+    assert "GRPO+VARS statistic dependency" in seen
     assert "demo sft_steps 280" in seen
     assert "verl 0.9.1" in seen
 
@@ -436,10 +439,11 @@ def drop(records: list[dict], *keys: str) -> list[dict]:
 
 def test_missing_curve_leaves_its_panel_out_and_says_so(run_dir, no_figures):
     write_log(run_dir, "avar", drop(fake_grpo_log(), "response_length/mean", "avar/r_visual/gated"))
+    write_log(run_dir, "grpo", drop(fake_grpo_log(), "response_length/mean"))
     (run_dir / "logs" / "sft.jsonl").unlink()
     report.write_report(run_dir, 1.0, VERSIONS)
     seen = page_text(run_dir)
-    assert "Response length: left out, no finite value of response_length/mean in logs/avar.jsonl." in seen
+    assert "Response length: left out, no finite value of response_length/mean in logs/grpo.jsonl or " in seen
     assert "Tokens, mean over rollouts." not in seen
     assert "Visual reward: drawn without a curve, no finite value of avar/r_visual/gated in logs/avar.jsonl." in seen
     assert "logs/sft.jsonl does not exist." in seen

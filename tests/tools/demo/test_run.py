@@ -38,7 +38,7 @@ def test_a_stage_that_fails_ends_the_others_and_shows_its_log(tmp_path):
 
 def test_a_folder_holds_one_run(tmp_path):
     Demo(tmp_path, DemoSettings())
-    assert json.loads((tmp_path / "settings.json").read_text())["sft_steps"] == 320
+    assert json.loads((tmp_path / "settings.json").read_text())["sft_steps"] == 200
     Demo(tmp_path, DemoSettings())
-    with pytest.raises(ValueError, match="other settings; got sft_steps: 320 there, 7 now"):
+    with pytest.raises(ValueError, match="other settings; got sft_steps: 200 there, 7 now"):
         Demo(tmp_path, DemoSettings(sft_steps=7))
