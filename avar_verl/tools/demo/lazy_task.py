@@ -92,6 +92,7 @@ def looks(response: str) -> bool:
 def sentences() -> Iterator[str]:
     """Text that contains every word of the task that the photo grid does not have."""
     yield CAPTION
+    yield f". {photo_grid.question_text('what', 'top left')}"  # In text rows, a word with a space before it.
     for name in NAMES:
         yield from (f"show? {hint(name)}", lazy_response(name))
 
