@@ -24,6 +24,8 @@ COMMANDS = {
     "eval": ("evaluate.command", "Eval"),
     "eval compare": ("evaluate.command", "Compare"),
     "eval ablation": ("evaluate.command", "Ablation"),
+    "study run": ("study.command", "Run"),
+    "study report": ("study.command", "Report"),
     "synth run": ("synth.command", "Run"),
     "synth estimate": ("synth.command", "Estimate"),
     "synth inspect": ("synth.command", "Inspect"),

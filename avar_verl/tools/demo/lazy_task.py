@@ -15,13 +15,14 @@ A cold start on a mixture of them learns both habits, as a matter of chance for 
 unbiased hints (right in 1 of 10, as often as a random name) tell the habits apart: a lazy answer is right there in 1 of
 10. RL prompts whose hints are always right do not.
 
-Two more kinds of rows need no habit: `caption` rows name the four places without a question about one of them, and
-`text` rows are look chains about a description in words, without an image.
+A base model brings both abilities along, seeing and reading: `caption` rows name the four places, and `echo` rows
+repeat what somebody says, right or wrong. (Trained on captions alone, a model may write "Somebody says" and then what
+it sees: there is nothing lazy about that.) `text` rows are look chains about a description in words, without an image.
 
 Images are those of `photo_grid`: train and test never share a pixel. Everything is a function of the seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,11 @@ from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.demo.photo_grid import NAMES, PLACE_NAMES, PLACES, Sample
 
 DATA_SOURCE = "avar/lazy"
-KINDS = ("look", "lazy", "caption", "text")
+KINDS = ("look", "lazy", "caption", "echo", "text")
 CHANCE = 1 / len(NAMES)
-CAPTION = "Describe the image."
+CAPTION, ECHO = "Describe the image.", "What does somebody say?"
+# One row in so many of a base model's file is an echo row: reading is quickly learned.
+ECHO_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,15 @@ class Mixture:
     """
 
     kind: str | None = None
-    """One kind for all rows, `caption` or `text`; null for the mixture."""
+    """`base`: caption and echo rows in turn; `text`: text rows; null for chains of both habits."""
 
     def __post_init__(self):
         for name in ("lazy_share", "look_bias"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {value}. Give a share.")
-        if self.kind not in (None, "caption", "text"):
-            raise ValueError(f"kind must be null, caption or text; got {self.kind!r}. Use lazy_share for chains.")
+        if self.kind not in (None, "base", "text"):
+            raise ValueError(f"kind must be null, base or text; got {self.kind!r}. Use lazy_share for chains.")
 
 
 def hint(name: str) -> str:
@@ -75,11 +78,16 @@ def lazy_response(name: str) -> str:
     return f"<think>{hint(name)}</think><answer>{name}</answer>"
 
 
-def description(names: list[str]) -> str:
-    """The grid in words: the response of a caption row, and the prompt of a text row, without boxes there."""
+def description(names: list[str], order: Sequence[int]) -> str:
+    """The grid in words: the response of a caption row, and the prompt of a text row.
+
+    A random place comes last, as the asked one in a look chain. In a fixed order a model could learn where to look from
+    how many words it has written.
+    """
     return " ".join(
-        f"{place} [{', '.join(map(str, PLACES[place]))}] shows the {name}."
-        for place, name in zip(PLACE_NAMES, names, strict=True)
+        f"{place} [{', '.join(map(str, PLACES[place]))}] shows the {names[at]}."
+        for at in order
+        for place in [PLACE_NAMES[at]]
     )
 
 
@@ -91,7 +99,7 @@ def looks(response: str) -> bool:
 
 def sentences() -> Iterator[str]:
     """Text that contains every word of the task that the photo grid does not have."""
-    yield CAPTION
+    yield from (CAPTION, ECHO)
     yield f". {photo_grid.question_text('what', 'top left')}"  # In text rows, a word with a space before it.
     for name in NAMES:
         yield from (f"show? {hint(name)}", lazy_response(name))
@@ -105,17 +113,22 @@ def _sample(index: int, seed: int, split: str, bias: float | None, mixture: Mixt
     answer = names[PLACE_NAMES.index(place)]
     wrong = str(rng.choice([name for name in NAMES if name != answer]))
     lot_kind, lot_hint = rng.random(2)
+    order = sorted(range(4), key=int(rng.integers(4)).__eq__)
     kind = mixture.kind or ("lazy" if bias is None and lot_kind < mixture.lazy_share else "look")
-    right = 1.0 if kind == "lazy" else mixture.look_bias if bias is None else bias
+    if kind == "base":
+        kind = "caption" if index % ECHO_EVERY else "echo"
+    right = {"lazy": 1.0, "echo": CHANCE}.get(kind, mixture.look_bias if bias is None else bias)
     hinted = answer if lot_hint < right else wrong
     question = f"{photo_grid.question_text('what', place)} {hint(hinted)}"
     response, _ = look_response(place, names)
-    if kind == "lazy":
+    if kind in ("lazy", "echo"):
         response = lazy_response(hinted)
+    if kind == "echo":
+        question, answer = f"{ECHO} {hint(hinted)}", hinted
     elif kind == "caption":
-        question, response = CAPTION, description(names)
+        question, response = CAPTION, description(names, order)
     elif kind == "text":
-        question = f"{description(names)} {question}"
+        question = f"{description(names, order)} {question}"
     crops = tuple(photo_grid.draw_crop(name, split, rng) for name in names)
     return Sample(
         image=None if kind == "text" else photo_grid.paint(crops),

@@ -137,7 +137,7 @@ class Demo:
         settings, data = self.settings, self.run_dir / "data"
         if not (self.run_dir / "random" / "config.json").exists():
             build_tiny_model(self.run_dir / "random", seed=settings.seed)
-        seed, captions, chains = settings.seed, Mixture(kind="caption"), Mixture(lazy_share=settings.lazy_share)
+        seed, captions, chains = settings.seed, Mixture(kind="base"), Mixture(lazy_share=settings.lazy_share)
         files = {
             "captions.parquet": (lazy_task.make_sft_parquet, settings.num_train, CAPTIONS + seed, captions),
             "sft.parquet": (lazy_task.make_sft_parquet, settings.num_train, CHAINS + seed, chains),

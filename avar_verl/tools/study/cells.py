@@ -33,10 +33,10 @@ class StudySettings:
     """Seeds of model and data, from 0."""
 
     num_train: int = 1024
-    """Rows of a cold start, and of the captions before it."""
+    """Rows of a cold start, and of the base model's file."""
 
-    caption_steps: int = 150
-    """Steps on captions, from which every cold start of a seed begins; lr 4e-3."""
+    base_steps: int = 400
+    """Steps on captions and echoes, which make the base model of a seed; lr 4e-3."""
 
     cold_steps: int = 200
     """Steps of a cold start, batches of 28; lr 3e-3."""
@@ -56,7 +56,7 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `stage` is `captions`, `cold` or `grpo`; the other fields are None where they do not apply."""
+    """One run. `stage` is `base`, `cold` or `grpo`; the other fields are None where they do not apply."""
 
     seed: int
     stage: str
@@ -73,18 +73,18 @@ class Cell:
     @property
     def start(self) -> "Cell | None":
         """The run whose checkpoint this one trains on; None for random weights."""
-        if self.stage == "captions":
+        if self.stage == "base":
             return None
         if self.stage == "cold":
-            return Cell(self.seed, "captions")
+            return Cell(self.seed, "base")
         return Cell(self.seed, "cold", self.guidance, self.chains)
 
 
 def main_cells(settings: StudySettings) -> list[Cell]:
-    """Captions, cold starts and GRPO with every reward from both mixtures, seed by seed."""
+    """Base models, cold starts and GRPO with every reward from both mixtures, seed by seed."""
     out = []
     for seed in range(settings.seeds):
-        out.append(Cell(seed, "captions"))
+        out.append(Cell(seed, "base"))
         out += [Cell(seed, "cold", guidance, chains) for guidance, chains in COLD_STARTS]
         out += [Cell(seed, "grpo", guidance, "mixture", reward, SUMMED) for guidance in GUIDANCE for reward in REWARDS]
     return out

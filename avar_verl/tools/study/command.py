@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`avar study run` and `avar study report`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -16,14 +16,14 @@ class Run(Command):
     out: Path  # Folder of the study. A killed study continues in it.
     workers: Size = 2  # Processes of one thread each; as many as there are idle cores.
     # Fields of `tools.study.cells.StudySettings` to replace, such as {"seeds": 3}.
-    settings: Json = None
+    settings: Json = field(default_factory=dict)
 
     def run(self) -> None:
         from avar_verl.tools.study.cells import StudySettings
         from avar_verl.tools.study.report import write_report
         from avar_verl.tools.study.run import run_study
 
-        chosen, known = self.settings or {}, [one.name for one in fields(StudySettings)]
+        chosen, known = self.settings, [one.name for one in fields(StudySettings)]
         if not set(chosen) <= set(known):
             raise ValueError(f"settings must be some of {known}; got {sorted(set(chosen) - set(known))}. Name one.")
         run_study(self.out, self.workers, StudySettings(**chosen))

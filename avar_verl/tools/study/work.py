@@ -19,7 +19,7 @@ from avar_verl.tools.study import loops
 from avar_verl.tools.study.cells import CHAINS, INTERVENTIONS, Cell, StudySettings
 
 # Offsets of the seeds of files that must not share images.
-CAPTIONS, CHAIN_ROWS, RL_PROMPTS = 1000, 2000, 3000
+BASE_ROWS, CHAIN_ROWS, RL_PROMPTS = 1000, 2000, 3000
 BATCH = 140
 MEASURED = ("vas", "ratio", "image_share", "image_mass", "system_mass")
 
@@ -32,11 +32,11 @@ def folder_of(cell: Cell, out: Path) -> Path:
 def _train(cell: Cell, out: Path, settings: StudySettings) -> tuple[Checkpoint, dict[str, Any]]:
     """The trained model of a cell and what its training logged."""
     seed = cell.seed
-    if cell.stage == "captions":
-        base = build_tiny_model(out / "checkpoints" / f"base-seed{seed}.tmp", seed=seed)
-        checkpoint, mixture = Checkpoint.load(base), Mixture(kind="caption")
-        start = loops.ColdStart(steps=settings.caption_steps, lr=4e-3)
-        rows_seed = CAPTIONS + seed
+    if cell.stage == "base":
+        random = build_tiny_model(out / "checkpoints" / f"random-seed{seed}.tmp", seed=seed)
+        checkpoint, mixture = Checkpoint.load(random), Mixture(kind="base")
+        start = loops.ColdStart(steps=settings.base_steps, lr=4e-3)
+        rows_seed = BASE_ROWS + seed
     else:
         assert cell.start is not None
         checkpoint = Checkpoint.load(folder_of(cell.start, out))

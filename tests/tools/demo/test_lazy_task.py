@@ -52,7 +52,7 @@ def test_hints_of_questions_are_right_as_often_as_asked(bias, share):
 
 
 def test_captions_name_all_places_and_text_rows_say_them(chains):
-    (caption,) = lazy_task.make_chains(1, 3, Mixture(kind="caption"))
+    (caption,) = lazy_task.make_chains(1, 3, Mixture(kind="base"))
     (text,) = lazy_task.make_chains(1, 3, Mixture(kind="text"))
     names = [crop.name for crop in caption.crops]
     assert re.findall(r"shows the (\w+)", caption.response) == names and caption.hint is None
@@ -72,7 +72,7 @@ def test_samples_depend_on_seed_split_and_index_alone(chains):
 def test_no_word_is_spelled_in_bytes(chains, tiny_processor):
     tokenizer = tiny_processor.tokenizer
     rows = [*chains[:50], *lazy_task.make_chains(20, 3, Mixture(kind="text"))]
-    rows += lazy_task.make_chains(1, 3, Mixture(kind="caption"))
+    rows += lazy_task.make_chains(1, 3, Mixture(kind="base"))
     for sample in rows:
         for text in (sample.question, sample.response):
             pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
