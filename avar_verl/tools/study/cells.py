@@ -35,7 +35,7 @@ class StudySettings:
     num_train: int = 1024
     """Rows of a cold start, and of the base model's file."""
 
-    base_steps: int = 400
+    base_steps: int = 300
     """Steps on captions and echoes, which make the base model of a seed; lr 4e-3."""
 
     cold_steps: int = 200
