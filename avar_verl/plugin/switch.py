@@ -34,6 +34,8 @@ PATCHES = (
     ("compat.verl.rollout_features:apply", "verl.experimental.agent_loop.agent_loop"),
     ("compat.verl.packed_attention:apply", "verl.models.transformers.qwen2_vl"),
     ("compat.verl.metrics:apply", "verl.workers.engine_workers"),
+    ("compat.verl.weight_socket:apply_sender", "verl.workers.rollout.vllm_rollout.vllm_rollout"),
+    ("compat.verl.weight_socket:apply_receiver", "verl.workers.rollout.vllm_rollout.utils"),
     ("engine.fsdp:register_engine", "verl.workers.engine"),
 )
 _is_on = False

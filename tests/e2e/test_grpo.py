@@ -33,8 +33,6 @@ def killed_and_resumed(tmp_path_factory, tiny_model_path):
     before = launch.run_and_kill(command, work, "killed", after_step=2)
     parts = f"{{acc:{{weight:1.0,function:'{work / 'reward.py'}:compute_score'}},anchor:{{weight:0.3}}}}"
     composed = [
-        # One rank of an engine needs no process of its own.
-        "+actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=uni",
         "reward.custom_reward_function.path=pkg://reward_fns.compose",
         f"+reward.custom_reward_function.reward_kwargs.parts={parts}",
         "trainer.test_freq=3",

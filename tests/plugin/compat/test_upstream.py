@@ -21,7 +21,7 @@ from avar_verl.plugin.compat.cpu import detect, process_group
 from avar_verl.plugin.compat.cpu import flash as cpu_flash
 from avar_verl.plugin.compat.cpu import platform as cpu_platform
 from avar_verl.plugin.compat.cpu import vllm as vllm_cpu
-from avar_verl.plugin.compat.verl import metrics, packed_attention, position_ids, text_only
+from avar_verl.plugin.compat.verl import metrics, packed_attention, position_ids, text_only, weight_socket
 
 SITE = Path(importlib.metadata.distribution("verl").locate_file("verl"))
 needs_cpu_build = pytest.mark.skipif(detect.cpu_vllm_version() is None, reason="vLLM's CPU build is not installed")
@@ -111,6 +111,20 @@ def maybe_fix_3d_position_ids(data: TensorDict):
             "final_metrics = allgather_dict_into_dict(data=metrics, group=dp_group)",
             1,
         ),
+        # compat.verl.weight_socket
+        (
+            "workers/rollout/vllm_rollout/vllm_rollout.py",
+            "ServerAdapter.__init__",
+            'self.zmq_handle = f"ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{self.replica_rank}-rank-{local_rank}.sock"',
+            1,
+        ),
+        (
+            "workers/rollout/vllm_rollout/utils.py",
+            "vLLMColocateWorkerExtension._get_zmq_handle",
+            'return f"ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{replica_rank}-rank-{trainer_rank}.sock"',
+            1,
+        ),
+        ("workers/rollout/vllm_rollout/utils.py", None, "zmq_handle=self._get_zmq_handle()", 1),
         # compat.verl.text_only
         (
             "models/transformers/qwen2_vl.py",
@@ -316,6 +330,32 @@ def test_the_fix_takes_the_place_of_the_stock_function():
     module = SimpleNamespace(maybe_fix_3d_position_ids=None)
     position_ids.apply(module)
     assert module.maybe_fix_3d_position_ids is position_ids.fix_3d_position_ids
+
+
+# ---- compat.verl.weight_socket --------------------------------------------------------------------------------------
+
+
+def ends(monkeypatch, raylet: str) -> tuple[str, str]:
+    """The socket of the actor and that of the vLLM worker, in a job 01000000 of the Ray with this raylet."""
+
+    class ServerAdapter:
+        def __init__(self):
+            self.zmq_handle = "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-1.sock"
+
+    class Extension:
+        def _get_zmq_handle(self):
+            return "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-1.sock"
+
+    weight_socket.apply_sender(SimpleNamespace(ServerAdapter=ServerAdapter))
+    weight_socket.apply_receiver(SimpleNamespace(vLLMColocateWorkerExtension=Extension))
+    monkeypatch.setenv(weight_socket.RAYLET, raylet)
+    return ServerAdapter().zmq_handle, Extension()._get_zmq_handle()
+
+
+def test_the_socket_of_weights_belongs_to_one_ray(monkeypatch):
+    sender, receiver = ends(monkeypatch, "123")
+    assert sender == receiver == "ipc:///tmp/rl-colocate-zmq-123-01000000-replica-0-rank-1.sock"
+    assert ends(monkeypatch, "124")[0] != sender
 
 
 # ---- compat.cpu.process_group ---------------------------------------------------------------------------------------
