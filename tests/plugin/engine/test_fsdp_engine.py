@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.model.corrupt import blank
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import Rendered, collate
 from avar_verl.objectives.vars import MASS_FIELDS, VISUAL_FIELDS
 from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.study import loops
 from tests.e2e import family_data
 
 pytestmark = pytest.mark.e2e
@@ -67,6 +69,7 @@ def one(tmp_path_factory, tiny_model_path, data_file, family_path) -> dict:
         "zero": {"agto": {"alpha": 0.0, "beta": 0.0}},
         "measured": {"agto": {"alpha": 0.0, "beta": 0.0, "measure": True}},
         "guided": {"agto": GUIDED},
+        "study": {"agto": {"alpha": 0.02, "beta": 0.0, "query_role": "response", "image_target": 0.4}},
         "micro": {"agto": GUIDED, "micro": 2},
         "checkpointing": {"agto": GUIDED, "checkpointing": True},
         "eager": {"agto": GUIDED, "attention": "eager"},
@@ -344,6 +347,22 @@ def test_dependency_is_that_of_a_plain_computation(one, load_tiny):
     ]
     assert_plain_dependency(load_tiny("eager"), one["dependency"], blanked)
     assert not bool(one["dependency"]["dependency"][3].any())
+
+
+def test_the_loops_of_the_study_have_the_numbers_of_the_engine(one, tiny_model_path):
+    """Losses with and without guidance, masses and dependency, of the first batch."""
+    checkpoint = Checkpoint.load(tiny_model_path)
+    samples = one["dependency"]["samples"]
+    rendered = [Rendered(row["input_ids"], [], row["multi_modal_inputs"] or {}) for row in samples]
+    batch = loops.batch_of(checkpoint, rendered)
+    for scenario, alpha in (("stock", 0.0), ("study", 0.02)):
+        loss = loops.cold_start_loss(checkpoint, batch, loops.ColdStart(steps=1, alpha=alpha))
+        assert float(loss) == pytest.approx(one[scenario]["metrics"][0]["loss"], rel=1e-5), scenario
+    fields_BF, logs_BS = loops.measured(checkpoint, batch)
+    masses = [VISUAL_FIELDS.index(name) for name in ("ratio", "image_share", "image_mass", "system_mass")]
+    torch.testing.assert_close(fields_BF[:, masses], one["visual"]["visual"][:, masses], rtol=1e-4, atol=1e-6)
+    found_B = loops.dependency(checkpoint, batch, logs_BS)
+    torch.testing.assert_close(found_B, dependencies(one["dependency"]), rtol=0, atol=1e-5)
 
 
 def test_dependency_on_a_swapped_image(one, two, load_tiny):
