@@ -303,7 +303,9 @@ def check_rl(values: dict, num_images: int, result: RowResult) -> None:
     missing = math.isnan(truth) if isinstance(truth, float) else truth is None or truth in ([], {})
     if missing or (isinstance(truth, str) and not truth.strip()):
         result.add("ground_truth", f"`reward_model` must have a ground_truth; got {shown(model)}.")
-    elif model.get("style", "rule") == "rule":  # verl's name for what the grader of the rewards grades.
+    elif (
+        isinstance(model, dict) and model.get("style", "rule") == "rule"
+    ):  # verl's name for what the grader of the rewards grades.
         try:
             options = answer_options(info if isinstance(info, dict) else None, "this row")
             for answer in accepted_answers(truth, "this row", options):

@@ -140,9 +140,11 @@ def _quantities_equal(prediction: str, gold: str, rounding: bool) -> bool:
     if not units_agree(of_prediction, of_gold):
         logger.debug("%r and %r have different units", prediction, gold)
         return False
-    ranges = RANGE.fullmatch(of_prediction.value), RANGE.fullmatch(of_gold.value)
-    if any(ranges):
-        return all(ranges) and all(map(equal_values, ranges[0].groups(), ranges[1].groups()))
+    range_p, range_g = RANGE.fullmatch(of_prediction.value), RANGE.fullmatch(of_gold.value)
+    if range_p and range_g:
+        return all(map(equal_values, range_p.groups(), range_g.groups()))
+    if range_p or range_g:
+        return False
     pairs = [(of_prediction.value, of_gold.value)]
     if of_prediction.unit == "%" and not of_gold.unit:
         pairs.append((_per_cent(of_prediction.value, -2), of_gold.value))
@@ -171,9 +173,9 @@ def _equal(prediction: str, gold: str, rounding: bool) -> bool:
             return named.letters == choice.letters and same_text
         if choice.text:
             return _equal(prediction, choice.text, rounding)
-    verdicts = read_verdict(prediction), read_verdict(gold)
-    if all(verdicts):
-        (verdict_p, rest_p), (verdict_g, rest_g) = verdicts
+    of_prediction, of_gold = read_verdict(prediction), read_verdict(gold)
+    if of_prediction and of_gold:
+        (verdict_p, rest_p), (verdict_g, rest_g) = of_prediction, of_gold
         return verdict_p == verdict_g and not (rest_p and rest_g)
     return _quantities_equal(prediction, gold, rounding)
 
@@ -222,8 +224,8 @@ class _Options:
         self.texts = []
         for letter, option in zip(LETTERS, options, strict=False):
             choice = read_choice(clean(option))
-            own = choice is not None and choice.text and choice.letters == {letter}
-            self.texts.append(choice.text if own else clean(option))
+            own = choice.text if choice is not None and choice.letters == {letter} else ""
+            self.texts.append(own or clean(option))
         self.values, self.unit = share_unit(self.texts)
 
     def _letters(self, letters: frozenset[str]) -> frozenset[int] | None:
@@ -252,10 +254,10 @@ class _Options:
     def read(self, answer: str) -> frozenset[int]:
         """Options that an answer names; several also where it fits each of them."""
         choice = read_choice(answer)
-        letters = choice and self._letters(choice.letters)
-        if letters and choice.text and any(_plain(text) == _plain(answer) for text in self.texts):
+        letters, own = (self._letters(choice.letters), choice.text) if choice else (None, "")
+        if letters and own and any(_plain(text) == _plain(answer) for text in self.texts):
             letters = None  # "B型" may be the text of option A
-        if letters and (not choice.text or self._matches(choice.text, min(letters))):
+        if letters and (not own or self._matches(own, min(letters))):
             return letters
         spaced = re.fullmatch("([A-J]) (.+)", answer)
         if spaced and spaced[1] in LETTERS[: len(self.texts)]:
@@ -265,7 +267,7 @@ class _Options:
         named = self.by_text(answer)
         if named or not letters:
             return named
-        return letters if not self.by_text(choice.text) else frozenset()
+        return letters if not self.by_text(own) else frozenset()
 
     def read_truth(self, truth: str) -> frozenset[int] | None:
         """Options that a ground truth names; None if it does not name them clearly."""
@@ -425,5 +427,6 @@ def grade_answer(prediction: str, ground_truth: Any, options: Sequence[str] = ()
         return False
     if options:
         known = _Options(options, rounding)
-        return any(known.right(answer, known.read_truth(truth)) for truth in accepted)
+        truths = [known.read_truth(truth) for truth in accepted]
+        return any(truth is not None and known.right(answer, truth) for truth in truths)
     return any(_equal(answer, gold, rounding) for gold in accepted)

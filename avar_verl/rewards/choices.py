@@ -58,7 +58,7 @@ def read_choice(text: str) -> Choice | None:
     text = _BRACKETED.sub(r"(\1)", text) if "\\" not in text else _BRACKETED.sub(r"(\1)", text[:5]) + text[5:]
     if option := _OPTION.match(text):
         text = text[option.end() :]
-    bare = text[: _VERDICT.search(text).start()].rstrip(" ,") or text
+    bare = _VERDICT.split(text, maxsplit=1)[0].rstrip(" ,") or text
     if _SET.fullmatch(bare) or _GLUED_SET.fullmatch(bare):
         names = re.findall(r"(?<![a-z])[a-j1-9](?![a-z])", re.sub("[A-J]", lambda name: f" {name[0].lower()} ", bare))
         if len(set(names)) == len(names):

@@ -159,7 +159,7 @@ def _decimal(latex: str) -> Decimal | None:
 
 def _half_a_unit(decimal: Decimal) -> Fraction:
     """Half a unit of the last digit: 3.14 -> 0.005."""
-    return Fraction(10) ** decimal.as_tuple().exponent / 2
+    return Fraction(10) ** int(decimal.as_tuple().exponent) / 2
 
 
 def _elements(value: Any) -> tuple:
@@ -171,7 +171,7 @@ def _elements(value: Any) -> tuple:
     if isinstance(value, sympy.Interval):
         return value.start, value.end
     if isinstance(value, sympy.MatrixBase):
-        return tuple(value)
+        return tuple(value.flat())
     if isinstance(value, sympy.Eq):
         return (value.rhs,) if value.lhs.is_Symbol else ()
     return (value,) if isinstance(value, sympy.Expr) else ()
@@ -183,7 +183,7 @@ def _number(scalar: Any) -> Any:
 
     if not isinstance(scalar, sympy.Expr):
         return None
-    symbols = {symbol: sympy.Rational(10 * i + 3, 7) for i, symbol in enumerate(sorted(scalar.free_symbols, key=str))}
+    symbols = [(symbol, sympy.Rational(10 * i + 3, 7)) for i, symbol in enumerate(sorted(scalar.free_symbols, key=str))]
     try:
         value = sympy.N(scalar.subs(symbols), 30)
     except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):

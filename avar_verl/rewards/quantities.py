@@ -368,7 +368,7 @@ def share_unit(texts: Sequence[str]) -> tuple[list[str], str]:
         >>> share_unit(["10m", "15m"]), share_unit(["10m", "20cm"])
         ((['10', '15'], 'm'), (['10m', '20cm'], ''))
     """
-    ends = [_END.search(text) for text in texts]
-    if len(texts) > 1 and all(ends) and len({end[2] for end in ends}) == 1:
+    ends = [end for text in texts if (end := _END.search(text))]
+    if len(texts) > 1 and len(ends) == len(texts) and len({end[2] for end in ends}) == 1:
         return [text[: end.start()] for text, end in zip(texts, ends, strict=True)], ends[0][2]
     return list(texts), ""

