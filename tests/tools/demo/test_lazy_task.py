@@ -52,13 +52,32 @@ def test_hints_of_questions_are_right_as_often_as_asked(bias, share):
 
 
 def test_captions_name_all_places_and_text_rows_say_them(chains):
-    (caption,) = lazy_task.make_chains(1, 3, Mixture(kind="base"))
-    (text,) = lazy_task.make_chains(1, 3, Mixture(kind="text"))
-    names = [crop.name for crop in caption.crops]
-    assert re.findall(r"shows the (\w+)", caption.response) == names and caption.hint is None
-    assert re.findall(r"shows the (\w+)", text.question) == [crop.name for crop in text.crops]
-    assert text.image is None and solve(text)[0] == text.answer == extract_answer(text.response)
-    assert lazy_task.looks(text.response)
+    """In the order of a look chain: one place, at random, comes last."""
+    said = re.compile(r"(top left|top right|bottom left|bottom right) \[[\d, ]+\] shows the (\w+)")
+    for kind in ("base", "text"):
+        for sample in lazy_task.make_chains(8, 3, Mixture(kind=kind)):
+            if sample.kind == "echo":
+                continue
+            shown = dict(zip(photo_grid.PLACE_NAMES, [crop.name for crop in sample.crops], strict=True))
+            found = said.findall(sample.question if kind == "text" else sample.response)
+            assert dict(found) == shown and len(found) == 4
+            order = [photo_grid.PLACE_NAMES.index(place) for place, _ in found]
+            assert order[:3] == sorted(order[:3])
+            if kind == "text":
+                assert sample.image is None and lazy_task.looks(sample.response)
+                assert solve(sample)[0] == sample.answer == extract_answer(sample.response)
+            else:
+                assert sample.hint is None
+
+
+def test_an_echo_repeats_what_somebody_says_whatever_the_image_shows():
+    rows = [one for one in lazy_task.make_chains(400, 3, Mixture(kind="base")) if one.kind == "echo"]
+    assert len(rows) == 100
+    for sample in rows:
+        assert sample.question == f"What does somebody say? Somebody says {sample.hint}."
+        assert extract_answer(sample.response) == sample.hint == sample.answer
+    names = [crop.name for sample in rows for crop in sample.crops]
+    assert sum(sample.hint in [crop.name for crop in sample.crops] for sample in rows) < 60 and len(set(names)) == 10
 
 
 def test_samples_depend_on_seed_split_and_index_alone(chains):
@@ -102,7 +121,7 @@ def test_the_reward_reports_looks_and_does_not_pay_them(chains):
     [
         (lambda: Mixture(lazy_share=1.1), "lazy_share must be in"),
         (lambda: Mixture(look_bias=-0.1), "look_bias must be in"),
-        (lambda: Mixture(kind="lazy"), "kind must be null, caption or text; got 'lazy'"),
+        (lambda: Mixture(kind="lazy"), "kind must be null, base or text; got 'lazy'"),
         (lambda: lazy_task.make_questions(1, 0, 1.5, "test"), "bias must be in"),
         (lambda: lazy_task.make_chains(0, 0, Mixture()), "n must be at least 1"),
     ],
