@@ -17,7 +17,7 @@ def killed_and_resumed(tmp_path_factory, tiny_model_path):
     """Two steps, a kill, the third step from the checkpoint: (folder, metrics before, metrics after).
 
     The first two with `launch.REWARD`, the third with a composition of it and a shipped part, and r_visual normalised
-    on its own.
+    on its own, of the dependency on swapped images, which also weighs tokens.
     """
     work = tmp_path_factory.mktemp("grpo")
     photo_grid.make_rl_parquet(work / "rl.parquet", 12, 0, "train")
@@ -38,6 +38,10 @@ def killed_and_resumed(tmp_path_factory, tiny_model_path):
         "trainer.test_freq=3",
         "data.val_batch_size=5",
         "avar.vars.advantage=normalize_then_sum",
+        "avar.vars.statistic=dependency",
+        "avar.vars.corruption=swap",
+        "avar.vars.token_weights=dependency",
+        "avar.vars.measure=true",
     ]
     return work, before, launch.run([*command, *composed], work, "resumed")
 
@@ -54,13 +58,25 @@ def test_rewards_are_what_the_formula_says(all_steps):
         record = all_steps[step]
         assert record["avar/measured_rollouts"] == 16
         assert 0 < record["avar/image_share"] < 1
-        assert 0 < record["avar/r_visual/gated"] <= record["avar/correct"]
+        assert step == 3 or 0 < record["avar/r_visual/gated"] <= record["avar/correct"]
         assert record["avar/r_visual/weighted"] == pytest.approx(0.3 * record["avar/r_visual/gated"], rel=1e-5)
         assert record["avar/reward/acc"] == pytest.approx(record["avar/correct"])
         in_reward = record["avar/r_visual/weighted"] if step < 3 else 0.0
         total = record["avar/reward/score"] + in_reward
         assert record["critic/score/mean"] == pytest.approx(total, rel=1e-5)
     assert 0 < all_steps[3]["avar/r_visual/advantage"] < 0.3 and "avar/r_visual/advantage" not in all_steps[2]
+
+
+def test_dependency_is_paid_logged_and_weighs_tokens(all_steps):
+    """Random weights depend on their image by chance: the mean is of any sign, but small and not 0."""
+    record = all_steps[3]
+    assert 0 < abs(record["avar/dependency"]) < 1 and "avar/dependency" not in all_steps[2]
+    assert record["avar/r_visual/raw"] == record["avar/dependency"]
+    assert 0 < abs(record["avar/r_visual/gated"]) < 5
+    assert 0 < record["avar/token_weights/zero"] < 1
+    assert record["avar/alarm/rise_without_accuracy"] == 0
+    raw, dependency = (record[f"val-aux/avar/photo_grid/{name}/mean@1"] for name in ("r_visual_raw", "dependency"))
+    assert raw == dependency != 0
 
 
 def test_parts_of_a_swapped_reward_function_are_logged(all_steps):
