@@ -10,6 +10,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.model.families import FAMILIES
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
+from avar_verl.plugin.refusals import check_command
 from tests.plugin.test_config import recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -62,6 +63,8 @@ def test_there_is_a_script_for_each_row_of_the_table():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_stages_compose_and_hand_over(calls, script, tmp_path):
     stages = calls(script)
+    for command in stages.values():
+        check_command(command)
     cold_start = compose(stages["torchrun"])
     engine = omega_conf_to_dataclass(cold_start.engine)
     assert isinstance(engine, AvarFSDPEngineConfig) and engine.agto.guides

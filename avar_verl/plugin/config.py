@@ -29,6 +29,8 @@ OF_MASSES = ("epsilon", "layers", "layer_weights", "region", "alarm_system_mass"
 # The names of TRL's `multi_objective_aggregation`.
 ADVANTAGES = ("sum_then_normalize", "normalize_then_sum")
 DROP_GROUPS = ("identical", "all_wrong")
+# Strategies whose engine is AvarFSDPEngine (`plugin.engine.fsdp.register_engine`).
+STRATEGIES = ("fsdp", "fsdp2")
 QUERY_ROLES = {
     "user": (TokenRole.USER,),
     "response": (TokenRole.RESPONSE,),

@@ -5,6 +5,11 @@ verl's launchers import verl, and with it the plugin, before hydra reads its com
 then needs no `hydra_plugins` package, and a hydra program that does not import verl never sees it.
 """
 
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,10 +32,26 @@ class AvarSearchPath(SearchPathPlugin):
 
 
 class SwitchOn(Callback):
-    """Switches the plugin on before verl's launcher runs; `hydra.callbacks` of the recipe's configs."""
+    """Switches the plugin on before verl's launcher runs, and ends runs that `plugin.refusals` refuses.
 
-    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        switch_on()
+    It comes with the node `avar`, whatever config it is part of.
+    """
+
+    def on_job_start(self, config: DictConfig, *, task_function: Callable, **kwargs: Any) -> None:
+        # Here, because this module is imported as soon as anything imports hydra, as `refusals` does.
+        from avar_verl.plugin.refusals import check_run
+
+        # Hydra turns exceptions of callbacks into warnings and starts the job (hydra/_internal/callbacks.py:27); only
+        # SystemExit gets through.
+        try:
+            switch_on()
+            file = Path(inspect.getfile(inspect.unwrap(task_function)))
+            check_run(config, file, config.hydra.overrides.task)
+        except ValueError as error:
+            sys.exit(f"avar_verl refuses this run: {error}")
+        except Exception:
+            traceback.print_exc()
+            sys.exit("avar_verl could not check this run (see the error above).")
 
 
 def register(_hydra: ModuleType) -> None:

@@ -34,11 +34,9 @@ from types import ModuleType
 
 import wrapt
 
-from avar_verl.plugin.switch import VERL_VERSION, is_wanted, switch_on
+from avar_verl.plugin.switch import REWARD_MANAGER_NAME, TRAINER_NAME, VERL_VERSION, is_wanted, switch_on
 
-TRAINER_NAME = "avar_sync"
 AGENT_LOOP_NAME = "avar_single_turn"
-REWARD_MANAGER_NAME = "avar"
 # Tells the processes of a run that one of them has said that it runs on the CPU.
 SAID = "AVAR_VERL_SAID_CPU"
 

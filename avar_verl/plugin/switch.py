@@ -8,10 +8,10 @@ Each process of a run is switched on by whatever comes first:
 
 - `AVAR_VERL=1` in its environment, read when verl is imported. avar_grpo.yaml gives it to every Ray worker
   (`runtime_env`);
-- the hydra callback `plugin.hydra.SwitchOn` of the recipe's configs, in the process that reads the config;
+- the hydra callback `plugin.hydra.SwitchOn`, which comes with the node `avar`, in the process that reads the config;
 - the first use of an avar class: its engine config, trainer, reward manager, agent loop or data set.
 
-So a config that was not made from the recipe's needs both lines of avar_grpo.yaml (`hydra.callbacks`, `runtime_env`);
+So a config that was not made from the recipe's needs the node `avar` (`+avar=avar`) and avar_grpo.yaml's `runtime_env`;
 `AvarPPOTrainer` refuses to start without the second.
 """
 
@@ -22,6 +22,9 @@ import wrapt
 
 VARIABLE = "AVAR_VERL"
 VERL_VERSION = "0.9.1"
+# In verl's registries (`register`), whether the plugin is on or off.
+TRAINER_NAME = "avar_sync"
+REWARD_MANAGER_NAME = "avar"
 # What is done when a module of verl is imported. By name, since these modules import this one.
 PATCHES = (
     ("compat.verl.position_ids:apply", "verl.utils.tensordict_utils"),

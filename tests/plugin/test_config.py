@@ -61,6 +61,7 @@ def test_yaml_and_dataclass_agree(node, config):
 def test_the_yaml_has_the_nodes_of_the_dataclass():
     text = yaml.safe_load((CONFIG_DIR / "avar" / "avar.yaml").read_text())
     assert text.pop("_target_") == "avar_verl.plugin.config.AvarConfig"
+    assert text.pop("defaults") == ["/switch/avar", "_self_"]
     assert list(text) == [field.name for field in dataclasses.fields(AvarConfig)]
 
 
@@ -71,7 +72,7 @@ def test_every_field_is_explained_above_it(path):
         fields = [
             number
             for number, line in enumerate(lines)
-            if ":" in line and not line.strip().startswith(("#", "_target_"))
+            if ":" in line and not line.strip().startswith(("#", "_target_", "defaults"))
         ]
         assert len(fields) == 41
         for number in fields:
@@ -299,7 +300,7 @@ def test_grpo_recipe(machine, overrides, tiny_model_path):
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
     from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
-    from avar_verl.plugin.trainer.ppo import check_grpo_config
+    from avar_verl.plugin.refusals import check_grpo_config
 
     path = f"actor_rollout_ref.model.path={tiny_model_path}"
     config = recipe("avar_grpo", f"machine={machine}", path, *overrides)
@@ -346,7 +347,7 @@ def test_recipes_compose_from_their_own_folder(name, machine):
     ],
 )
 def test_grpo_configs_that_cannot_be_right_are_refused(overrides, message):
-    from avar_verl.plugin.trainer.ppo import check_grpo_config
+    from avar_verl.plugin.refusals import check_grpo_config
 
     config = recipe("avar_grpo", "machine=cpu_grpo", *overrides)
     with pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ from typing import Optional
 
 from verl.workers.config import FSDPEngineConfig
 
-from avar_verl.plugin.config import AgtoConfig, VarsConfig
+from avar_verl.plugin.config import STRATEGIES, AgtoConfig, VarsConfig
 
 
 @dataclass
@@ -24,6 +24,16 @@ class AvarFSDPEngineConfig(FSDPEngineConfig):
     vars: Optional[VarsConfig] = None
     freeze_vision_tower: bool = False
     freeze_projector: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        # GRPO's actor config sets the strategy afterwards (`plugin.refusals` checks it there).
+        asked = [name for name in ("agto", "vars", "freeze_vision_tower", "freeze_projector") if getattr(self, name)]
+        if asked and self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"{asked} are read by verl's FSDP engine, {STRATEGIES}; got strategy={self.strategy!r}, whose engine "
+                "trains without. Set strategy=fsdp2."
+            )
 
     @property
     def freezes(self) -> bool:

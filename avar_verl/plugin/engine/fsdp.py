@@ -121,6 +121,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         self._agto = engine_config.agto if is_avar else None
         self._vars = engine_config.vars if is_avar else None
         self._guidance: _Guidance | None = None
+        self._has_measured = False
         self._partners: dict[str, dict] = {}  # With swapped images: the features of this pass by PARTNER.
         self._role_map: RoleMap | None = None
         model_type = model_config.hf_config.model_type
@@ -355,8 +356,12 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     # ---- verl's methods ----------------------------------------------------------------------------------------
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False):
-        if self._is_measured(data) and self._vars.swaps:
-            self._partners = partner_features(data)
+        if self._is_measured(data):
+            self._has_measured = True
+            if self._vars.swaps:
+                self._partners = partner_features(data)
+        if not forward_only:
+            self._check_measured()
         if forward_only or self._agto is None or not (self._agto.guides or self._agto.measure):
             return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         self._guidance = self._begin_guidance(data)
@@ -406,6 +411,16 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         """Whether the forward pass returns VISUAL_OUTPUT."""
         flagged = tu.get_non_tensor_data(data=data, key=MEASURE_FLAG, default=False)
         return bool(flagged) and self._vars is not None and self._vars.measures
+
+    def _check_measured(self) -> None:
+        """Refuse an update before any pass was measured: nothing reads `vars` in the trainer of this run."""
+        if self._vars is not None and self._vars.measures and not self._has_measured:
+            raise ValueError(
+                "avar.vars needs the measurements of a log-prob pass before the first update; got an update without "
+                f"one, with lambda_v={self._vars.lambda_v}. Set trainer.v1.trainer_mode=avar_sync, trainer.use_v1=true "
+                "and algorithm.rollout_correction.bypass_mode=false; or set avar.vars.lambda_v=0 and leave the other "
+                "switches of avar.vars off; or set vars=null in the engine of a trainer that does not measure."
+            )
 
     def _capture(self, micro_batch: TensorDict, roles_BS: torch.Tensor, **settings):
         packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)

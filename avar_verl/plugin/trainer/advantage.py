@@ -6,40 +6,10 @@ Shape suffixes: B = rollouts, T = response tokens
 
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.core_algos import AdvantageEstimator
 
 from avar_verl.objectives.groups import group_index, group_normalize
-from avar_verl.plugin.config import VarsConfig
-
-# The estimators that divide by the standard deviation of the group, as r_visual's own part is.
-ESTIMATORS = (AdvantageEstimator.GRPO.value, AdvantageEstimator.GRPO_VECTORIZED.value)
-
-
-def check_advantage(config: DictConfig, vars_config: VarsConfig) -> None:
-    """Refuse `normalize_then_sum` with an advantage that is not normalised by the group.
-
-    Without the division by the standard deviation both orders give the same numbers, and an advantage with a baseline
-    or a normalisation of another kind has no part to which a group-relative one can be added.
-
-    Raises:
-        ValueError: names the field and the value to set.
-    """
-    if vars_config.advantage != "normalize_then_sum":
-        return
-    fix = "Set avar.vars.advantage=sum_then_normalize, or the estimator to grpo."
-    estimator = config.algorithm.adv_estimator
-    if estimator not in ESTIMATORS:
-        raise ValueError(
-            f"normalize_then_sum needs algorithm.adv_estimator in {ESTIMATORS}; got {str(estimator)!r}. {fix}"
-        )
-    if not config.algorithm.get("norm_adv_by_std_in_grpo", True):
-        raise ValueError(
-            "normalize_then_sum divides by standard deviations; got algorithm.norm_adv_by_std_in_grpo=False, with "
-            "which a sum keeps the weight of each part. Set avar.vars.advantage=sum_then_normalize."
-        )
 
 
 def visual_advantage(visual_B: torch.Tensor, batch: KVBatchMeta, groups: list) -> torch.Tensor:

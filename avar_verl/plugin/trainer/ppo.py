@@ -17,42 +17,13 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
-from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, TrainerConfig, VarsConfig
+from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, AvarConfig, TrainerConfig, VarsConfig
+from avar_verl.plugin.refusals import check_grpo
 from avar_verl.plugin.switch import VARIABLE, is_wanted, switch_on
-from avar_verl.plugin.trainer.advantage import add_to_advantages, check_advantage, visual_advantage
+from avar_verl.plugin.trainer.advantage import add_to_advantages, visual_advantage
 from avar_verl.plugin.trainer.dependency import choose_partners, weigh_tokens
-from avar_verl.plugin.trainer.replay_buffer import check_drop_groups, configured_replay_buffer
+from avar_verl.plugin.trainer.replay_buffer import configured_replay_buffer
 from avar_verl.plugin.trainer.rewards import gate_if_any, reward_infos, reward_part_metrics
-
-
-def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
-    """Refuse trainer configs that would make VARS wrong.
-
-    Raises:
-        ValueError: names the field and the value to set.
-    """
-    check_drop_groups(config, vars_config)
-    check_advantage(config, vars_config)
-    if not vars_config.measures:
-        return
-    if config.actor_rollout_ref.actor.fsdp_config.get("vars") is None:
-        raise ValueError(
-            "VARS is measured by the actor's engine; got actor_rollout_ref.actor.fsdp_config.vars=null. Start from "
-            "avar_grpo.yaml, which sets fsdp_config._target_ and fsdp_config.vars."
-        )
-    correction = config.algorithm.get("rollout_correction")
-    if correction and correction.get("bypass_mode", False):
-        raise ValueError(
-            "VARS is measured while the actor recomputes old_log_probs; got "
-            "algorithm.rollout_correction.bypass_mode=True, which skips that pass. Set it to False."
-        )
-    filter_groups = config.algorithm.get("filter_groups")
-    if filter_groups and filter_groups.enable and vars_config.lambda_v > 0 and filter_groups.metric == "reward":
-        raise ValueError(
-            "group filtering happens before r_visual is known; got algorithm.filter_groups.metric='reward' with "
-            f"lambda_v={vars_config.lambda_v}. Filter on the gate: "
-            f"algorithm.filter_groups.metric={vars_config.gate_key}."
-        )
 
 
 def check_workers_are_on() -> None:
@@ -85,7 +56,7 @@ class AvarPPOTrainer(PPOTrainerSync):
         self.settings: TrainerConfig = omega_conf_to_dataclass(config.avar.trainer)
         self._rise_alarm = RiseAlarm(self.vars.alarm_window)
         self._is_measuring = False  # In validation, see _get_required_batch_multiple.
-        check_grpo_config(config, self.vars)
+        check_grpo(config, AvarConfig(vars=self.vars, trainer=self.settings))
         super().__init__(config)
 
     # verl compares the configured mode with the literal "sync" in six places (trainer_base.py:153, 731, 902, 912, 1004,

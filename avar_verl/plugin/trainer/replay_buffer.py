@@ -5,39 +5,10 @@ import inspect
 from collections import Counter
 
 import transfer_queue as tq
-from omegaconf import DictConfig
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from avar_verl.plugin.config import TrainerConfig, VarsConfig
 from avar_verl.plugin.trainer.rewards import correct_answers, reward_infos
-
-
-def check_drop_groups(config: DictConfig, vars_config: VarsConfig) -> None:
-    """Refuse configs in which `avar.vars.drop_groups` has no effect or contradicts verl's filter.
-
-    Raises:
-        ValueError: names the field and the value to set.
-    """
-    if vars_config.drop_groups == "identical":
-        return
-    filter_groups = config.algorithm.get("filter_groups")
-    if not (filter_groups and filter_groups.enable):
-        raise ValueError(
-            f"groups are dropped by verl's filter; got avar.vars.drop_groups={vars_config.drop_groups} with "
-            "algorithm.filter_groups.enable=False. Set it to True, with algorithm.filter_groups.metric="
-            f"{vars_config.gate_key}, or set avar.vars.drop_groups=identical."
-        )
-    if filter_groups.metric != vars_config.gate_key:
-        raise ValueError(
-            f"avar.vars.drop_groups={vars_config.drop_groups} asks the gate which answers are wrong; got "
-            f"algorithm.filter_groups.metric={filter_groups.metric!r}. Set it to {vars_config.gate_key}."
-        )
-    custom = config.trainer.v1.sampler.get("custom_sampler")
-    if custom and custom.get("path"):
-        raise ValueError(
-            "a custom sampler has its own filter; got trainer.v1.sampler.custom_sampler.path="
-            f"{custom.path!r} with avar.vars.drop_groups={vars_config.drop_groups}. Set one of the two."
-        )
 
 
 def configured_replay_buffer(buffer, vars_config: VarsConfig, trainer_config: TrainerConfig):

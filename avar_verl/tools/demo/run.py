@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from avar_verl.model.checkpoint import Checkpoint
+from avar_verl.plugin.refusals import check_command
 from avar_verl.rewards.accuracy import extract_answer, grade_answer
 from avar_verl.tools.demo import lazy_task
 from avar_verl.tools.demo.lazy_task import Mixture
@@ -159,12 +160,8 @@ class Demo:
 
     # ---- training ----------------------------------------------------------------------------------------------
 
-    def _launch(self, commands: dict[str, list[str]], steps: int, threads: int = 1) -> dict[str, float]:
+    def _launch(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
         """Run verl launchers in parallel, show their steps as bars, and return the seconds of each.
-
-        Args:
-            threads: of each process. More than one only where nothing else runs: verl's GRPO has several processes in
-                parallel, the operations are tiny, and threads that wait for each other on busy cores slow things down.
 
         Raises:
             RuntimeError: one failed; the message shows the end of its log.
@@ -182,7 +179,9 @@ class Demo:
                     "TOKENIZERS_PARALLELISM": "false",
                     "VERL_FILE_LOGGER_PATH": str(metrics_paths[name]),
                     "PYTHONUNBUFFERED": "1",
-                    "OMP_NUM_THREADS": str(threads),
+                    # One thread per process: verl runs several processes in parallel, the operations are tiny, and
+                    # threads that wait for each other on busy cores slow things down.
+                    "OMP_NUM_THREADS": "1",
                     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 }
                 processes[name] = subprocess.Popen(
@@ -217,16 +216,18 @@ class Demo:
         lines = metrics_path.read_text().split("\n")[:-1]  # without a line that is being written
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
-    def supervised(self, name: str, start: Path, data: str, steps: int, lr: float, agto: dict) -> list[str]:
-        """Command of verl's SFT trainer on a file of `data/`, with guidance `agto`."""
+    def supervised(
+        self, name: str, start: Path, data: str, steps: int, lr: float, agto: dict, processes: int = 1
+    ) -> list[str]:
+        """Command of verl's SFT trainer on a file of `data/`, with guidance `agto`, in data-parallel processes."""
         settings = self.settings
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
             *("-m", "verl.trainer.sft_trainer", "--config-name", "avar_sft", "machine=cpu_sft"),
             f"model.path={start}",
             f"data.train_files={self.run_dir / 'data' / data}",
             f"data.train_batch_size={settings.batch_size}",
-            f"data.micro_batch_size_per_gpu={settings.batch_size}",
+            f"data.micro_batch_size_per_gpu={settings.batch_size // processes}",
             "data.max_length=512",
             "data.custom_cls.path=pkg://avar_verl.tools.demo.dataset",
             "data.custom_cls.name=CachedSFTDataset",
@@ -246,12 +247,12 @@ class Demo:
             *_override("avar.agto", agto),
         ]
 
-    def grpo(self, name: str, vars: dict) -> list[str]:
-        """Command of verl's GRPO trainer with the visual reward `vars`, from the AGTO cold start."""
+    def grpo(self, name: str, start: Path, vars: dict) -> list[str]:
+        """Command of verl's GRPO trainer with the visual reward `vars`."""
         settings = self.settings
         return [
             *(sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "avar_grpo", "machine=cpu_grpo"),
-            f"actor_rollout_ref.model.path={self.checkpoint('agto')}",
+            f"actor_rollout_ref.model.path={start}",
             f"data.train_files={self.run_dir / 'data' / 'rl.parquet'}",
             f"data.val_files={self.run_dir / 'data' / 'val.parquet'}",
             f"data.train_batch_size={settings.grpo_prompts}",
@@ -362,14 +363,14 @@ class Demo:
             f"image share {response['image_share']:.3f}   training {result['seconds']:.0f} s"
         )
 
-    def train(self, commands: dict[str, list[str]], steps: int, threads: int = 1) -> dict[str, float]:
+    def train(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
         """Train the stages that have not been measured yet; returns seconds by name."""
         open_stages = {
             name: command
             for name, command in commands.items()
             if not (self.run_dir / "stages" / f"{name}.json").exists()
         }
-        return dict.fromkeys(commands, 0.0) | (self._launch(open_stages, steps, threads) if open_stages else {})
+        return dict.fromkeys(commands, 0.0) | (self._launch(open_stages, steps) if open_stages else {})
 
     def _reinforce(self, commands: dict[str, list[str]]) -> dict[str, float]:
         """Run both GRPO trainings side by side, or one after the other where memory is short; seconds by name."""
@@ -385,11 +386,16 @@ class Demo:
     def run(self) -> dict:
         """Run all stages and write the report; returns the content of report.json."""
         settings = self.settings
-        self.prepare()
         unguided = {"alpha": 0.0, "beta": 0.0, "query_role": settings.agto["query_role"]}
         random_weights = self.run_dir / "random"
-        base = self.supervised("base", random_weights, "base.parquet", settings.base_steps, settings.base_lr, unguided)
-        seconds = self.train({"base": base}, settings.base_steps, threads=2)
+        base = self.supervised(
+            "base", random_weights, "base.parquet", settings.base_steps, settings.base_lr, unguided, processes=2
+        )
+        # Before anything is trained: GRPO starts last, minutes later.
+        check_command(base)
+        check_command(self.grpo("avar", random_weights, settings.vars))
+        self.prepare()
+        seconds = self.train({"base": base}, settings.base_steps)
 
         # Two runs at the same time: two processes with one core each are faster than one process with two cores.
         guidance = {"sft": unguided, "agto": settings.agto}
@@ -404,7 +410,7 @@ class Demo:
         # GRPO takes a minute to start its processes one after another; the stages before it are measured in the
         # meantime.
         rewards = {"grpo": {"lambda_v": 0.0}, "avar": settings.vars}
-        commands = {name: self.grpo(name, vars) for name, vars in rewards.items()}
+        commands = {name: self.grpo(name, self.checkpoint("agto"), vars) for name, vars in rewards.items()}
         with ThreadPoolExecutor(max_workers=1) as pool:
             training = pool.submit(self._reinforce, commands)
             self.stage(Stage("base", "Base"), seconds["base"])

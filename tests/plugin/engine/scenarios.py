@@ -115,6 +115,19 @@ def run(scenario: dict, model_path: str, dataset, pad_token_id: int) -> dict:
     except ValueError as error:
         return {"error": str(error)}
     out = {"metrics": []}
+    if scenario.get("update"):
+        try:
+            worker.train_batch(next(batches(dataset, scenario, pad_token_id)))
+        except ValueError as error:
+            out["refused"] = str(error)
+        # As with LoRA's reference: a pass that is not flagged is no measurement, and none is one of an update.
+        for flag in (False, True):
+            data = next(batches(dataset, scenario, pad_token_id))
+            tu.assign_non_tensor(data, compute_loss=False, **{MEASURE_FLAG: flag})
+            worker.infer_batch(data)
+            out[f"may_update_{flag}"] = worker.engine._has_measured
+        worker.train_batch(next(batches(dataset, scenario, pad_token_id)))
+        return out
     if "vars" in scenario:
         data = next(batches(dataset, scenario, pad_token_id))
         tu.assign_non_tensor(data, compute_loss=False, **{MEASURE_FLAG: True})

@@ -90,6 +90,7 @@ def one(tmp_path_factory, tiny_model_path, data_file, family_path) -> dict:
         "dependency_lora": {"vars": DEPENDENCY, "model": LORA},
         "swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, "micro": 2},
         "stock_inference": {"vars": {"lambda_v": 0.0}},
+        "update": {"vars": {}, "update": True},
         "unpacked_ulysses": {"agto": GUIDED, "engine": {"ulysses_sequence_parallel_size": 2}},
         "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
         "frozen": {"agto": GUIDED, "engine": {"freeze_vision_tower": True, "freeze_projector": True}},
@@ -253,6 +254,13 @@ def test_a_subset_of_heads_is_refused_under_sequence_parallelism(two):
 @pytest.mark.parametrize("scenario", ["guided", "guided_micro", "ulysses", "ulysses_micro"])
 def test_data_and_sequence_parallel_size_change_nothing(one, two, scenario):
     assert_same_training(one["guided"], two[scenario], **TOLERANCE)
+
+
+def test_an_update_before_any_measurement_is_refused(one):
+    out = one["update"]
+    assert out["refused"].startswith("avar.vars needs the measurements of a log-prob pass before the first update")
+    assert "with lambda_v=0.3. Set trainer.v1.trainer_mode=avar_sync" in out["refused"]
+    assert (out["may_update_False"], out["may_update_True"]) == (False, True)
 
 
 def test_log_prob_pass_returns_a_few_numbers_a_sample(one):

@@ -22,8 +22,9 @@ from avar_verl.objectives.alarms import RiseAlarm
 from avar_verl.objectives.groups import group_index, group_normalize
 from avar_verl.objectives.vars import VISUAL_FIELDS
 from avar_verl.plugin.config import VISUAL_OUTPUT
-from avar_verl.plugin.trainer.advantage import ESTIMATORS, visual_advantage
-from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, check_grpo_config
+from avar_verl.plugin.refusals import ESTIMATORS, check_grpo_config
+from avar_verl.plugin.trainer.advantage import visual_advantage
+from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
 from tests.plugin.test_config import recipe
 
 MASKS = [[1, 1], [1, 0, 0, 1], [1, 1, 1], [1], [1, 1], [0]]  # the second response has two tokens of a tool

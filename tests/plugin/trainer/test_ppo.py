@@ -15,8 +15,9 @@ from avar_verl.objectives.alarms import RiseAlarm
 from avar_verl.objectives.vars import VISUAL_FIELDS
 from avar_verl.plugin.config import DEPENDENCY_OUTPUT, MEASURE_FLAG, PARTITION, PARTNER, VISUAL_OUTPUT, VarsConfig
 from avar_verl.plugin.engine.inputs import partner_features
+from avar_verl.plugin.refusals import check_grpo_config
 from avar_verl.plugin.trainer.dependency import choose_partners, weigh_tokens
-from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, check_grpo_config, validation_parts, visual_metrics
+from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, validation_parts, visual_metrics
 from avar_verl.plugin.trainer.rewards import correct_answers, gate_if_any, reward_infos, reward_part_metrics
 
 # ---- the gate ------------------------------------------------------------------------------------------------------

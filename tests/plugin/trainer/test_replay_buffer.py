@@ -11,7 +11,8 @@ from tensordict.tensorclass import NonTensorStack
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.config import omega_conf_to_dataclass
 
-from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, check_grpo_config
+from avar_verl.plugin.refusals import check_grpo_config
+from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
 from avar_verl.plugin.trainer.replay_buffer import AllWrongFilterBuffer
 from tests.plugin.test_config import recipe
 
