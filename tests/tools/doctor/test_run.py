@@ -140,7 +140,7 @@ def test_the_report_says_how_to_fix_every_failure(checks, tmp_path):
 
 def test_tables_of_a_check_are_printed(tiny_model_path):
     text = report(run_checks(tiny_model_path, only=["memory"], gpus=4))
-    assert "0.892 million: text 0.634 million, vision 0.257 million" in text
+    assert "0.893 million: text 0.636 million, vision 0.257 million" in text
     assert "3.83 MiB a GPU on 4: 18 bytes a parameter" in text
 
 
