@@ -358,6 +358,12 @@ def test_the_socket_of_weights_belongs_to_one_ray(monkeypatch):
     assert ends(monkeypatch, "124")[0] != sender
 
 
+def test_a_socket_outside_of_a_ray_is_refused(monkeypatch):
+    monkeypatch.delenv(weight_socket.RAYLET, raising=False)
+    with pytest.raises(ValueError, match="which names itself in RAY_RAYLET_PID; got none"):
+        weight_socket.own("ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-1.sock")
+
+
 # ---- compat.cpu.process_group ---------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,18 @@ RAYLET = "RAY_RAYLET_PID"
 
 
 def own(handle: str) -> str:
-    """`handle` with the process id of this node's raylet in its file name."""
-    return handle.replace("rl-colocate-zmq-", f"rl-colocate-zmq-{os.environ[RAYLET]}-", 1)
+    """`handle` with the process id of this node's raylet in its file name.
+
+    Raises:
+        ValueError: a process that does not belong to a Ray.
+    """
+    raylet = os.environ.get(RAYLET)
+    if not raylet:
+        raise ValueError(
+            f"weights are sent between processes of one Ray, which names itself in {RAYLET}; got none. Start rollouts "
+            "through verl's launcher."
+        )
+    return handle.replace("rl-colocate-zmq-", f"rl-colocate-zmq-{raylet}-", 1)
 
 
 def apply_sender(vllm_rollout) -> None:
