@@ -133,18 +133,21 @@ def partners(samples: Sequence[Features]) -> list[int | None]:
     for index, key in enumerate(keys):
         if key is not None:
             groups.setdefault(key[0], {}).setdefault(key[1], index)
+    following: dict[tuple, dict[bytes, int]] = {}
+    for shape, group in groups.items():
+        order = sorted(group)
+        following[shape] = {own: group[other] for own, other in zip(order, order[1:] + order[:1], strict=True)}
     out: list[int | None] = []
     for index, key in enumerate(keys):
         if key is None:
             out.append(None)
             continue
-        group = groups[key[0]]
-        order = sorted(group)
-        if len(order) == 1:
+        shape, digest = key
+        if len(following[shape]) == 1:
             raise ValueError(
                 "an image is swapped for another one of the same size in its batch; got only one of the shapes "
                 f"{ {name: tuple(v.shape) for name, v in samples[index].items() if v is not None} } among "
                 f"{len(samples)} prompts. Set avar.vars.corruption=blank, or use images of one size."
             )
-        out.append(group[order[(order.index(key[1]) + 1) % len(order)]])
+        out.append(following[shape][digest])
     return out

@@ -49,7 +49,7 @@ class SwitchOn(Callback):
             check_run(config, file, config.hydra.overrides.task)
         except ValueError as error:
             sys.exit(f"avar_verl refuses this run: {error}")
-        except Exception:
+        except Exception:  # Broad on purpose: whatever is raised here, hydra would start the job.
             traceback.print_exc()
             sys.exit("avar_verl could not check this run (see the error above).")
 

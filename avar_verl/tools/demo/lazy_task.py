@@ -136,7 +136,6 @@ def _sample(index: int, seed: int, split: str, bias: float | None, mixture: Mixt
         response=response,
         answer=answer,
         kind=kind,
-        boxes=tuple(PLACES.values()),
         crops=crops,
         split=split,
         index=index,

@@ -113,11 +113,11 @@ class Sample:
     response: str
     answer: str
     kind: str
-    boxes: tuple[Box, ...]
     crops: tuple[Crop, ...]
     split: str
     index: int
     hint: str | None = None
+    boxes: tuple[Box, ...] = tuple(PLACES.values())
 
     @property
     def row(self) -> dict:
@@ -267,7 +267,6 @@ def _make_sample(index: int, seed: int, split: str) -> Sample:
         response=response,
         answer=answer,
         kind=kind,
-        boxes=tuple(PLACES.values()),
         crops=crops,
         split=split,
         index=index,

@@ -160,8 +160,12 @@ class Demo:
 
     # ---- training ----------------------------------------------------------------------------------------------
 
-    def _launch(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
+    def _launch(self, commands: dict[str, list[str]], steps: int, threads: int = 1) -> dict[str, float]:
         """Run verl launchers in parallel, show their steps as bars, and return the seconds of each.
+
+        Args:
+            threads: of each process. More than one only where nothing else runs: verl's GRPO has several processes in
+                parallel, the operations are tiny, and threads that wait for each other on busy cores slow things down.
 
         Raises:
             RuntimeError: one failed; the message shows the end of its log.
@@ -179,9 +183,7 @@ class Demo:
                     "TOKENIZERS_PARALLELISM": "false",
                     "VERL_FILE_LOGGER_PATH": str(metrics_paths[name]),
                     "PYTHONUNBUFFERED": "1",
-                    # One thread per process: verl runs several processes in parallel, the operations are tiny, and
-                    # threads that wait for each other on busy cores slow things down.
-                    "OMP_NUM_THREADS": "1",
+                    "OMP_NUM_THREADS": str(threads),
                     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 }
                 processes[name] = subprocess.Popen(
@@ -216,18 +218,16 @@ class Demo:
         lines = metrics_path.read_text().split("\n")[:-1]  # without a line that is being written
         return int(json.loads(lines[-1])["step"]) if lines else 0
 
-    def supervised(
-        self, name: str, start: Path, data: str, steps: int, lr: float, agto: dict, processes: int = 1
-    ) -> list[str]:
-        """Command of verl's SFT trainer on a file of `data/`, with guidance `agto`, in data-parallel processes."""
+    def supervised(self, name: str, start: Path, data: str, steps: int, lr: float, agto: dict) -> list[str]:
+        """Command of verl's SFT trainer on a file of `data/`, with guidance `agto`."""
         settings = self.settings
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
             *("-m", "verl.trainer.sft_trainer", "--config-name", "avar_sft", "machine=cpu_sft"),
             f"model.path={start}",
             f"data.train_files={self.run_dir / 'data' / data}",
             f"data.train_batch_size={settings.batch_size}",
-            f"data.micro_batch_size_per_gpu={settings.batch_size // processes}",
+            f"data.micro_batch_size_per_gpu={settings.batch_size}",
             "data.max_length=512",
             "data.custom_cls.path=pkg://avar_verl.tools.demo.dataset",
             "data.custom_cls.name=CachedSFTDataset",
@@ -363,14 +363,14 @@ class Demo:
             f"image share {response['image_share']:.3f}   training {result['seconds']:.0f} s"
         )
 
-    def train(self, commands: dict[str, list[str]], steps: int) -> dict[str, float]:
+    def train(self, commands: dict[str, list[str]], steps: int, threads: int = 1) -> dict[str, float]:
         """Train the stages that have not been measured yet; returns seconds by name."""
         open_stages = {
             name: command
             for name, command in commands.items()
             if not (self.run_dir / "stages" / f"{name}.json").exists()
         }
-        return dict.fromkeys(commands, 0.0) | (self._launch(open_stages, steps) if open_stages else {})
+        return dict.fromkeys(commands, 0.0) | (self._launch(open_stages, steps, threads) if open_stages else {})
 
     def _reinforce(self, commands: dict[str, list[str]]) -> dict[str, float]:
         """Run both GRPO trainings side by side, or one after the other where memory is short; seconds by name."""
@@ -388,14 +388,12 @@ class Demo:
         settings = self.settings
         unguided = {"alpha": 0.0, "beta": 0.0, "query_role": settings.agto["query_role"]}
         random_weights = self.run_dir / "random"
-        base = self.supervised(
-            "base", random_weights, "base.parquet", settings.base_steps, settings.base_lr, unguided, processes=2
-        )
+        base = self.supervised("base", random_weights, "base.parquet", settings.base_steps, settings.base_lr, unguided)
         # Before anything is trained: GRPO starts last, minutes later.
         check_command(base)
         check_command(self.grpo("avar", random_weights, settings.vars))
         self.prepare()
-        seconds = self.train({"base": base}, settings.base_steps)
+        seconds = self.train({"base": base}, settings.base_steps, threads=2)
 
         # Two runs at the same time: two processes with one core each are faster than one process with two cores.
         guidance = {"sft": unguided, "agto": settings.agto}

@@ -21,6 +21,7 @@ STATISTICS = (
     *("log10_vas_user", "log10_vas_response", "log_ratio_user", "log_ratio_response"),
     *("image_share_user", "image_share_response", "image_mass_user", "image_mass_response", "dependency"),
 )
+KINDS = ("pearson", "spearman")
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,6 @@ def correlation_table(found: dict[str, dict[str, Any]]) -> Table:
     ]
     n = next(iter(found.values()))["num_models"]
     return Table(f"Correlation with accuracy on unbiased hints, {n} checkpoints", ["statistic", *KINDS], rows)
-
-
-KINDS = ("pearson", "spearman")
 
 
 # ---- claims --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from avar_verl.attention import capture_mass
 from avar_verl.intervention.transformers_hook import generate as generate_under
@@ -34,6 +35,8 @@ from avar_verl.tools.rows import conversation
 from reward_fns import avar, visual_anchor
 
 EPSILON = 1e-6
+# Of a response; reference responses are shorter.
+MAX_NEW_TOKENS = 72
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,6 @@ class ColdStart:
     query: TokenRole = TokenRole.RESPONSE
 
 
-def cosine(step: int, steps: int) -> float:
-    """The schedule of verl's `cosine` with `lr_warmup_steps_ratio=0.1`."""
-    warmup = int(0.1 * steps)
-    if step < warmup:
-        return step / max(1, warmup)
-    return 0.5 * (1 + np.cos(np.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def cold_start_loss(checkpoint: Checkpoint, batch: Batch, settings: ColdStart) -> torch.Tensor:
     """`L_LM + alpha * L_enhance`: a mean over response tokens, and over samples with an image."""
     mask_BS = batch.response_BS
@@ -124,7 +119,7 @@ def cold_start(checkpoint: Checkpoint, chains: Sequence[Rendered], settings: Col
     """Train on shuffled epochs of `chains`; yields the loss of every step."""
     model = checkpoint.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, settings.steps))
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.steps // 10, settings.steps)
     order, rng = [], np.random.default_rng([seed, 2])
     for _ in range(settings.steps):
         if len(order) < settings.batch_size:
@@ -231,7 +226,7 @@ class Grpo:
     (Dr.GRPO).
     """
 
-    max_new_tokens: int = 72
+    max_new_tokens: int = MAX_NEW_TOKENS
 
     def __post_init__(self):
         for name, known in (("visual", (None, *VISUAL)), ("normalization", NORMALIZATIONS)):

@@ -71,7 +71,7 @@ def _responses(
     samples = lazy_task.make_questions(num, seed, bias, "test")
     prompts = [loops.prompt_of(checkpoint, sample) for sample in samples]
     return [
-        loops.answer(checkpoint, samples[at : at + BATCH], prompts[at : at + BATCH], 72, spec=spec)
+        loops.answer(checkpoint, samples[at : at + BATCH], prompts[at : at + BATCH], loops.MAX_NEW_TOKENS, spec=spec)
         for at in range(0, num, BATCH)
     ]
 

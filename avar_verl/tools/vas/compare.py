@@ -200,7 +200,7 @@ def compare(
         "scores": scores,
         "queries": {},
         "dependency": None,
-        "uncompared": None,  # The corruptions, if some have a dependency but not all the same.
+        "uncompared": None,  # The corruptions of the files, if they differ.
     }
 
     def entry_of(query: str, parts: Sequence[Mapping[str, Any]], correlated: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +35,17 @@ def test_a_stage_that_fails_ends_the_others_and_shows_its_log(tmp_path):
     commands = {"sft": [sys.executable, "-c", "raise SystemExit('no memory')"], "agto": ["sleep", "600"]}
     with pytest.raises(RuntimeError, match=r"stage sft failed with exit code 1; log: .*sft\.log\nno memory"):
         demo._launch(commands, steps=3)
+
+
+@pytest.mark.parametrize(("free", "one_by_one"), [(40, False), (12, True)])
+def test_grpo_runs_share_the_memory_or_take_turns(tmp_path, monkeypatch, capsys, free, one_by_one):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free * 2**30))
+    demo = Demo(tmp_path, DemoSettings(grpo_steps=3))
+    alone = "import os; assert not os.path.exists('running'); open('running', 'w'); {}; os.remove('running')"
+    code = alone.format(f"exec({TRAINER!r})") if one_by_one else TRAINER
+    seconds = demo._reinforce({name: [sys.executable, "-c", code] for name in ("grpo", "avar")})
+    assert seconds.keys() == {"grpo", "avar"}
+    assert (f"{free} GiB of memory are free, 18 needed" in capsys.readouterr().out) == one_by_one
 
 
 def test_a_folder_holds_one_run(tmp_path):

@@ -52,12 +52,6 @@ def test_advantages_by_hand(normalization, expected):
     torch.testing.assert_close(found_B, torch.tensor(expected), rtol=0, atol=1e-4)
 
 
-def test_the_schedule_warms_up_and_falls_to_zero():
-    values = [loops.cosine(step, 20) for step in range(20)]
-    assert values[:3] == [0.0, 0.5, 1.0] and values == values[:3] + sorted(values[3:], reverse=True)
-    assert loops.cosine(20, 20) == pytest.approx(0)
-
-
 @pytest.mark.parametrize("visual", [None, *loops.VISUAL])
 def test_every_reward_moves_the_language_model_and_nothing_else(tiny_model_path, visual):
     checkpoint = Checkpoint.load(tiny_model_path)
