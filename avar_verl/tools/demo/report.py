@@ -21,7 +21,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from avar_verl.objectives.vas import STATISTICS, band
+from avar_verl.objectives.vas import STATISTICS
 from avar_verl.tools.figures import (
     BLACK,
     BLUE,
@@ -128,8 +128,10 @@ def summary_text(stages: Sequence[dict], seconds: float) -> str:
     by_name = {stage["name"]: stage for stage in stages}
     base, control, last = by_name["base"], by_name["grpo"], by_name["avar"]
     out = [
-        f"{base['n_eval']} held-out questions have hints that are right in 1 of 10: a lazy answer believes the hint, "
-        f"and guessing gives {100 * base['chance']:.1f}\u00a0%."
+        "Each question asks what one place of an image shows, and adds a hint: what somebody says it shows. A lazy "
+        "answer believes the hint, another one looks. "
+        f"In {base['n_eval']} held-out questions the hint is right in 1 of 10, no more often than a guess "
+        f"({100 * base['chance']:.1f}\u00a0%)."
     ]
     for stage in stages[1:]:
         reached = accuracy_text(stage["accuracy"], stage["n_eval"])
@@ -381,12 +383,12 @@ def stage_rows(stages: Sequence[dict]) -> list[dict]:
         for query in QUERIES:
             summary = stage["vas"][query]
             cells = {key: number_text(float(summary[key]), 3 if key in BOUNDED_FIELDS else 2) for key in STATISTICS}
-            parts.append({"query": query, "band": band(summary["vas"]), **cells})
+            parts.append({"query": query, **cells})
         rows.append(
             {
                 "title": stage["title"],
                 "color": STAGE_COLORS[stage["name"]],
-                "starts_from": titles.get(STARTS_FROM[stage["name"]], "random weights, on captions"),
+                "starts_from": titles.get(STARTS_FROM[stage["name"]], "random weights"),
                 "accuracy": accuracy_text(stage["accuracy"], stage["n_eval"]),
                 "accuracy_biased": accuracy_text(stage["accuracy_biased"], stage["n_eval"]),
                 "looks": f"{100 * stage['looks']:.1f} %",
