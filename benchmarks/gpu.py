@@ -252,6 +252,11 @@ def attention(setting: Setting) -> list[dict]:
                 masses(S // 4, implementation)
 
         @torch.no_grad()
+        def infer_with_lse(attend=attend, query=query, key=key, roles=roles, S=S):
+            positions = torch.arange(S - S // 4, S, device=setting.device)
+            lse_masses(attend, query, key, roles, Visibility(positions[None]), "lse")
+
+        @torch.no_grad()
         def kernel_alone(count, masses=masses):
             masses(count, implementations[0])
 
@@ -262,10 +267,91 @@ def attention(setting: Setting) -> list[dict]:
         rows += [{"positions": S, **row} for row in compare(setting, variants, repeats, budget)]
         variants = {"attention, forward": infer}
         variants |= {f"+ VARS, {name}": functools.partial(infer, name) for name in implementations}
+        if setting.gpu:  # On the CPU, this attention of grouped heads is not the fused one.
+            variants["+ VARS, lse"] = infer_with_lse
         variants |= {
             f"masses only, {count} queries": functools.partial(kernel_alone, count) for count in (AGTO_QUERIES, S // 4)
         }
         rows += [{"positions": S, **row} for row in compare(setting, variants, repeats, budget)]
+    return rows
+
+
+def lse_masses(attend, query, key, roles, visibility, implementation: str):
+    """(output of `attend()`, masses of system and image keys); an error if its log-sum-exp is wanted but not found."""
+    import torch
+
+    from avar_verl.attention.lse_mass import KeysByRole, LseTap
+    from avar_verl.attention.mass import selected_mass
+    from avar_verl.objectives.vars import VISUAL_ROLES
+
+    index = visibility.positions_BQ[:, None].expand(-1, query.shape[1], -1)
+    lse = keys = None
+    with LseTap() if implementation == "lse" else contextlib.nullcontext() as tap:
+        out = attend()
+    if tap is not None:
+        lse, keys = tap.lse(*query.shape[:3]), KeysByRole(roles, VISUAL_ROLES)
+        if lse is None:
+            raise RuntimeError(f"no log-sum-exp was found; {len(tap.found)} of another shape")
+        lse = lse.gather(2, index)
+    selected = torch.take_along_dim(query, index[..., None], 2)
+    mass = selected_mass(selected, key, roles, visibility, implementation=implementation, lse_BHQ=lse, keys=keys)
+    return out, mass[..., [int(role) for role in VISUAL_ROLES]]
+
+
+def lse(setting: Setting) -> list[dict]:
+    """Masses from the log-sum-exp of torch's attentions against those from q and k; change of the attention's output."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from avar_verl.attention.visibility import Visibility
+
+    S, B = 1024, 2
+    backends = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"] if setting.gpu else ["FLASH_ATTENTION"]
+    reference = "triton" if setting.gpu else "chunked"
+    dtype = torch.bfloat16 if setting.gpu else torch.float32
+    roles = layer_roles(S, setting.device).expand(B, -1).contiguous()
+    positions = torch.arange(S // 2, S, device=setting.device).expand(B, -1)
+    mask = torch.ones(B, S, dtype=torch.bool, device=setting.device)
+    mask[0, S - 100 :] = False
+    rows = []
+    for name in backends:
+        for heads, key_heads, D in ((28, 4, 128), (16, 16, 64)):
+            for padded in (False, True):
+                variant = f"{name}, {heads}/{key_heads} heads of {D}{', padded' if padded else ''}"
+                torch.manual_seed(0)
+                make = dict(device=setting.device, dtype=dtype)
+                query = torch.randn(B, S, heads, D, **make).transpose(1, 2)
+                key, value = (torch.randn(B, S, key_heads, D, **make).transpose(1, 2) for _ in range(2))
+                causal = torch.ones(S, S, dtype=torch.bool, device=setting.device).tril()
+                attended = (causal & mask[:, None, None]) if padded else None
+                # As transformers calls it: grouped heads only without a mask.
+                repeated = padded or not setting.gpu
+                heads_of = (lambda x, n=heads // key_heads: x.repeat_interleave(n, 1)) if repeated else (lambda x: x)
+
+                def attend(
+                    query=query, key=heads_of(key), value=heads_of(value), attended=attended, grouped=not repeated
+                ):
+                    return torch.nn.functional.scaled_dot_product_attention(
+                        query, key, value, attended, is_causal=attended is None, enable_gqa=grouped
+                    )
+
+                visibility = Visibility(positions, key_mask_BS=mask if padded else None)
+                try:
+                    with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, name)):
+                        plain, exact = lse_masses(attend, query, key, roles, visibility, reference)
+                        out, found = lse_masses(attend, query, key, roles, visibility, "lse")
+                except RuntimeError as error:  # Some of them take no mask, no grouped heads, or not this card.
+                    rows.append({"variant": variant, "skipped": str(error).splitlines()[0][:80]})
+                    continue
+                valid = mask.gather(1, positions)[:, None, :, None] if padded else torch.tensor(True, device=out.device)
+                row = {
+                    "variant": variant,
+                    "mass_error": float((found - exact).abs().where(valid, 0.0).max()),
+                    "output_changed": float((out - plain).abs().nan_to_num(0.0).max()),
+                }
+                rows.append(row | ({"failed": f"{variant}: masses differ\n"} if not row["mass_error"] < 1e-3 else {}))
+    if all("skipped" in row for row in rows):
+        raise RuntimeError(f"no attention gave its log-sum-exp: {rows}")
     return rows
 
 
@@ -294,6 +380,7 @@ CANDIDATES = [
         (64, 128, 8),
         (128, 32, 8),
         (128, 64, 8),
+        (128, 128, 8),
         (32, 64, 4),
     )
     for stages in (2, 3)
@@ -305,12 +392,15 @@ def blocks(setting: Setting) -> list[dict]:
     import torch
 
     from avar_verl.attention import triton_mass as kernels
+    from avar_verl.attention.lse_mass import KeysByRole
     from avar_verl.attention.visibility import Visibility
+    from avar_verl.objectives.vars import VISUAL_ROLES
 
     if not setting.gpu:
         raise Skip("needs a CUDA device")
     S, rows = 8192, []
     roles = layer_roles(S, setting.device)
+    keys = KeysByRole(roles, VISUAL_ROLES)
     for kernel in kernels.KERNELS:
         for count in (AGTO_QUERIES, S // 4):
             torch.manual_seed(0)
@@ -325,7 +415,10 @@ def blocks(setting: Setting) -> list[dict]:
                 if candidate:
                     kernels.CHOICES[kernel] = kernels.Blocks(*candidate)
 
-                def step(query=query, key=key, visibility=visibility, grad=grad, kernel=kernel):
+                def step(query=query, key=key, visibility=visibility, grad=grad, kernel=kernel, lse=grad[..., 0] + 9):
+                    if kernel == "lse":
+                        arguments = (visibility, D**-0.5, 5, lse, VISUAL_ROLES, keys.span_B1)
+                        return kernels.triton_lse_mass(query, key, roles, *arguments)
                     mass = kernels.triton_mass(query, key, roles, visibility, D**-0.5, 5)
                     if kernel != "forward":
                         return torch.autograd.grad(mass, query if kernel == "grad_query" else key, grad)
@@ -388,6 +481,7 @@ def decoder_steps(model, S: int, setting: Setting) -> tuple[dict[str, Callable],
 
     from avar_verl.attention import capture_mass
     from avar_verl.objectives import agto
+    from avar_verl.objectives.dependency import mean_dependency, token_dependency
     from avar_verl.objectives.vars import VISUAL_ROLES, VisualReduction, visual_fields
     from avar_verl.roles import TokenRole
 
@@ -395,12 +489,14 @@ def decoder_steps(model, S: int, setting: Setting) -> tuple[dict[str, Callable],
     roles = layer_roles(S, setting.device)
     num_response = int((roles == TokenRole.RESPONSE).sum())
     embeddings = torch.randn(1, S, text.hidden_size, device=setting.device, dtype=model.dtype)
+    # What the vision tower, which is not run here, makes of a blank image: one vector at every image position.
+    corrupted = embeddings.where((roles != TokenRole.IMAGE)[..., None], embeddings[:, NUM_SYSTEM, None])
     targets = torch.randint(0, text.vocab_size, (num_response,), device=setting.device)
     positions = torch.arange(S, device=setting.device).expand(3, 1, -1)
 
-    def log_probs():
+    def log_probs(inputs=embeddings):
         logits = model(
-            inputs_embeds=embeddings, position_ids=positions, logits_to_keep=num_response, use_cache=False
+            inputs_embeds=inputs, position_ids=positions, logits_to_keep=num_response, use_cache=False
         ).logits[0]
         return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -419,23 +515,36 @@ def decoder_steps(model, S: int, setting: Setting) -> tuple[dict[str, Callable],
         model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def infer(measured: bool):
+    def infer(implementation: str | None = None, dependency: bool = False):
+        """(log-probs, VARS fields or None): the engine's log-prob pass without its bookkeeping."""
         model.eval()
-        if not measured:
-            return log_probs()
-        capture = dict(query_role=TokenRole.RESPONSE, reduction=VisualReduction(1e-6), columns=VISUAL_ROLES)
-        with capture_mass(model, roles, **capture) as captured:
-            log_probs()
-        return visual_fields(captured.per_layer(), captured.roles, captured.valid)
+        fields = None
+        if implementation is None:
+            found = log_probs()
+        else:
+            capture = dict(query_role=TokenRole.RESPONSE, reduction=VisualReduction(1e-6), columns=VISUAL_ROLES)
+            with capture_mass(model, roles, implementation=implementation, **capture) as captured:
+                found = log_probs()
+            fields = visual_fields(captured.per_layer(), captured.roles, captured.valid)
+        if dependency:
+            difference = token_dependency(found, log_probs(corrupted))[None]
+            mean_dependency(difference, torch.ones_like(difference))
+        return found, fields
 
     return (
         {"training step": functools.partial(train, False), "+ AGTO": functools.partial(train, True)},
-        {"log-prob pass": functools.partial(infer, False), "+ VARS": functools.partial(infer, True)},
+        {
+            "log-prob pass": infer,
+            "+ VARS": functools.partial(infer, "auto"),
+            "+ VARS, lse": functools.partial(infer, "lse"),
+            "+ dependency": functools.partial(infer, None, True),
+            "+ VARS and dependency": functools.partial(infer, "auto", True),
+        },
     )
 
 
 def models(setting: Setting) -> list[dict]:
-    """7B and 8B text decoders with random weights: a training step with AGTO, a log-prob pass with VARS."""
+    """7B and 8B text decoders with random weights: training step with AGTO, log-prob pass with VARS and dependency."""
     import torch
 
     rows = []
@@ -443,13 +552,104 @@ def models(setting: Setting) -> list[dict]:
         model = build_decoder(model_type, setting)
         for S in [256] if setting.small else [4096, 8192]:
             for variants in decoder_steps(model, S, setting):
-                budget = 1.0 if setting.small else 10.0
+                try:
+                    variants.get("+ VARS, lse", bool)()
+                except ValueError as error:  # The attention that torch chose computes none.
+                    del variants["+ VARS, lse"]
+                    rows.append({"model": NAMES[model_type], "variant": "+ VARS, lse", "skipped": str(error)[:80]})
+                budget = 1.0 if setting.small else 9.0
                 for row in compare(setting, variants, 3 if setting.small else 12, budget):
                     rows.append({"model": NAMES[model_type], "positions": S, **row})
-        rows.append({"model": NAMES[model_type], "variant": "+ dependency", "skipped": "not in this version"})
         del model
         if setting.gpu:
             torch.cuda.empty_cache()
+    return rows
+
+
+# ---- packed rows -----------------------------------------------------------------------------------------------------
+
+
+def packed(setting: Setting) -> list[dict]:
+    """Three samples in one row, with torch's variable-length flash attention, against each sample alone with sdpa."""
+    import torch
+    from transformers.modeling_utils import AttentionInterface
+
+    from avar_verl.attention import capture_mass
+    from avar_verl.objectives.vars import VISUAL_ROLES, VisualReduction, visual_fields
+    from avar_verl.roles import TokenRole
+
+    if not setting.gpu:
+        raise Skip("needs a CUDA device; tests/attention/test_capture.py packs on the CPU")
+    require("torch.nn.attention.varlen")
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
+        starts = (position_ids[0] == 0).nonzero()[:, 0]
+        bounds = torch.cat([starts, starts.new_full((1,), query.shape[2])]).int()
+        longest = int(bounds.diff().max())
+        groups = query.shape[1] // key.shape[1]
+        rows = [x[0].transpose(0, 1) for x in (query, *(x.repeat_interleave(groups, 1) for x in (key, value)))]
+        out = varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+        return out[None], None
+
+    AttentionInterface.register("varlen", attend)
+    small = Setting(setting.device, True, setting.out)
+    model = build_decoder("qwen2_5_vl", small).eval()
+    lengths = [1024, 512, 768]
+    each = [layer_roles(S, setting.device) for S in lengths]
+    embeddings = [
+        torch.randn(1, S, model.config.text_config.hidden_size, device=setting.device, dtype=model.dtype)
+        for S in lengths
+    ]
+    positions = [torch.arange(S, device=setting.device) for S in lengths]
+
+    @torch.no_grad()
+    def fields(embeds, position_S, roles_BS, offsets=None):
+        capture = dict(query_role=TokenRole.RESPONSE, reduction=VisualReduction(1e-6), columns=VISUAL_ROLES)
+        with capture_mass(model, roles_BS, packed_offsets=offsets, **capture) as captured:
+            # Four rows: those of the text, which say where samples start, and three for the rotary embedding.
+            model(inputs_embeds=embeds, position_ids=position_S.expand(4, 1, -1), use_cache=False)
+        return visual_fields(captured.per_layer(), captured.roles, captured.valid)
+
+    alone = torch.cat([fields(*sample) for sample in zip(embeddings, positions, each, strict=True)])
+    roles = torch.full((3, max(lengths)), int(TokenRole.OTHER), device=setting.device)
+    for row, sample in zip(roles, each, strict=True):
+        row[: sample.shape[1]] = sample[0]
+    offsets = torch.tensor([0, *lengths], device=setting.device).cumsum(0)
+    model.set_attn_implementation("varlen")
+    together = fields(torch.cat(embeddings, 1), torch.cat(positions), roles, offsets)
+    error = float(((together - alone) / alone).abs().max())
+    row = {"variant": "packed against alone, bfloat16, largest relative difference of a field", "field_error": error}
+    return [row | ({"failed": "packed: fields differ\n"} if not error < 2e-2 else {})]
+
+
+# ---- where the time goes -------------------------------------------------------------------------------------------
+
+
+def profile(setting: Setting) -> list[dict]:
+    """Device time that VARS adds to a log-prob pass at 8192 positions, by kernel, of four layers; the ten largest."""
+    import torch
+
+    if not setting.gpu:
+        raise Skip("needs a CUDA device")
+    TEXT_7B["qwen2_5_vl"]["num_hidden_layers"] = 4
+    _, variants = decoder_steps(build_decoder("qwen2_5_vl", setting), 8192, setting)
+    found = {}
+    for name in ("log-prob pass", "+ VARS", "+ VARS, lse"):
+        variants[name]()
+        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profiler:
+            variants[name]()
+            torch.cuda.synchronize()
+        events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        found[name] = {e.key: (e.self_device_time_total / 1e3, e.count) for e in events}
+    rows, base = [], found.pop("log-prob pass")
+    for name, kernels in found.items():
+        added = {key: (ms - base.get(key, (0, 0))[0], n - base.get(key, (0, 0))[1]) for key, (ms, n) in kernels.items()}
+        total = (sum(ms for ms, _ in added.values()), sum(n for _, n in added.values()))
+        rows.append({"variant": name, "kernel": "all", "ms": total[0], "launches": total[1]})
+        for key in sorted(added, key=lambda key: -added[key][0])[:10]:
+            rows.append({"variant": name, "kernel": key[:90], "ms": added[key][0], "launches": added[key][1]})
     return rows
 
 
@@ -587,14 +787,17 @@ class Part:
 
 
 PARTS = (
-    Part("attention", attention, 0.7),
-    Part("models", models, 1.7),
-    Part("kernels", kernels, 2.1),
+    Part("lse", lse, 0.4),
+    Part("models", models, 2.1),
+    Part("packed", packed, 0.4),
+    Part("profile", profile, 0.4),
+    Part("attention", attention, 0.8),
     Part("synchronisations", synchronisations, 0.3),
+    Part("kernels", kernels, 2.5),
     Part("compiled", compiled, 0.7),
     Part("engine", engine, 1.0),
     Part("intervention", intervention, 1.0),
-    Part("blocks", blocks, 0.9),
+    Part("blocks", blocks, 1.2),
 )
 NUMBERS = {"ms": "{:.3f}", "ratio": "{:.3f} x", "peak_mib": "{:.0f}"}
 
@@ -712,8 +915,8 @@ def main() -> None:
             about = by_name[name].run.__doc__
             row = {"name": name, "status": f"skipped, {left:.0f} s left", "about": about, "seconds": 0.0, "rows": []}
             report["parts"].append(row)
-            continue
-        report["parts"].append(run_part(by_name[name], arguments, arguments.out))
+        else:
+            report["parts"].append(run_part(by_name[name], arguments, arguments.out))
         last = report["parts"][-1]
         print(f"{name}: {last['status']} ({last['seconds']:.0f} s)", file=sys.stderr, flush=True)
         report["seconds"] = time.perf_counter() - start

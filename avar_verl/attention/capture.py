@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from avar_verl.attention.lse_mass import KeysByRole, LseTap
-from avar_verl.attention.mass import IMPLEMENTATIONS, NUM_ROLES, selected_mass
+from avar_verl.attention.mass import IMPLEMENTATIONS, NUM_ROLES, selected_mass, takes_lse
 from avar_verl.attention.visibility import Visibility
 from avar_verl.model.roles import TokenRole
 
@@ -55,6 +55,17 @@ def select_queries(roles_BS: torch.Tensor, query_role: int | Sequence[int]) -> t
     num_queries = int(count_B.max()) if count_B.numel() else 0
     valid_BQ = torch.arange(num_queries, device=roles_BS.device) < count_B[:, None]
     return order_BS[:, :num_queries], valid_BQ
+
+
+def _take_positions(query_BHSD: torch.Tensor, positions_BQ: torch.Tensor) -> torch.Tensor:
+    """(B, H, Q, D) of every sample's own positions.
+
+    Whole rows of H * D numbers, which is how the projections leave them; a gather would move single numbers.
+    """
+    B, H, S, D = query_BHSD.shape
+    start_B1 = S * torch.arange(B, device=positions_BQ.device)[:, None]
+    rows = query_BHSD.transpose(1, 2).reshape(B * S, H * D).index_select(0, (start_B1 + positions_BQ).flatten())
+    return rows.view(B, positions_BQ.shape[1], H, D).transpose(1, 2)
 
 
 def packed_segments(position_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
@@ -134,8 +145,7 @@ class _Forward:
         return (
             layer in request.layers
             and request.columns is not None
-            and request.implementation in ("auto", "lse")
-            and query.device.type == "cpu"
+            and takes_lse(request.implementation, query.device.type, request.num_groups, query.shape[-1])
             and not torch.is_grad_enabled()
         )
 
@@ -159,9 +169,9 @@ class _Forward:
             )
         query_BHQD, lse_BHQ = query_BHSD, self._lse(tap, layer, query_BHSD)
         if not request.all_queries:
-            index = request.positions[:, None, :, None].expand(-1, query_BHSD.shape[1], -1, query_BHSD.shape[3])
-            query_BHQD = query_BHSD.gather(2, index)
-            lse_BHQ = None if lse_BHQ is None else lse_BHQ.gather(2, index[..., 0])
+            query_BHQD = _take_positions(query_BHSD, request.positions)
+            if lse_BHQ is not None:
+                lse_BHQ = lse_BHQ.gather(2, request.positions[:, None].expand(-1, lse_BHQ.shape[1], -1))
         visibility = self._visibility(attention_mask, request.positions, arguments, layer)
         self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"), lse_BHQ)
 
@@ -172,7 +182,7 @@ class _Forward:
         lse_BHS = tap.lse(*query_BHSD.shape[:3])
         if lse_BHS is None and self.request.implementation == "lse":
             raise ValueError(
-                "implementation='lse' needs an attention that computes a log-sum-exp, sdpa on the CPU; got none in "
+                "implementation='lse' needs an attention that computes a log-sum-exp, sdpa; got none in "
                 f"layer {layer} (attn_implementation={self.request.attention!r}). Use implementation='auto'."
             )
         return lse_BHS

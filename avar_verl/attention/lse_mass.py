@@ -7,8 +7,9 @@ Only the keys of the requested roles are scored, without a maximum, a normalisat
 cheapest implementation if the log-sum-exp is available and no gradient is needed. (A gradient would need all keys
 again, as in the other implementations.)
 
-The log-sum-exp is the second output of torch's fused attention on the CPU, which `scaled_dot_product_attention` drops.
-`LseTap` reads it during the model's own call, which stays bit-identical.
+The log-sum-exp is the second output of torch's fused attentions, which `scaled_dot_product_attention` drops. `LseTap`
+reads it during the model's own call. On the CPU that call stays bit-identical. On a GPU, two of the three attentions
+compute it only if asked, which they are. There the masses are those of `triton_mass.triton_lse_mass`.
 
 Shape suffixes:
     B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads, K = key/value
@@ -17,6 +18,7 @@ Shape suffixes:
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,13 +28,22 @@ from avar_verl.attention.visibility import HIDDEN, Visibility
 # Elements of one chunk's scores, B * H * C * W: 8 MiB of float32.
 CHUNK_ELEMENTS = 2**21
 # (output (B, H, S, D), lse (B, H, S) float32, natural logarithm, over the visible keys)
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_ATTENTIONS = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+)
+# The same, if the fifth argument, `compute_log_sumexp`, is true; (B, H, S, 1) in cuDNN's, S rounded up in the other.
+_ON_REQUEST = (
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+)
 
 
 class LseTap(TorchDispatchMode):
-    """Collects the log-sum-exp of every fused CPU attention that runs inside the `with` block.
+    """Collects the log-sum-exp of every fused attention of torch that runs inside the `with` block.
 
-    Relies on: torch 2.11, aten/src/ATen/native/transformers/attention.cpp, `_scaled_dot_product_flash_attention_cpu`.
+    Relies on: torch 2.11, aten/src/ATen/native/transformers/attention.cpp, `_scaled_dot_product_flash_attention_cpu`;
+    cuda/attention.cu, `_scaled_dot_product_{flash,cudnn,efficient}_attention_cuda`.
     """
 
     def __init__(self):
@@ -40,9 +51,12 @@ class LseTap(TorchDispatchMode):
         self.found: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _ON_REQUEST:
+            args = (*args[:4], True, *args[5:])
         out = func(*args, **(kwargs or {}))
-        if func is _ATTENTION:
-            self.found.append(out[1])
+        if func in _ATTENTIONS or func in _ON_REQUEST:
+            lse = out[1].squeeze(-1) if out[1].dim() == 4 else out[1]
+            self.found.append(lse[..., : args[0].shape[2]])
         return out
 
     def lse(self, batch: int, heads: int, length: int) -> torch.Tensor | None:
@@ -57,25 +71,54 @@ class LseTap(TorchDispatchMode):
 
 
 class KeysByRole:
-    """The keys of some roles, one role after the other; the same for every layer of a forward pass.
-
-    `positions_BW`, `real_BW` (False on the padding of samples that have fewer), and for each of `columns` its range
-    `bounds[i]..bounds[i + 1]` of W.
-    """
+    """The keys of some roles, the same for every layer of a forward pass; computed when first asked for."""
 
     def __init__(self, key_roles_BS: torch.Tensor, columns: Sequence[int]):
+        self.key_roles_BS = key_roles_BS
         self.columns = tuple(columns)
-        positions, real, self.bounds = [], [], [0]
+
+    @cached_property
+    def _sorted(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        positions, real, bounds = [], [], [0]
         for role in self.columns:
-            is_role_BS = key_roles_BS == role
+            is_role_BS = self.key_roles_BS == role
             count_B = is_role_BS.sum(1)
             width = int(count_B.max()) if count_B.numel() else 0
             # A stable sort moves the role's positions to the front, in order.
             positions.append(torch.argsort(~is_role_BS, dim=1, stable=True)[:, :width])
-            real.append(torch.arange(width, device=key_roles_BS.device) < count_B[:, None])
-            self.bounds.append(self.bounds[-1] + width)
-        self.positions_BW, self.real_BW = torch.cat(positions, dim=1), torch.cat(real, dim=1)
-        self.all_real = bool(self.real_BW.all())
+            real.append(torch.arange(width, device=is_role_BS.device) < count_B[:, None])
+            bounds.append(bounds[-1] + width)
+        return torch.cat(positions, dim=1), torch.cat(real, dim=1), bounds
+
+    @property
+    def positions_BW(self) -> torch.Tensor:
+        """The positions of the keys, one role after the other."""
+        return self._sorted[0]
+
+    @property
+    def real_BW(self) -> torch.Tensor:
+        """False on the padding of samples that have fewer keys of a role."""
+        return self._sorted[1]
+
+    @property
+    def bounds(self) -> list[int]:
+        """For each of `columns` its range `bounds[i]..bounds[i + 1]` of W."""
+        return self._sorted[2]
+
+    @cached_property
+    def all_real(self) -> bool:
+        return bool(self.real_BW.all())
+
+    @cached_property
+    def span_B1(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and the last position of any of these keys; (S, -1) without one. Does not synchronise."""
+        S = self.key_roles_BS.shape[1]
+        wanted_BS = torch.zeros_like(self.key_roles_BS, dtype=torch.bool)
+        for role in self.columns:
+            wanted_BS |= self.key_roles_BS == role
+        position_S = torch.arange(S, device=wanted_BS.device, dtype=torch.int32)
+        first_B1 = torch.where(wanted_BS, position_S, S).amin(1, keepdim=True)
+        return first_B1, torch.where(wanted_BS, position_S, -1).amax(1, keepdim=True)
 
 
 def lse_mass(

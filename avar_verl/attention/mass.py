@@ -20,6 +20,8 @@ NUM_ROLES = len(TokenRole)
 # Elements of one chunk's weights, B * H * C * S: 4 MiB of float32 stay in a CPU's cache, 64 MiB fill a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**24}
 IMPLEMENTATIONS = ("auto", "chunked", "lse", "triton")
+# Where `auto` takes the log-sum-exp of the model's attention. On a GPU it is taken on request, until it is measured.
+AUTO_LSE = ("cpu",)
 # Limits of the Triton kernels.
 MAX_GROUPS, MAX_HEAD_SIZE = 16, 512
 
@@ -89,18 +91,28 @@ class _ChunkedMass(torch.autograd.Function):
         return grad_query.reshape(B, H, Q, D).to(query_BHQD.dtype), grad_key.to(key_BKSD.dtype), None, None, None
 
 
+def takes_lse(implementation: str, device_type: str, num_groups: int, head_size: int) -> bool:
+    """Whether a pass without gradients would use the log-sum-exp of the model's attention."""
+    can_run = device_type == "cpu" or _can_triton(device_type, num_groups, head_size)
+    return can_run and (implementation == "lse" or implementation == "auto" and device_type in AUTO_LSE)
+
+
+def _can_triton(device_type: str, num_groups: int, head_size: int) -> bool:
+    return device_type == "cuda" and 1 <= num_groups <= MAX_GROUPS and head_size <= MAX_HEAD_SIZE
+
+
 def choose_implementation(
     implementation: str, device_type: str, num_groups: int, head_size: int, has_lse: bool = False
 ) -> str:
     """Which implementation runs. `auto` takes the first that can run:
 
-    - `lse` (attention.lse_mass) on the CPU, if the log-sum-exp of the model's attention is available and no gradient is
-      needed;
+    - `lse` on the CPU (attention.lse_mass), if the log-sum-exp of the model's attention is available and no gradient is
+      needed; by name also on a device that can run `triton`, with sdpa (triton_mass.triton_lse_mass);
     - `triton` (attention.triton_mass) on a CUDA or ROCm device, for at most MAX_GROUPS groups and heads of at most
       MAX_HEAD_SIZE;
     - `chunked`, PyTorch, everywhere.
 
-    All give the same numbers. If `lse` is requested by name, passes with a gradient use `chunked`.
+    All give the same numbers. If `lse` is requested by name, passes with a gradient use one of the others.
 
     Args:
         has_lse: the log-sum-exp is available and no gradient is needed.
@@ -112,13 +124,13 @@ def choose_implementation(
         raise ValueError(
             f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}. Leave it at 'auto'."
         )
-    can_triton = device_type == "cuda" and 1 <= num_groups <= MAX_GROUPS and head_size <= MAX_HEAD_SIZE
+    can_triton = _can_triton(device_type, num_groups, head_size)
     if implementation == "triton" and not can_triton:
         raise ValueError(
             f"the Triton kernel needs a CUDA device, at most {MAX_GROUPS} groups and heads of at most {MAX_HEAD_SIZE}; "
             f"got a {device_type} device, {num_groups} groups and heads of {head_size}. Use implementation='auto'."
         )
-    if has_lse and implementation in ("auto", "lse"):
+    if has_lse and takes_lse(implementation, device_type, num_groups, head_size):
         return "lse"
     return "triton" if can_triton and implementation != "chunked" else "chunked"
 
@@ -154,7 +166,13 @@ def selected_mass(
             mass_BHQR = triton_mass(query_BHQD, key_BKSD, key_roles_BS, visibility, scale, num_groups)
         elif chosen == "lse":
             assert lse_BHQ is not None and keys is not None
-            mass_BHQR = lse_mass(query_BHQD, key_BKSD, lse_BHQ, keys, visibility, scale, num_groups)
+            if query_BHQD.device.type == "cpu":
+                mass_BHQR = lse_mass(query_BHQD, key_BKSD, lse_BHQ, keys, visibility, scale, num_groups)
+            else:
+                from avar_verl.attention.triton_mass import triton_lse_mass
+
+                sizes = (scale, num_groups, lse_BHQ, keys.columns, keys.span_B1)
+                mass_BHQR = triton_lse_mass(query_BHQD, key_BKSD, key_roles_BS, visibility, *sizes)
         else:
             onehot_BSR = torch.nn.functional.one_hot(key_roles_BS.long(), num_groups).float()
             mass_BHQR = _ChunkedMass.apply(query_BHQD, key_BKSD, onehot_BSR, visibility, scale)

@@ -3,7 +3,9 @@
 
 The forward kernel runs the online softmax over blocks of keys with one running sum for each group; no value is read and
 the sum of a row is the sum of its groups. The backward kernels form the weights again from q, k and one log-sum-exp a
-row. All numbers of the softmax are float32, in base 2, where the hardware has its exponential.
+row. All numbers of the softmax are float32, in base 2, where the hardware has its exponential. If the log-sum-exp of
+the model's own attention is there and no gradient is needed, a fourth kernel reads the keys of the wanted groups only,
+without maxima and sums of the other keys.
 
 A block of queries may share its keys among several programs (splits): otherwise few queries would leave most of the
 device idle. The partial sums are added in PyTorch, so nothing here is atomic and every result is reproducible.
@@ -16,6 +18,7 @@ Shape suffixes:
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -220,6 +223,110 @@ def _forward_kernel(
 
 
 @triton.jit
+def _lse_kernel(
+    query_ptr,
+    key_ptr,
+    group_ptr,
+    first_ptr,
+    last_ptr,
+    query_segment_ptr,
+    key_segment_ptr,
+    rows_ptr,
+    lse_ptr,
+    mass_ptr,
+    scale_log2,
+    log2_e,
+    H,
+    G,
+    Q,
+    S,
+    D,
+    stride_qb,
+    stride_qh,
+    stride_qq,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_rb,
+    stride_rq,
+    R: tl.constexpr,
+    WANTED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TYPE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+):
+    """mass_NBHQR of the groups in the bits of WANTED: the sum of exp(score - lse) over their keys of a split."""
+    start_q = tl.program_id(0) * BLOCK_Q
+    split = tl.program_id(1)
+    bh = tl.program_id(2).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    query = start_q + tl.arange(0, BLOCK_Q)
+    column = tl.arange(0, BLOCK_R)
+    first = tl.load(first_ptr + b * Q + query, mask=query < Q, other=S)
+    last = tl.load(last_ptr + b * Q + query, mask=query < Q, other=-1)
+    # A query that sees no key may have -inf, from which nothing can be subtracted.
+    lse = tl.load(lse_ptr + bh * Q + query, mask=query < Q, other=0.0)
+    lse = tl.where(lse == float("-inf"), 0.0, lse) * log2_e
+    begin, end = _key_range(first, last, split, tl.num_programs(1), S, BLOCK_S)
+    q = _load_rows(query_ptr + b * stride_qb + h * stride_qh, start_q, Q, D, stride_qq, stride_qd, BLOCK_Q, BLOCK_D)
+    key_ptr += b * stride_kb + (h // G) * stride_kh
+
+    # Between these two keys every query of the block sees everything (rows beyond Q are never stored).
+    all_from = tl.max(tl.load(first_ptr + b * Q + query, mask=query < Q, other=0), 0)
+    all_to = tl.min(tl.load(last_ptr + b * Q + query, mask=query < Q, other=S), 0)
+
+    mass = tl.zeros((BLOCK_Q, BLOCK_R), tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        key = start + tl.arange(0, BLOCK_S)
+        group = tl.load(group_ptr + b * S + key, mask=key < S, other=-1)
+        least, greatest = tl.min(group, 0), tl.max(group, 0)
+        k = _load_rows(key_ptr, start, S, D, stride_ks, stride_kd, BLOCK_S, BLOCK_D)
+        weight = tl.exp2(_dot(q, tl.trans(k), TYPE, WIDEN) * scale_log2 - lse[:, None])
+        is_partial = (start < all_from) | (start + BLOCK_S - 1 > all_to) | (least < 0) | (greatest >= R)
+        if is_partial | (HAS_SEGMENTS or HAS_ROWS):
+            visible = _visible(
+                query[:, None],
+                key[None, :],
+                group[None, :],
+                first[:, None],
+                last[:, None],
+                start,
+                query_segment_ptr + b * Q,
+                key_segment_ptr + b * S,
+                rows_ptr + b * stride_rb,
+                stride_rq,
+                Q,
+                S,
+                R,
+                BLOCK_S,
+                HAS_SEGMENTS,
+                HAS_ROWS,
+            )
+            weight = tl.where(visible, weight, 0.0)
+        if least == greatest:  # Most blocks: roles come in runs that are longer than a block.
+            mass += tl.where((column == greatest)[None, :], tl.sum(weight, 1)[:, None], 0.0)
+        else:
+            for r in tl.static_range(R):
+                if (WANTED >> r) & 1:
+                    part = tl.sum(tl.where((group == r)[None, :], weight, 0.0), 1)
+                    mass += tl.where((column == r)[None, :], part[:, None], 0.0)
+
+    out = (split * tl.num_programs(2) + bh) * Q
+    is_wanted = (column < R) & ((WANTED >> column) & 1 != 0)
+    mass_ptr += out * R
+    offset = query[:, None].to(tl.int64) * R + column[None, :]
+    tl.store(mass_ptr + offset, mass, mask=(query < Q)[:, None] & is_wanted[None, :])
+
+
+@triton.jit
 def _grad_query_kernel(
     query_ptr,
     key_ptr,
@@ -416,7 +523,7 @@ class Blocks(NamedTuple):
         return dict(BLOCK_Q=self.block_q, BLOCK_S=self.block_s, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-KERNELS = ("forward", "grad_query", "grad_key")
+KERNELS = ("forward", "lse", "grad_query", "grad_key")
 # {name in KERNELS: blocks} in place of those of `_block_sizes`, for a benchmark that compares them.
 CHOICES: dict[str, Blocks] = {}
 
@@ -440,9 +547,13 @@ def _block_sizes(kernel: str, head_size: int, dtype: torch.dtype, architecture: 
     if dtype == torch.float32:
         if not small:
             return Blocks(32 if head_size <= 256 else 16, 32, 8, 2)
-        return Blocks(32, 32, 8 if kernel == "forward" else 4, 3)
+        return Blocks(32, 32, 8 if kernel in ("forward", "lse") else 4, 3)
     if head_size > 256:
         return Blocks(32, 32, 8, 2)
+    if kernel == "lse" and small and architecture // 10 == 9:
+        return Blocks(128, 64, 8, 3)
+    if kernel == "lse":
+        kernel = "forward"
     if kernel == "forward" and small and architecture // 10 == 9:
         return Blocks(64, 64, 4, 2)  # The fastest of 14 on an H200, with 64 and with 2048 queries.
     if kernel == "forward":
@@ -525,14 +636,17 @@ def _device_of(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-class _TritonMass(torch.autograd.Function):
-    """The kernels behind `triton_mass`; between the passes it keeps q, k, the masses and one log-sum-exp a row."""
+class _Launch:
+    """What all kernels of one call take: `inputs` (tensors), `sizes` (shapes and strides), `options`, `blocks`."""
 
-    @staticmethod
-    def forward(ctx, query_BHQD, key_BKSD, groups_BS, visibility, scale, num_groups):
+    def __init__(self, query_BHQD, key_BKSD, groups_BS, visibility: Visibility, num_groups: int, span_B1=None):
+        """`span_B1`: the first and the last key, (B, 1) each, outside of which the kernel need not look."""
         B, H, Q, D = query_BHQD.shape
         K, S = key_BKSD.shape[1:3]
         first_BQ, last_BQ = _key_bounds(visibility, B, Q, S, query_BHQD.device)
+        if span_B1 is not None:
+            first_BQ = torch.maximum(first_BQ, span_B1[0].to(first_BQ.dtype))
+            last_BQ = torch.minimum(last_BQ, span_B1[1].to(last_BQ.dtype))
         groups_BS = groups_BS.int().contiguous()
         # A kernel does not touch the pointers of what is absent, but wants some tensor there.
         key_segment_BS = query_segment_BQ = rows_BQW = groups_BS
@@ -551,14 +665,13 @@ class _TritonMass(torch.autograd.Function):
         dtype = query_BHQD.dtype if query_BHQD.dtype == key_BKSD.dtype else torch.float32
         operand = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
         architecture = _architecture(query_BHQD.device)
-        ctx.blocks = {
+        self.blocks = {
             kernel: CHOICES.get(kernel)
             or _block_sizes(kernel, D, torch.float32 if operand == tl.float32 else dtype, architecture)
             for kernel in KERNELS
         }
-        ctx.sizes = (H, H // K, Q, S, D, *query_BHQD.stride(), *key_BKSD.stride(), *row_strides)
-        ctx.scale = scale
-        ctx.options = dict(
+        self.sizes = (H, H // K, Q, S, D, *query_BHQD.stride(), *key_BKSD.stride(), *row_strides)
+        self.options = dict(
             R=num_groups,
             BLOCK_D=max(16, triton.next_power_of_2(D)),
             TYPE=operand,
@@ -567,7 +680,19 @@ class _TritonMass(torch.autograd.Function):
             HAS_SEGMENTS=has_segments,
             HAS_ROWS=has_rows,
         )
-        inputs = (query_BHQD, key_BKSD, groups_BS, first_BQ, last_BQ, query_segment_BQ, key_segment_BS, rows_BQW)
+        self.inputs = (query_BHQD, key_BKSD, groups_BS, first_BQ, last_BQ, query_segment_BQ, key_segment_BS, rows_BQW)
+
+
+class _TritonMass(torch.autograd.Function):
+    """The kernels behind `triton_mass`; between the passes it keeps q, k, the masses and one log-sum-exp a row."""
+
+    @staticmethod
+    def forward(ctx, query_BHQD, key_BKSD, groups_BS, visibility, scale, num_groups):
+        launch = _Launch(query_BHQD, key_BKSD, groups_BS, visibility, num_groups)
+        B, H, Q, D = query_BHQD.shape
+        S = key_BKSD.shape[2]
+        ctx.blocks, ctx.sizes, ctx.scale, ctx.options = launch.blocks, launch.sizes, scale, launch.options
+        inputs = launch.inputs
         grid = _query_grid(ctx.blocks["forward"], B * H, Q, S)
         sums_NBHQR = query_BHQD.new_zeros((grid[1], B, H, Q, num_groups), dtype=torch.float32)
         maximum_NBHQ = torch.full_like(sums_NBHQR[..., 0], float("-inf"))
@@ -636,6 +761,44 @@ class _TritonMass(torch.autograd.Function):
         return grad_query_BHQD, grad_key_BKSD, None, None, None, None
 
 
+def _check(query_BHQD, key_BKSD, groups_BS, visibility: Visibility, num_groups: int, lse_BHQ=None) -> None:
+    """Refuse what the kernels cannot do, and tensors beyond whose end they would read."""
+    if not 1 <= num_groups <= MAX_GROUPS:
+        raise ValueError(
+            f"num_groups must be 1 to {MAX_GROUPS}; got {num_groups}. Merge groups or use `selected_mass`, which takes "
+            "any number."
+        )
+    query_shape, key_shape = tuple(query_BHQD.shape), tuple(key_BKSD.shape)
+    if len(query_shape) != 4 or len(key_shape) != 4 or query_shape[::3] != key_shape[::3]:
+        raise ValueError(
+            "query must be (B, H, Q, D) and key (B, K, S, D) over the same samples and head size; got "
+            f"{query_shape} and {key_shape}. Pass the tensors as they enter the attention."
+        )
+    (B, H, Q, D), (_, K, S, _) = query_shape, key_shape
+    if K == 0 or H % K:
+        raise ValueError(
+            f"the number of key heads must divide the number of query heads; got {K} and {H}. "
+            "Do not repeat or drop heads before the call."
+        )
+    if D > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"the head size must be at most {MAX_HEAD_SIZE}; got {D}. Use `selected_mass`, which takes any size."
+        )
+    for name, tensor, shape in [
+        ("groups_BS", groups_BS, (B, S)),
+        ("visibility.positions_BQ", visibility.positions_BQ, (B, Q)),
+        ("visibility.key_mask_BS", visibility.key_mask_BS, (B, S)),
+        ("visibility.segment_ids_BS", visibility.segment_ids_BS, (B, S)),
+        ("visibility.rows_BQS", visibility.rows_BQS, (B, Q, S)),
+        ("lse_BHQ", lse_BHQ, (B, H, Q)),
+    ]:
+        # A kernel would read beyond the end of a tensor that is too small.
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have the shape {shape}; got {tuple(tensor.shape)}. Expand what is common to the samples."
+            )
+
+
 def triton_mass(
     query_BHQD: torch.Tensor,
     key_BKSD: torch.Tensor,
@@ -669,37 +832,56 @@ def triton_mass(
     >>> triton_mass(q, k, groups, Visibility(torch.tensor([[3]], device="cuda")), scale=1.0, num_groups=2).tolist()
     [[[[0.25, 0.75]]]]
     """
-    if not 1 <= num_groups <= MAX_GROUPS:
-        raise ValueError(
-            f"num_groups must be 1 to {MAX_GROUPS}; got {num_groups}. Merge groups or use `selected_mass`, which takes "
-            "any number."
-        )
-    query_shape, key_shape = tuple(query_BHQD.shape), tuple(key_BKSD.shape)
-    if len(query_shape) != 4 or len(key_shape) != 4 or query_shape[::3] != key_shape[::3]:
-        raise ValueError(
-            "query must be (B, H, Q, D) and key (B, K, S, D) over the same samples and head size; got "
-            f"{query_shape} and {key_shape}. Pass the tensors as they enter the attention."
-        )
-    (B, H, Q, D), (_, K, S, _) = query_shape, key_shape
-    if K == 0 or H % K:
-        raise ValueError(
-            f"the number of key heads must divide the number of query heads; got {K} and {H}. "
-            "Do not repeat or drop heads before the call."
-        )
-    if D > MAX_HEAD_SIZE:
-        raise ValueError(
-            f"the head size must be at most {MAX_HEAD_SIZE}; got {D}. Use `selected_mass`, which takes any size."
-        )
-    for name, tensor, shape in [
-        ("groups_BS", groups_BS, (B, S)),
-        ("visibility.positions_BQ", visibility.positions_BQ, (B, Q)),
-        ("visibility.key_mask_BS", visibility.key_mask_BS, (B, S)),
-        ("visibility.segment_ids_BS", visibility.segment_ids_BS, (B, S)),
-        ("visibility.rows_BQS", visibility.rows_BQS, (B, Q, S)),
-    ]:
-        # A kernel would read beyond the end of a tensor that is too small.
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have the shape {shape}; got {tuple(tensor.shape)}. Expand what is common to the samples."
-            )
+    _check(query_BHQD, key_BKSD, groups_BS, visibility, num_groups)
     return _TritonMass.apply(query_BHQD, key_BKSD, groups_BS, visibility, scale, num_groups)
+
+
+@torch.no_grad()
+def triton_lse_mass(
+    query_BHQD: torch.Tensor,
+    key_BKSD: torch.Tensor,
+    groups_BS: torch.Tensor,
+    visibility: Visibility,
+    scale: float,
+    num_groups: int,
+    lse_BHQ: torch.Tensor,
+    columns: Sequence[int],
+    span_B1: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """The masses of `triton_mass` for some groups, from the log-sum-exp of the model's own attention. No gradient.
+
+        mass_r(q) = sum_{visible k in group r} exp(scale * q . k - lse(q))
+
+    Args:
+        lse_BHQ: natural log-sum-exp of the scaled scores over all keys that each query sees, float32.
+        columns: the groups whose masses are wanted.
+        span_B1: the positions of the first and the last key of these groups, (B, 1) each (`KeysByRole.span_B1`).
+
+    Returns:
+        (B, H, Q, R) float32: nan in the other columns; 0 where a query sees no key of a group.
+
+    Raises:
+        ValueError: as `triton_mass`.
+    """
+    _check(query_BHQD, key_BKSD, groups_BS, visibility, num_groups, lse_BHQ)
+    launch = _Launch(query_BHQD, key_BKSD, groups_BS, visibility, num_groups, span_B1)
+    B, H, Q, _ = query_BHQD.shape
+    blocks = launch.blocks["lse"]
+    grid = _query_grid(blocks, B * H, Q, key_BKSD.shape[2])
+    mass_NBHQR = query_BHQD.new_full((grid[1], B, H, Q, num_groups), float("nan"), dtype=torch.float32)
+    wanted = sum(1 << int(column) for column in set(columns))
+    if query_BHQD.numel() and key_BKSD.numel():
+        with _device_of(query_BHQD):
+            _lse_kernel[grid](
+                *launch.inputs,
+                lse_BHQ.float().contiguous(),
+                mass_NBHQR,
+                scale * LOG2_E,
+                LOG2_E,
+                *launch.sizes,
+                WANTED=wanted,
+                BLOCK_R=triton.next_power_of_2(num_groups),
+                **launch.options,
+                **blocks.options(),
+            )
+    return mass_NBHQR[0] if grid[1] == 1 else mass_NBHQR.sum(0)

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avar_verl.attention import lse_mass as module
 from avar_verl.attention.lse_mass import KeysByRole, LseTap, lse_mass
-from avar_verl.attention.mass import selected_mass
+from avar_verl.attention.mass import choose_implementation, selected_mass, takes_lse
 from avar_verl.attention.visibility import Visibility
 from avar_verl.roles import TokenRole
 from tests.attention.reference import eager_mass
@@ -46,6 +47,42 @@ def test_tap_picks_up_the_log_sum_exp_and_leaves_the_output_alone():
     torch.testing.assert_close(lse, expected, **CLOSE)
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True)
     torch.testing.assert_close(out, plain, rtol=0, atol=0)
+
+
+class Calls(TorchDispatchMode):
+    """Every call below it, with its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_tap_asks_the_attentions_of_a_gpu_for_their_log_sum_exp(kind):
+    """Watches torch: which output it is, and its shape. Tensors without data: the operations run on a GPU only."""
+    query = torch.empty(2, 4, 33, 16, device="meta", dtype=torch.bfloat16)
+    attention = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
+    arguments = (0.0, True) if kind == "flash" else (None, False, 0.0, True)
+    with Calls() as below, LseTap() as tap:
+        attention(query, query, query, *arguments, scale=0.25)
+    assert tap.lse(2, 4, 33).shape == (2, 4, 33) and tap.lse(2, 4, 33).dtype == torch.float32
+    ((_, got),) = [call for call in below.calls if call[0] is attention.default]
+    assert got[3:] == (arguments if kind == "flash" else (None, True, 0.0, True))
+
+
+@pytest.mark.parametrize(
+    "implementation, device, groups, takes",
+    [("auto", "cpu", 40, True), ("auto", "cuda", 5, False), ("lse", "cuda", 5, True), ("lse", "cuda", 17, False)]
+    + [("chunked", "cpu", 5, False), ("triton", "cuda", 5, False), ("lse", "mps", 5, False)],
+)
+def test_where_the_log_sum_exp_is_taken(implementation, device, groups, takes):
+    assert takes_lse(implementation, device, groups, 128) == takes
+    if implementation != "triton" or device == "cuda":
+        assert (choose_implementation(implementation, device, groups, 128, has_lse=True) == "lse") == takes
 
 
 def test_tap_joins_segments_of_a_row_and_knows_no_other_shapes():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from avar_verl.attention.lse_mass import KeysByRole
 from avar_verl.attention.visibility import Visibility
 
 triton = pytest.importorskip("triton")
@@ -62,7 +63,7 @@ def usage_of(compiled, folder) -> Usage:
 
 @pytest.fixture
 def compile_kernels(monkeypatch, tmp_path):
-    """`compile_kernels(architecture, dtype, D, layout)` -> {kernel: Usage} of a call and its backward pass.
+    """`compile_kernels(architecture, dtype, D, layout)` -> {kernel: Usage}: a call, its backward pass, a log-sum-exp.
 
     The real launches, with their arguments and what Triton makes of them, on tensors of the CPU; nothing runs.
     """
@@ -93,7 +94,9 @@ def compile_kernels(monkeypatch, tmp_path):
             patch.setattr(triton.runtime.driver, "_active", Driver(architecture))
             groups = torch.zeros(B, S, dtype=torch.long)
             kernels.triton_mass(query, key, groups, visibility, D**-0.5, 5).sum().backward()
-        assert list(compiled) == list(kernels.KERNELS)
+            lse, span = torch.zeros(B, H, Q), KeysByRole(groups, [1, 2]).span_B1
+            kernels.triton_lse_mass(query, key, groups, visibility, D**-0.5, 5, lse, [1, 2], span)
+        assert set(compiled) == set(kernels.KERNELS)
         return {kernel: usage_of(result, tmp_path) for kernel, result in compiled.items()}
 
     return compile_for

@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 
+from avar_verl.attention.lse_mass import KeysByRole
 from avar_verl.attention.visibility import Visibility
 from avar_verl.roles import TokenRole
 from tests.attention.reference import eager_mass
@@ -146,6 +147,43 @@ def test_roles_in_runs(kernels, layout):
     query, key, groups, positions = random_inputs(Q=20, S=200)
     groups[:] = torch.tensor([1] * 33 + [2] * 90 + [3] * 40 + [4] * 37, device=DEVICE)
     compare(kernels, query, key, groups, make_visibility(layout, positions.sort(1).values, 200))
+
+
+@pytest.mark.parametrize("splits, runs", [(1, True), (2, False)], indirect=["splits"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masses_from_a_log_sum_exp(kernels, layout, runs):
+    """The wanted columns are those of the full matrix, whatever the order of the roles; the others are no number."""
+    query, key, groups, positions = random_inputs(H=4, K=2)
+    if runs:  # A block and more of one role, and keys on either side of those that are wanted.
+        groups = torch.repeat_interleave(torch.tensor([0, 1, 2, 2, 3]), 9).expand(2, -1).to(DEVICE)
+    visibility = make_visibility(layout, positions, 45)
+    scores = (query @ key.repeat_interleave(2, dim=1).mT * 0.4).masked_fill(
+        ~visible_rows(visibility, 45)[:, None], float("-inf")
+    )
+    columns = [2, 1]
+    span = KeysByRole(groups, columns).span_B1
+    lse = scores.detach().logsumexp(-1)
+    mass = kernels.triton_lse_mass(query, key, groups, visibility, 0.4, 5, lse, columns, span)
+    expected = eager(query, key, groups, visibility, 0.4, 5)
+    assert not mass.requires_grad and mass[..., [0, 3, 4]].isnan().all()
+    torch.testing.assert_close(mass[..., columns], expected[..., columns].detach(), **CLOSE)
+
+
+def test_keys_outside_the_wanted_groups_are_not_read_with_a_log_sum_exp(kernels):
+    query, key, groups, positions = random_inputs(S=128)
+    groups = torch.repeat_interleave(torch.tensor([0, 1, 2, 3]), 32).expand(2, -1).to(DEVICE)
+    key = key.detach()
+    key[:, :, :32] = key[:, :, 96:] = float("nan")  # Blocks of 32 keys.
+    visibility, keys = Visibility(torch.full_like(positions, 127)), KeysByRole(groups, [1, 2])
+    lse = torch.zeros(query.shape[:3], device=DEVICE)
+    mass = kernels.triton_lse_mass(query, key, groups, visibility, 0.4, 5, lse, [1, 2], keys.span_B1)
+    weights = (query.detach() @ key[:, :, 32:96].mT * 0.4).exp().unflatten(-1, (2, 32)).sum(-1)
+    torch.testing.assert_close(mass[..., [1, 2]], weights, **CLOSE)
+    absent = KeysByRole(groups, [4])
+    mass = kernels.triton_lse_mass(query, key, groups, visibility, 0.4, 5, lse, [4], absent.span_B1)
+    assert not mass[..., 4].any()
+    with pytest.raises(ValueError, match=r"lse_BHQ must have the shape \(2, 2, 19\); got \(2, 2, 18\)"):
+        kernels.triton_lse_mass(query, key, groups, visibility, 0.4, 5, lse[..., 1:], [1], keys.span_B1)
 
 
 @pytest.mark.parametrize("H, K, D", [(2, 2, 24), (4, 2, 16), (7, 1, 32)])
