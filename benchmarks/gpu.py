@@ -299,7 +299,7 @@ def lse_masses(attend, query, key, roles, visibility, implementation: str):
 
 
 def lse(setting: Setting) -> list[dict]:
-    """Masses from the log-sum-exp of torch's attentions against those from q and k; change of the attention's output."""
+    """Masses from the log-sum-exp of torch's attentions against those without; change of the attention's output."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
