@@ -5,12 +5,13 @@
 
 A response without reading is made of what needs no image: references (boxes, points and stock phrases such as "look at
 the top of the picture") with at most one label each, separators, noise, numbers, words of the question, and stock
-sentences of reasoning. It has no word that describes what is at a place, other than the labels, of which every written
-box has one in its syntax and one before it at most. Its answer is right, so that the reward is paid.
+sentences of reasoning, also cut in the middle of a word, and made-up words. It has no word that describes what is at a
+place, other than the labels, of which every written box has one in its syntax and one before it at most. Its answer is
+right, so that the reward is paid.
 
 Hill climbing with restarts: an edit that does not lower the reward is kept. Edits change the number of references,
 spacing, labels, filler, order, jitter, repetition, borrowed words of the question, syntax, and letters (case, width,
-invisible characters). With `--tries`, the result depends on the seed and the number of tries only.
+invisible characters, cuts, made-up words). With `--tries`, the result depends on the seed and the number of tries only.
 
 Prints the best find of every restart that improves on the earlier ones, and exits with 1 if one of them earns more than
 the honest response with two references.
@@ -139,6 +140,9 @@ NOISE = (
     "ha ha ",
     "\u200b",
 )
+SYLLABLES = (
+    "ba be bli bro da del fa fen gor ha ing ka kro la lim ma mel na no or pa per qui ra ri sol ta tre ul vi".split()
+)
 SYNTAX = (
     '{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": "{label}"}}',
     '{{"label": "{label}", "bbox_2d": [{x1}, {y1}, {x2}, {y2}]}}',
@@ -186,10 +190,19 @@ def random_phrase(rng: random.Random) -> Segment:
     return ("text", f"{start}{rng.choice(LOOKS)} {rng.choice(PLACES)}the {rng.choice(NOUNS)}{end}")
 
 
+def made_up_words(rng: random.Random) -> str:
+    return "".join(
+        "".join(rng.choice(SYLLABLES) for _ in range(rng.randrange(2, 5))) + rng.choice((" ", " ", ". "))
+        for _ in range(rng.randrange(1, 6))
+    )
+
+
 def random_text(rng: random.Random) -> Segment:
-    kind = rng.randrange(8)
+    kind = rng.randrange(9)
     if kind < 4:
         return ("text", rng.choice(FILLER) + " ")
+    if kind == 8:
+        return ("text", made_up_words(rng))
     if kind == 4:
         return ("text", rng.choice(SEPARATORS) * rng.randrange(1, 6))
     if kind == 5:
@@ -295,6 +308,9 @@ def edit(segments: list[Segment], rng: random.Random) -> list[Segment]:
                     text.lower(),
                     text.title(),
                     text[:where] + "\u200b" + text[where:],
+                    text[:where],
+                    text[where:],
+                    text[:where] + made_up_words(rng) + text[where:],
                     text + text,
                     " ".join(words[: rng.randrange(len(words) + 1)]) + " ",
                 )

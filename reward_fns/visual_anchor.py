@@ -23,8 +23,9 @@ def compute_score(
 ) -> dict[str, float]:
     """Score a response: `score = acc + format_weight * format + anchor_weight * gate * anchor`.
 
-    `anchor = 1/4 * sum over the four quarters of the reasoning of the best new reference in it`, where a box or point
-    counts 1 and a phrase 0.5 (`avar_verl.rewards.anchors`). For exploits see docs/reward-hacking.md.
+    `anchor = min(1, sum over the four quarters of the reasoning of the best new reference in it / 1.5)`, where a box or
+    point counts 1 and a phrase 0.5; long lists earn less (`avar_verl.rewards.anchors`). For exploits see
+    docs/reward-hacking.md.
 
     Args:
         solution_str (`str`):
@@ -58,7 +59,7 @@ def compute_score(
         >>> response = "<think>In the image there is a cup at [40, 60, 90, 120].</think><answer>4</answer>"
         >>> result = compute_score("geo3k", response, "4")
         >>> result["anchor"], round(result["score"], 4)  # a phrase in the first quarter, a box in the third
-        (0.375, 1.2125)
+        (1.0, 1.4)
     """
     settings = {"coordinates": coordinates, "think_in_prompt": think_in_prompt}
     parts = {

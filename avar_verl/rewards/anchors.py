@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anchor reward: does the reasoning keep referring to the image? Pure functions, no verl import.
 
-    anchor = 1/N * sum_{i=1..N} min(1, 8 read_i / written_i) max weight of the anchors that are read in part i
+    anchor = min(1, 32 / places) min(1, sum_{i=1..N} max weight of the anchors that are read in part i / 1.5)
 
 The reasoning is divided into N parts with equal amounts of prose: characters of words outside coordinates, quotes and
 tags, so a list of references takes up almost nothing, however long it is, and separators are nothing. Coordinates have
-weight 1 and phrases `phrase_weight`. An anchor (`avar_verl.anchors`) is read if
+weight 1 and phrases `phrase_weight`; `places` is the number of different boxes and points. An anchor
+(`avar_verl.anchors`) is read if
 
 - it is new: it counts once, where it first appears;
 - it has three words of its own: words around it that describe something (`avar_verl.rewards.prose`), among other words,
   and that no other anchor has taken. As much as one box and one phrase is paid without them, in parts where nothing
   else is.
 
-So the score is at most 1, saturates at one new reference per part, requires references throughout the reasoning that
-say what is there, and pays a list of references in one place at most once, and less the longer it is.
+So a box and a phrase in different parts earn the whole score, and so do two boxes that say what is there. Nothing earns
+more, since a text alone does not show whether what it says is true: words that are cut off or made up win nothing over
+two honest references. A list in one place is paid at most once, and one of more than 32 places is paid less.
 """
 
 from __future__ import annotations
 
 import bisect
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -39,8 +40,10 @@ OTHER_WORDS = 2
 REACH = 160
 # Other words for each one that describes, in sentences that describe something: stock sentences have more.
 MOST_OTHERS = 3
-# References in a part for each one that is read; more of them are a list and reduce what the part pays.
-PER_READ = 8
+# What earns the whole score: a box and a phrase.
+ENOUGH = 1.5
+# Different boxes and points in a response; more of them are a list and reduce the score.
+MOST_PLACES = 32
 DUPLICATE_IOU = 0.5
 # A box over more than this fraction of the image does not point at anything.
 MAX_AREA = 0.9
@@ -268,7 +271,7 @@ def anchor_score(
         think_in_prompt (`bool`, *optional*, defaults to `False`):
             Whether the prompt ends with `<think>`.
         num_parts (`int`, *optional*, defaults to 4):
-            N, >= 1.
+            N, >= 1. With one part, one box or point earns the whole score.
         phrase_weight (`float`, *optional*, defaults to 0.5):
             Weight of a phrase, relative to coordinates, in [0, 1]; 0 pays only for coordinates.
 
@@ -282,8 +285,9 @@ def anchor_score(
 
     Example:
         >>> text = "<think>Look at the image: a cup at [40, 60, 90, 120]. " + "So on and so forth. " * 9 + "</think>"
-        >>> anchor_score(text)
-        AnchorScore(score=0.25, num_anchors=2, num_distinct=2, num_coordinates=1, parts_covered=1, num_read=1)
+        >>> result = anchor_score(text)  # a phrase and a box, both in the first part
+        >>> round(result.score, 4), result.num_distinct, result.parts_covered
+        (0.6667, 2, 1)
     """
     if num_parts < 1 or not 0 <= phrase_weight <= 1:
         raise ValueError(
@@ -302,13 +306,15 @@ def anchor_score(
     amounts = list(accumulate(prose.amount(_prose(text[a:b])) for a, b in zip(ends, starts, strict=True)))
     if not amounts[-1]:
         return AnchorScore(0.0, len(found), 0, 0, 0, 0)
+
+    def weight(anchor: Anchor) -> float:
+        return phrase_weight if anchor.coords is None else 1.0
+
     distinct = _Distinct()
     new = []
-    written = Counter()
     places = _unit_coordinates(found, image_size, coordinates)
     for anchor, place, before in zip(found, places, amounts[:-1], strict=True):
         part = min(num_parts - 1, before * num_parts // amounts[-1])
-        written[part] += 1
         if place is None:
             is_new = distinct.is_new_phrase(_plain(text[anchor.start : anchor.end]))
         else:
@@ -319,27 +325,30 @@ def anchor_score(
     # Coordinates come first, in the choice of words as in what is paid without words, since they are worth more.
     own = _OwnWords(text, (start, end), found, prompt)
     new.sort(key=lambda item: item[0].coords is None)
-    best, read = [0.0] * num_parts, Counter()
-    without: list[tuple[float, int]] = []
+    best, num_read = [0.0] * num_parts, 0
+    without = []
     for anchor, part in new:
-        value = phrase_weight if anchor.coords is None else 1.0
         if own.take(anchor):
-            read[part] += 1
-            best[part] = max(best[part], value)
+            num_read += 1
+            best[part] = max(best[part], weight(anchor))
         else:
-            without.append((value, part))
+            without.append((anchor, part))
+    # A box where no phrase could be paid instead, if there is one.
+    phrases = {part for anchor, part in without if anchor.coords is None}
+    without.sort(key=lambda item: (item[0].coords is None, item[1] in phrases))
     allowance = 1.0 + phrase_weight
-    for value, part in without:
+    for anchor, part in without:
+        value = weight(anchor)
         if best[part] < value <= allowance:
             allowance -= value
-            read[part] += 1
+            num_read += 1
             best[part] = value
-    best = [value * min(1.0, PER_READ * read[part] / max(1, written[part])) for part, value in enumerate(best)]
+    places_found = sum(anchor.coords is not None for anchor, _ in new)
     return AnchorScore(
-        score=sum(best) / num_parts,
+        score=min(1.0, sum(best) / min(ENOUGH, num_parts)) * min(1.0, MOST_PLACES / max(1, places_found)),
         num_anchors=len(found),
         num_distinct=len(new),
-        num_coordinates=sum(anchor.coords is not None for anchor, _ in new),
+        num_coordinates=places_found,
         parts_covered=len({part for _, part in new}),
-        num_read=read.total(),
+        num_read=num_read,
     )

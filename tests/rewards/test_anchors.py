@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The anchor score: one new reference in each part of the reasoning, by hand."""
+"""The anchor score: new references in different parts of the reasoning, by hand."""
 
 import pytest
 
@@ -36,15 +36,15 @@ def filled(*parts: str) -> str:
     "parts, score",
     [
         (("", "", "", ""), 0.0),
-        ((box(0), "", "", ""), 1 / 4),
-        ((box(0), box(1), "", ""), 2 / 4),
+        ((box(0), "", "", ""), 2 / 3),
+        ((box(0), box(1), "", ""), 1.0),
         ((box(0), box(1), box(2), box(3)), 1.0),
-        ((box(0), box(0), box(0), box(0)), 1 / 4),  # again and again the same one
-        ((box(0) + box(1) + box(2) + box(3), "", "", ""), 1 / 4),  # all at once
-        (("In the image there is a cup. ", "", "", ""), 0.5 / 4),
-        (("In the image there is a cup. ", box(0), "", ""), 1.5 / 4),
-        (("In the image there is a cup. " + box(0), "", "", ""), 1 / 4),  # the best one of a part
-        (("I look at the image. ", "I look at the image again. ", "", ""), 0.5 / 4),  # the same words
+        ((box(0), box(0), box(0), box(0)), 2 / 3),  # again and again the same one
+        ((box(0) + box(1) + box(2) + box(3), "", "", ""), 2 / 3),  # all at once
+        (("In the image there is a cup. ", "", "", ""), 1 / 3),
+        (("In the image there is a cup. ", box(0), "", ""), 1.0),
+        (("In the image there is a cup. " + box(0), "", "", ""), 2 / 3),  # the best one of a part
+        (("I look at the image. ", "I look at the image again. ", "", ""), 1 / 3),  # the same words
     ],
 )
 def test_by_hand(parts, score):
@@ -54,18 +54,18 @@ def test_by_hand(parts, score):
 @pytest.mark.parametrize(
     "parts, score",
     [
-        ((box(0), "", "", ""), 1 / 4),  # one box and one phrase need no words of their own
-        (("In the image there is a cup. ", box(0), "", ""), 1.5 / 4),
-        ((box(0), box(1), box(2), box(3)), 1 / 4),
-        (("I look at the image. ", "I see in the photo: ", "The chart shows ", "In the map "), 1.5 / 4),
-        ((box(0), "I see in the photo: ", "The chart shows ", "In the map "), 1.5 / 4),
-        ((box(0), "I see: lemon, knife, towel ", box(1), ""), 1 / 4),  # words before stock sentences
-        ((box(0), "", "A lemon and a knife next to the towel: " + box(1), ""), 2 / 4),
-        ((box(0), "", "A lemon and a knife next to the towel: " + box(1), "A lemon and a knife: " + box(2)), 2 / 4),
-        ((box(0), "", "Lemon, knife, towel: " + box(1), ""), 1 / 4),  # a list of names is no prose
+        ((box(0), "", "", ""), 2 / 3),  # one box and one phrase need no words of their own
+        (("In the image there is a cup. ", box(0), "", ""), 1.0),
+        ((box(0), box(1), box(2), box(3)), 2 / 3),
+        (("I look at the image. ", "I see in the photo: ", "The chart shows ", "In the map "), 1.0),
+        ((box(0), "I see in the photo: ", "The chart shows ", "In the map "), 1.0),
+        ((box(0), "I see: lemon, knife, towel ", box(1), ""), 2 / 3),  # words before stock sentences
+        ((box(0), "", "A lemon and a knife next to the towel: " + box(1), ""), 1.0),
+        ((box(0), "", "A lemon and a knife next to the towel: " + box(1), "A lemon and a knife: " + box(2)), 1.0),
+        ((box(0), "", "Lemon, knife, towel: " + box(1), ""), 2 / 3),  # a list of names is no prose
         (
             (box(0), "", "Here is the lemon " + box(1) + "and the knife " + box(2) + "and the towel " + box(3), ""),
-            1 / 4,
+            2 / 3,
         ),
     ],
 )
@@ -75,26 +75,22 @@ def test_words_of_its_own(parts, score):
 
 def test_words_of_the_question_are_not_its_own():
     text = filled(box(0), "", "A lemon and a knife next to the towel: " + box(1), "")
-    assert anchor_score(text, prompt="Is there a towel?").score == 0.25
-    assert anchor_score(text, prompt="Is there a spoon?").score == 0.5
+    assert anchor_score(text, prompt="Is there a towel?").score == pytest.approx(2 / 3)
+    assert anchor_score(text, prompt="Is there a spoon?").score == 1.0
 
 
 def test_labels_are_not_its_own_words():
     labelled = '{"bbox_2d": [300, 60, 390, 120], "label": "a lemon and a knife next to the towel"} '
     tagged = "<ref>a lemon and a knife next to the towel</ref><box>(300,60),(390,120)</box> "
     for second in (labelled, labelled.replace('"', "'"), tagged):
-        assert anchor_score(filled(box(0), "", second, ""), coordinates="absolute").score == 0.25
+        assert anchor_score(filled(box(0), "", second, ""), coordinates="absolute").score == pytest.approx(2 / 3)
 
 
 def test_chinese_words_of_its_own():
     text = "\u684c\u5b50\u4e0a\u653e\u7740\u84dd\u8272\u8336\u58f6\u548c\u67e0\u6aac\uff1a"  # a blue teapot and a lemon
-    assert anchor_score(filled(box(0), "", text + box(1), ""), coordinates="absolute").score == 0.5
-    assert (
-        anchor_score(
-            filled(box(0), "", "\u63a5\u4e0b\u6765\u4ed4\u7ec6\u68c0\u67e5\uff1a" + box(1), ""), coordinates="absolute"
-        ).score
-        == 0.25
-    )
+    assert anchor_score(filled(box(0), "", text + box(1), ""), coordinates="absolute").score == 1.0
+    stock = "\u63a5\u4e0b\u6765\u4ed4\u7ec6\u68c0\u67e5\uff1a"  # next, check carefully
+    assert anchor_score(filled(box(0), "", stock + box(1), ""), coordinates="absolute").score == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("separator", ["\n", " --- ", " | ", " 1 2 3 ", "\u3002", " xkcd ", " aaa "])
@@ -108,23 +104,41 @@ def test_a_long_list_pays_less_than_one_reference():
         f'{{"bbox_2d": [{30 * (i % 10)}, {30 * (i // 10)}, {30 * (i % 10) + 20}, {30 * (i // 10) + 20}]}} '
         for i in range(100)
     ]
-    # 8 references a part for each that is read: 8 of 100 in one part, 8 of 25 in the first of four.
-    assert anchor_score(filled("".join(boxes), "", "", ""), coordinates="absolute").score == pytest.approx(
-        0.25 * 8 / 100
-    )
-    spread = filled(*("".join(boxes[i : i + 25]) for i in range(0, 100, 25)))
-    assert anchor_score(spread, coordinates="absolute").score == pytest.approx(0.25 * 8 / 25)
+    spread = ["".join(boxes[i : i + 25]) for i in range(0, 100, 25)]
+    # 32 places are no list. Of a hundred, stock sentences read one box of 1.5, and other sentences enough.
+    assert anchor_score(filled("".join(boxes[:32]), "", "", "")).score == pytest.approx(2 / 3)
+    for text in (filled("".join(boxes), "", "", ""), filled(*spread)):
+        assert anchor_score(text, coordinates="absolute").score == pytest.approx(2 / 3 * 32 / 100)
+    assert anchor_score(reasoning(*spread), coordinates="absolute").score == pytest.approx(32 / 100)
+
+
+MADE_UP = ("thidog perspe brenta ", "anoth tolima straightfo ", "blorf vimmel kadro ", "necessar ovel zintra ")
+
+
+def test_words_that_are_none_win_nothing():
+    """A box and a phrase in stock sentences earn the whole score: words cut off or made up add nothing to it."""
+    plain = filled("In the image there is a cup. ", box(0), "", "")
+    assert anchor_score(plain, coordinates="absolute").score == 1.0
+    made_up = filled(*(f"So here is the {words} of it at " + box(i) for i, words in enumerate(MADE_UP)))
+    result = anchor_score(made_up, coordinates="absolute")
+    assert result.num_read == 4 and result.score == 1.0
+
+
+def test_the_one_box_that_needs_no_words_is_not_where_the_phrase_is():
+    text = filled("In the image there is a cup. " + box(0), "", box(1), "")
+    assert anchor_score(text, coordinates="absolute").score == 1.0
 
 
 def test_statistics():
     text = reasoning(box(0) + "In the image there is a cup. ", box(0), box(1), "")
-    assert anchor_score(text) == AnchorScore(0.5, 4, num_distinct=3, num_coordinates=2, parts_covered=2, num_read=2)
+    assert anchor_score(text) == AnchorScore(1.0, 4, num_distinct=3, num_coordinates=2, parts_covered=2, num_read=2)
 
 
 def test_phrases_can_be_worth_nothing():
     text = reasoning("In the image there is a cup. ", box(0), "", "")
-    assert anchor_score(text, phrase_weight=0.0).score == 0.25
-    assert anchor_score(text, phrase_weight=1.0).score == 0.5
+    assert anchor_score(text, phrase_weight=0.0).score == pytest.approx(2 / 3)
+    assert anchor_score(text, phrase_weight=0.25).score == pytest.approx(1.25 / 1.5)
+    assert anchor_score(text, phrase_weight=1.0).score == 1.0
 
 
 @pytest.mark.parametrize("size, coordinates", [((200, 100), "absolute"), ((640, 480), "relative_1000")])
@@ -133,7 +147,7 @@ def test_a_box_around_everything_points_at_nothing(size, coordinates):
     whole = f'{{"bbox_2d": [0, 0, {width}, {height}]}} '
     half = f'{{"bbox_2d": [0, 0, {width // 2}, {height}]}} '
     assert anchor_score(reasoning(whole, "", "", ""), size, coordinates).score == 0
-    assert anchor_score(reasoning(half, "", "", ""), size, coordinates).score == 0.25
+    assert anchor_score(reasoning(half, "", "", ""), size, coordinates).score == pytest.approx(2 / 3)
 
 
 def test_boxes_are_compared_across_formats():
@@ -183,7 +197,13 @@ def test_sentences_of_the_prompt_are_not_paid_for():
         assert anchor_score(echo).num_anchors == 1
         assert anchor_score(echo, prompt=question).num_anchors == 0
     own = reasoning("In the image there are three of them. ", "", "", "")
-    assert anchor_score(own, prompt=question).score == 0.125
+    assert anchor_score(own, prompt=question).score == pytest.approx(1 / 3)
+
+
+def test_one_part_is_covered_by_one_box():
+    text = reasoning("", box(0), "", "In the image there is a cup. ")
+    assert anchor_score(text, num_parts=1).score == 1.0 and anchor_score(text, num_parts=2).score == 1.0
+    assert anchor_score(reasoning(box(0), "", "", ""), num_parts=2).score == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("settings", [{"num_parts": 0}, {"phrase_weight": -0.1}, {"phrase_weight": 1.5}])

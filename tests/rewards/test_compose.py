@@ -14,13 +14,13 @@ WRONG = RIGHT.replace("4", "5")
 GATED = {"acc": {"weight": 1.0}, "anchor": {"weight": 0.4, "gate": "acc"}}
 
 
-@pytest.mark.parametrize("text, score", [(RIGHT, 1 + 0.4 * 0.125), (WRONG, 0.0)])
+@pytest.mark.parametrize("text, score", [(RIGHT, 1 + 0.4 / 3), (WRONG, 0.0)])
 def test_gate_by_hand(text, score):
     result = composed_score("x", text, "4", None, GATED)
     assert result["score"] == pytest.approx(score)
-    assert result["anchor"] == 0.125  # Parts are reported as they are, paid or not.
+    assert result["anchor"] == pytest.approx(1 / 3)  # Parts are reported as they are, paid or not.
     ungated = {**GATED, "anchor": {"weight": 0.4}}
-    assert composed_score("x", text, "4", None, ungated)["score"] == pytest.approx((text is RIGHT) + 0.05)
+    assert composed_score("x", text, "4", None, ungated)["score"] == pytest.approx((text is RIGHT) + 0.4 / 3)
 
 
 def test_equals_the_shipped_reward():
@@ -32,12 +32,12 @@ def test_equals_the_shipped_reward():
 
 def test_a_negative_weight_is_a_penalty():
     parts = {"acc": {"weight": 1.0}, "anchor": {"weight": -0.4}}
-    assert composed_score("x", RIGHT, "4", None, parts)["score"] == pytest.approx(0.95)
+    assert composed_score("x", RIGHT, "4", None, parts)["score"] == pytest.approx(1 - 0.4 / 3)
 
 
 def test_settings_reach_their_part():
     parts = {"anchor": {"weight": 1.0, "settings": {"phrase_weight": 1.0, "num_parts": 2}}}
-    assert composed_score("x", RIGHT, "4", None, parts)["score"] == 0.5
+    assert composed_score("x", RIGHT, "4", None, parts)["score"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("form", ["path", "pkg"])

@@ -135,15 +135,15 @@ EARNS_NOTHING = (
 
 def test_what_honest_responses_earn():
     assert score(HONEST) == pytest.approx(1 + 0.1 + 0.3)
-    assert score(HONEST_IN_WORDS) == pytest.approx(1 + 0.1 + 0.3 * 2 * 0.5 / 4)
-    assert score(TWO_REFERENCES) == pytest.approx(1 + 0.1 + 0.3 * (0.5 + 1) / 4)
+    assert score(HONEST_IN_WORDS) == pytest.approx(1 + 0.1 + 0.3 * 2 * 0.5 / 1.5)
+    assert score(TWO_REFERENCES) == pytest.approx(1 + 0.1 + 0.3 * min(1, (0.5 + 1) / 1.5))
     assert score(NOTHING) == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize("name", EXPLOITS)
 def test_no_exploit_pays_more_than_looking(name):
     earned = score(EXPLOITS[name])
-    assert earned < score(TWO_REFERENCES) < score(HONEST)
+    assert earned < score(TWO_REFERENCES) <= score(HONEST)
     # One reference repeated is worth that reference; the best of them is a box.
     assert earned <= score(response(reasoning(box(BOXES[0]), "", "", ""))) + 1e-9
 
