@@ -51,7 +51,7 @@ WHOLE_PROMPTS["num_gpu_blocks_override"] = None
 
 BOTH = "alpha_img=0.35,alpha_sys=0.6"
 PART = "alpha_img=-0.5,alpha_sys=-0.4,layers=1,heads=2-3"
-NOTHING = "alpha_img=0,layers=0"
+NOTHING = "alpha_img=0,layers=1"
 # (prompt, setting) of requests that are in the engine at the same time; None asks for nothing.
 BATCH = ((0, None), (0, BOTH), (1, PART), (0, PART), (1, BOTH), (2, "alpha_sys=0.6"), (1, None), (0, NOTHING))
 # In an engine whose default is PART.

@@ -25,16 +25,17 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
 from avar_verl.attention.lse_mass import KeysByRole, LseTap
 from avar_verl.attention.mass import IMPLEMENTATIONS, NUM_ROLES, selected_mass, takes_lse
 from avar_verl.attention.visibility import Visibility
+from avar_verl.model.layers import resolve_indices, select_layers
 from avar_verl.model.roles import TokenRole
 
 KWARG = "avar_capture"
 # Attention arguments that change the softmax in ways that the mass does not reproduce (Gemma 2's cap, GPT-OSS's sinks).
-UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux")
+UNSUPPORTED_ARGUMENTS = {"softcap": "a cap on the logits", "s_aux": "attention sinks"}
 Reduction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -137,6 +138,7 @@ class _Forward:
     def __init__(self, request: _Request):
         self.request = request
         self.by_layer: dict[int, torch.Tensor] = {}
+        self.heads: dict[int, int] = {}
         self.has_gradients = torch.is_grad_enabled()
 
     def wants_lse(self, layer: int, query: torch.Tensor) -> bool:
@@ -263,14 +265,20 @@ class _Forward:
         for name in UNSUPPORTED_ARGUMENTS:
             if arguments.get(name) is not None:
                 raise ValueError(
-                    f"attention masses need a plain softmax over the keys; got {name}={arguments[name]} in layer "
-                    f"{layer}. Leave this layer out of `layers`."
+                    f"attention masses need a plain softmax over the keys; got {name} ({UNSUPPORTED_ARGUMENTS[name]}) "
+                    f"in layer {layer}. Leave this layer out of `layers`."
                 )
         return True
 
     def _reduce(self, layer, query_BHQD, key_BKSD, visibility: Visibility, scale: float | None, lse_BHQ) -> None:
         request = self.request
         valid_BQ = request.valid
+        self.heads[layer] = query_BHQD.shape[1]
+        if len(set(self.heads.values())) > 1:
+            raise ValueError(
+                f"captured layers must have the same number of query heads; got {self.heads} by layer. Select layers "
+                "of one kind."
+            )
         mass_BHQR = selected_mass(
             query_BHQD,
             key_BKSD,
@@ -421,59 +429,24 @@ def _wrap(name: str) -> None:
 def find_decoder(model: torch.nn.Module) -> torch.nn.Module:
     """The text decoder of a (possibly wrapped) vision-language model: the module that calls the attention layers.
 
+    It is the module with `layers` whose config is the text config of the outermost model.
+
     Raises:
-        ValueError: no or several modules hold decoder layers with `self_attn.layer_idx` (or `cross_attn`).
+        ValueError: no or several such modules.
     """
-
-    def is_decoder(module) -> bool:
-        layers = getattr(module, "layers", None)
-        return isinstance(layers, torch.nn.ModuleList) and all(
-            hasattr(getattr(layer, "self_attn", None), "layer_idx") or hasattr(layer, "cross_attn") for layer in layers
-        )
-
-    found = [module for module in model.modules() if is_decoder(module)]
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    kind = models[0].config.get_text_config().model_type if models else None
+    found = [
+        part
+        for part in models
+        if isinstance(getattr(part, "layers", None), torch.nn.ModuleList) and part.config.model_type == kind
+    ]
     if len(found) != 1:
         raise ValueError(
             f"attention is captured in the one text decoder of the model; got {len(found)} in {type(model).__name__}. "
-            "Pass a model with a single stack of self-attention layers."
+            f"Pass a transformers model with one module that has `layers` and the text config ({kind})."
         )
     return found[0]
-
-
-def resolve_indices(name: str, indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Ascending indices of a selection among `count` layers or heads; None selects all, negative indices count from the
-    end.
-
-    Raises:
-        ValueError: an empty selection, or an index that is out of range or repeated.
-    """
-    if indices is None:
-        return tuple(range(count))
-    resolved = sorted(index + count if index < 0 else index for index in indices)
-    if not resolved or len(set(resolved)) != len(resolved) or resolved[0] < 0 or resolved[-1] >= count:
-        raise ValueError(
-            f"{name} must be distinct indices among the {count} that the decoder has; got {list(indices)}. "
-            "Use null for all of them."
-        )
-    return tuple(resolved)
-
-
-def self_attention_layers(decoder: Any, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """Ascending indices of a selection of the decoder's layers, default all that have self-attention.
-
-    Raises:
-        ValueError: from `resolve_indices`, or a cross-attention layer (Llama 3.2 Vision) is selected.
-    """
-    cross = {index for index, layer in enumerate(decoder.layers) if not hasattr(layer, "self_attn")}
-    if layers is None:
-        return tuple(index for index in range(len(decoder.layers)) if index not in cross)
-    chosen = resolve_indices("layers", layers, len(decoder.layers))
-    if cross.intersection(chosen):
-        raise ValueError(
-            f"masses are those of self-attention layers; got the cross-attention layers {sorted(cross & set(chosen))}. "
-            "Leave them out of `layers`."
-        )
-    return chosen
 
 
 def _check_groups(key_groups: torch.Tensor, num_groups: int | None, roles: torch.Tensor) -> None:
@@ -508,7 +481,8 @@ def capture_mass(
         model: a transformers vision-language model, bare or wrapped (FSDP, FSDP2, PEFT). Gradient checkpointing must be
             non-reentrant, as in verl.
         roles: (B, S) `TokenRole` of the positions the decoder sees, from a `RoleMap`.
-        layers: decoder layers to capture, default all; negative indices count from the end.
+        layers: decoder layers to capture; negative indices count from the end. Default: those with a full softmax
+            over system and image keys (`model.layers.full_softmax_layers`). Layers with a window may be named.
         query_role: a `TokenRole`, or several, whose queries are measured; default all positions.
         reduction: `reduction(mass_BHQR, valid_BQ) -> tensor`, applied in every layer to the masses, which are then
             dropped; `valid_BQ` (None without a query_role) is False on padding.
@@ -525,8 +499,8 @@ def capture_mass(
         `CapturedMass`; its `mass` is (B, L, H, S, R) after the forward pass, with gradients if the pass has them.
 
     Raises:
-        ValueError: an unknown layer, roles of another shape, a key/value cache, reentrant gradient checkpointing, an
-            attention function that bypasses transformers' attention interface.
+        ValueError: a layer that is unknown or has no softmax, roles of another shape, a key/value cache, reentrant
+            gradient checkpointing, an attention function that bypasses transformers' attention interface.
 
     >>> with capture_mass(model, roles, query_role=TokenRole.RESPONSE) as captured:  # doctest: +SKIP
     ...     model(**inputs)
@@ -542,7 +516,7 @@ def capture_mass(
     attention = decoder.config._attn_implementation
     request = _Request(
         roles,
-        self_attention_layers(decoder, layers),
+        select_layers(decoder.config, layers, windowed=True),
         query_role,
         attention,
         reduction=reduction,
@@ -582,5 +556,4 @@ __all__ = [
     "find_decoder",
     "resolve_indices",
     "select_queries",
-    "self_attention_layers",
 ]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from avar_verl.model.layers import select_layers
 from avar_verl.model.roles import TokenRole
 
 GRAMMAR = "alpha_img=NUMBER,alpha_sys=NUMBER,layers=0-13,20,heads=0-3"
@@ -34,7 +35,7 @@ class InterventionSpec:
 
     alpha_img: image logits are multiplied by 1 + alpha_img; in [-1, inf). 0 disables it. Paper: 0.15.
     alpha_sys: system logits are multiplied by 1 - alpha_sys; in (-inf, 1]. 0 disables it. Paper: 0, 0.05, 0.4, 0.6.
-    layers: ascending indices of decoder layers, None for all.
+    layers: ascending indices of decoder layers, None for all with a full softmax.
     heads: ascending indices of query heads, the same in every selected layer, None for all. Query heads that share a
         key/value head share its keys, so they can only be selected together (`key_factors`).
 
@@ -113,13 +114,15 @@ class InterventionSpec:
         """Whether the spec changes nothing, whatever its layers and heads."""
         return self.alpha_img == 0 and self.alpha_sys == 0
 
-    def chosen_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The selected layers of `num_layers`.
+    def chosen_layers(self, text_config: Any) -> tuple[int, ...]:
+        """The selected layers; None are those with a full softmax (`model.layers.full_softmax_layers`).
 
         Raises:
-            ValueError: a layer that the model does not have.
+            ValueError: a layer that the model does not have, or one whose logits are not linear in its keys.
         """
-        return _among("layers", self.layers, num_layers)
+        if self.layers is not None:
+            _among("layers", self.layers, text_config.num_hidden_layers)
+        return select_layers(text_config, self.layers, windowed=True)
 
     def key_factors(self, num_heads: int, num_kv_heads: int) -> torch.Tensor:
         """Factors for the keys of a selected layer, (K, R) float32: 1 except for IMAGE and SYSTEM.

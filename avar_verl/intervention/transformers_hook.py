@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from avar_verl.attention import capture
 from avar_verl.attention.capture import find_decoder
 from avar_verl.intervention.spec import InterventionSpec, scale_keys
+from avar_verl.model.layers import layer_kinds
 from avar_verl.model.roles import RoleMap
 
 KWARG = "avar_intervention"
@@ -93,19 +94,13 @@ def check_decoder(decoder: Any) -> None:
     """Refuse models in which rescaling keys would not rescale logits.
 
     Raises:
-        ValueError: cross-attention layers, a cap on the logits, or paged attention.
+        ValueError: cross-attention layers, or paged attention.
     """
-    if any(not hasattr(layer, "self_attn") for layer in decoder.layers):
+    if "cross_attention" in layer_kinds(decoder.config):
         raise ValueError(
             "the intervention weighs image keys against other keys of the same softmax; got cross-attention layers "
             "(Llama 3.2 Vision), whose softmax has only image keys, and self-attention layers without any. Use a "
             "model that reads images in its self-attention."
-        )
-    cap = getattr(decoder.config, "attn_logit_softcapping", None)
-    if cap is not None:
-        raise ValueError(
-            f"rescaling keys rescales logits only where no cap follows; got attn_logit_softcapping={cap}. Use a model "
-            "without one."
         )
     if "paged" in decoder.config._attn_implementation:
         raise ValueError(
@@ -137,7 +132,7 @@ def intervene(model: torch.nn.Module, roles: torch.Tensor | RoleMap, spec: Inter
     decoder: Any = find_decoder(model)
     check_decoder(decoder)
     config = decoder.config
-    layers = spec.chosen_layers(len(decoder.layers))
+    layers = spec.chosen_layers(config)
     factors_KR = spec.key_factors(config.num_attention_heads, config.num_key_value_heads)
     if spec.is_identity:
         yield

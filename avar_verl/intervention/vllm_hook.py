@@ -42,6 +42,7 @@ import torch
 
 from avar_verl.intervention.spec import InterventionSpec, scale_keys
 from avar_verl.model.families import get_family
+from avar_verl.model.layers import refused_layers
 from avar_verl.model.roles import RoleMap, TokenRole
 
 ENGINE_KEY = "avar_intervention"
@@ -142,7 +143,7 @@ def plan_request(request: Any, spec: InterventionSpec, role_map: RoleMap, model_
         ValueError: layers or heads that the model does not have or that cannot be selected, a prompt of embeddings, or
             one that arrives in parts.
     """
-    spec.chosen_layers(model_config.get_total_num_hidden_layers())
+    spec.chosen_layers(model_config.hf_text_config)
     spec.key_factors(model_config.model_arch_config.total_num_attention_heads, model_config.get_total_num_kv_heads())
     if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
         what = "one that arrives in parts" if request.resumable else "embeddings"
@@ -265,7 +266,7 @@ class KeyScaler:
     Args:
         layers: indices in the model of this rank's layers, ascending.
         heads: indices in the model of this rank's key/value heads.
-        num_layers, num_heads, num_kv_heads: of the whole model.
+        text_config, num_heads, num_kv_heads: of the whole model.
         index_T: buffer (T,) of int64; the table row of each token of the step. Row 0 is all ones.
         table_LGK: buffer (L, G, K) of float32, with two rows (one per role) for each request that a step can have.
 
@@ -276,14 +277,14 @@ class KeyScaler:
         self,
         layers: Sequence[int],
         heads: Sequence[int],
-        num_layers: int,
+        text_config: Any,
         num_heads: int,
         num_kv_heads: int,
         index_T: Any,
         table_LGK: Any,
     ):
         self.layers, self.heads = list(layers), list(heads)
-        self.num_layers, self.num_heads, self.num_kv_heads = num_layers, num_heads, num_kv_heads
+        self.text_config, self.num_heads, self.num_kv_heads = text_config, num_heads, num_kv_heads
         self.index_T, self.table_LGK = index_T, table_LGK
         self.table_LGK.np[:, 0] = 1.0
         self.table_LGK.copy_to_gpu()
@@ -293,7 +294,7 @@ class KeyScaler:
     def _rows_of(self, text: str) -> tuple[list[int], np.ndarray]:
         """Table indices of this rank's selected layers, and (K, R) factors of this rank's heads."""
         spec = InterventionSpec.parse(text)
-        chosen = set(spec.chosen_layers(self.num_layers))
+        chosen = set(spec.chosen_layers(self.text_config))
         factors_KR = spec.key_factors(self.num_heads, self.num_kv_heads)[self.heads].numpy()
         return [at for at, layer in enumerate(self.layers) if layer in chosen], factors_KR
 
@@ -375,25 +376,29 @@ def attach(runner: Any) -> KeyScaler:
     named = {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase)}
     layers = {extract_layer_index(name): layer for name, layer in named.items() if type(layer) is Attention}
     first, stop = model_config.get_layers_start_end_indices(runner.vllm_config.parallel_config)
-    if sorted(layers) != list(range(first, stop)) or len(layers) != len(named):
+    without = refused_layers(model_config.hf_text_config, windowed=True)  # States instead of keys, if they have any.
+    wanted = [layer for layer in range(first, stop) if layer not in without]
+    others = [name for name, layer in named.items() if type(layer) is not Attention]
+    if not wanted or sorted(layers) != wanted or any(extract_layer_index(name) not in without for name in others):
         raise ValueError(
-            f"every layer with a key/value cache must be a self-attention layer of the decoder, one for each of "
-            f"{first} to {stop - 1}; got {sorted(named)}. Use another model."
+            f"every layer with keys must be a self-attention layer of the decoder, one for each of {wanted}; got "
+            f"{sorted(named)}. Use another model."
         )
     for name, layer in named.items():
-        check_layer(name, layer)
+        if name not in others:
+            check_layer(name, layer)
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    num_kv_heads, num_of_rank = model_config.get_total_num_kv_heads(), layers[first].num_kv_heads
+    num_kv_heads, num_of_rank = model_config.get_total_num_kv_heads(), layers[wanted[0]].num_kv_heads
     scaler = KeyScaler(
-        range(first, stop),
+        wanted,
         [head_of_rank(head, rank, size, num_kv_heads, num_of_rank) for head in range(num_of_rank)],
-        model_config.get_total_num_hidden_layers(),
+        model_config.hf_text_config,
         model_config.model_arch_config.total_num_attention_heads,
         num_kv_heads,
         runner._make_buffer(runner.max_num_tokens, dtype=torch.int64),
         runner._make_buffer(len(layers), 1 + 2 * runner.max_num_reqs, num_of_rank, dtype=torch.float32),
     )
-    for at, layer in enumerate(range(first, stop)):
+    for at, layer in enumerate(wanted):
         scaler.stand_before(layers[layer].impl, at)
     original = runner._prepare_inputs
 

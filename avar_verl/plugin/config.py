@@ -93,7 +93,8 @@ class AgtoConfig:
     """Whose attention is guided: user, response or both. Released code: user."""
 
     layers: Sequence[int] | None = None
-    """Guided decoder layers; negative indices count from the end, null means all. Paper: all."""
+    """Guided decoder layers; negative indices count from the end. null: all with a full softmax over system and image
+    keys (`model.layers`). Paper: all."""
 
     layer_weights: Sequence[float] | None = None
     """Weights > 0 of the guided layers in the mean over layers, in ascending order of layers; null means equal weights.
@@ -166,7 +167,8 @@ class VarsConfig:
     """Added to the system mass in the ratio, > 0. Paper: not given."""
 
     layers: Sequence[int] | None = None
-    """Decoder layers L in the average; negative indices count from the end, null means all. Paper: all."""
+    """Decoder layers L in the average; negative indices count from the end. null: all with a full softmax over system
+    and image keys (`model.layers`). Paper: all."""
 
     layer_weights: Sequence[float] | None = None
     """Weights > 0 of these layers in the average, in ascending order of layers; null means equal weights. Paper: null.

@@ -572,12 +572,31 @@ def test_models_without_one_decoder_are_refused(tiny_model):
     with pytest.raises(ValueError, match="the one text decoder of the model; got 0 in Linear"):
         find_decoder(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="got 2 in ModuleList"):
-        find_decoder(torch.nn.ModuleList([tiny_model, llama()]))
+        find_decoder(torch.nn.ModuleList([llama(), llama()]))
 
 
 def test_a_wrapped_model_has_the_same_decoder(tiny_model):
     wrapped = torch.nn.Sequential(torch.nn.Sequential(tiny_model))
     assert find_decoder(wrapped) is find_decoder(tiny_model) is tiny_model.model.language_model
+
+
+def test_layers_with_other_numbers_of_heads_are_refused():
+    forward = capture._Forward(capture._Request(torch.zeros(1, 3, dtype=torch.long), [0, 1], None, "sdpa"))
+    two, four = torch.zeros(1, 2, 3, 4), torch.zeros(1, 4, 3, 4)
+    forward.observe(SimpleNamespace(layer_idx=0), two, two, None, {})
+    with pytest.raises(ValueError, match=r"the same number of query heads; got \{0: 2, 1: 4\} by layer"):
+        forward.observe(SimpleNamespace(layer_idx=1), four, two, None, {})
+
+
+@pytest.mark.parametrize("size", [32, 512])
+def test_keys_that_are_the_values_and_heads_of_any_size(size):
+    """Gemma 4's full layers: heads of 512, values that are the keys. By hand: the mass of the softmax."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 3, size), torch.randn(1, 1, 3, size)
+    roles = torch.tensor([[1, 2, 3]])
+    mass_BHSR = observe(roles, query, key, None, {"scaling": 1.0})
+    weights_BHS = (query[:, :, 2] @ key[:, 0].mT).softmax(-1)
+    torch.testing.assert_close(mass_BHSR[:, :, 2, 1:4], weights_BHS, atol=1e-5, rtol=0)
 
 
 def observe(roles, query, key, mask, arguments):
@@ -591,7 +610,7 @@ def observe(roles, query, key, mask, arguments):
 def test_another_softmax_is_refused(argument):
     forward = capture._Forward(capture._Request(torch.zeros(1, 3, dtype=torch.long), [0], None, "sdpa"))
     query = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ValueError, match=f"need a plain softmax over the keys; got {next(iter(argument))}="):
+    with pytest.raises(ValueError, match=rf"need a plain softmax over the keys; got {next(iter(argument))} \("):
         forward.observe(SimpleNamespace(layer_idx=0), query, query, None, argument)
 
 

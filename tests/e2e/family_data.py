@@ -15,9 +15,8 @@ WITHOUT_SYSTEM = ("gemma3",)
 
 
 def guidance(model_type: str) -> list[str]:
-    """Where no softmax has image and system keys there is L_suppress only; Gemma 3 has layers with a window."""
-    settings = ["avar.agto.alpha=0"] if get_family(model_type).cross_attention else []
-    return [*settings, "avar.agto.layers=[1]", "avar.vars.layers=[1]"] if model_type == "gemma3" else settings
+    """Where no softmax has image and system keys there is L_suppress only."""
+    return ["avar.agto.alpha=0"] if get_family(model_type).cross_attention else []
 
 
 def sft_overrides(work: Path, model: Path, data: Path, model_type: str, packed: bool) -> list[str]:

@@ -12,6 +12,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from avar_verl.attention.capture import find_decoder
 from avar_verl.intervention.spec import InterventionSpec
+from avar_verl.model.layers import full_softmax_layers
 from avar_verl.roles import TokenRole
 
 NAME = "avar_reference"
@@ -25,7 +26,8 @@ def _attention(module, query_BHSD, key_BKSD, value_BKSD, attention_mask, scaling
     scale = query_BHSD.shape[-1] ** -0.5 if scaling is None else scaling
     logits_BHSS = scale * query_BHSD @ key_BHSD.transpose(2, 3)
     spec, roles_BS = _now["spec"], _now["roles"]
-    if spec.layers is None or module.layer_idx in spec.layers:
+    layers = full_softmax_layers(module.config) if spec.layers is None else spec.layers
+    if module.layer_idx in layers:
         heads_H = torch.zeros(query_BHSD.shape[1])
         heads_H[list(range(len(heads_H)) if spec.heads is None else spec.heads)] = 1
         chosen_1H11 = heads_H[None, :, None, None]

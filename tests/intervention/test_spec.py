@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How an intervention is written, and what it multiplies keys by."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -96,10 +98,12 @@ def test_heads_that_share_keys_are_chosen_together():
 
 
 def test_layers_and_heads_of_a_model():
-    assert InterventionSpec(layers=(1, 3)).chosen_layers(4) == (1, 3)
-    assert InterventionSpec().chosen_layers(3) == (0, 1, 2)
+    model = SimpleNamespace(num_hidden_layers=4)
+    assert InterventionSpec(layers=(1, 3)).chosen_layers(model) == (1, 3)
+    assert InterventionSpec().chosen_layers(model) == (0, 1, 2, 3)
+    model.num_hidden_layers = 3
     with pytest.raises(ValueError, match="layers must be among the 3 of the model; got 1,3. Count from 0 to 2"):
-        InterventionSpec(layers=(1, 3)).chosen_layers(3)
+        InterventionSpec(layers=(1, 3)).chosen_layers(model)
     with pytest.raises(ValueError, match="heads must be among the 6 of the model; got 5-6"):
         InterventionSpec(0.1, heads=(5, 6)).key_factors(6, 3)
 

@@ -127,8 +127,9 @@ def test_every_kind_of_cache(model_type, cache, one):
     inputs = batch(model, [prompt])
     assert model_type != "gemma3" or inputs["input_ids"].shape[1] > model.config.text_config.sliding_window
     settings = GREEDY | {"suppress_tokens": list(role_map.image_token_ids)}
-    expected = generate(model, role_map, BOTH, inputs, **settings)
-    out = generate(model, role_map, BOTH, inputs, **settings, **cache)
+    spec = f"{BOTH},layers=0-1"
+    expected = generate(model, role_map, spec, inputs, **settings)
+    out = generate(model, role_map, spec, inputs, **settings, **cache)
     assert torch.equal(out.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), **CLOSE)
 
@@ -137,8 +138,9 @@ def test_a_static_sliding_cache_that_is_not_full(family_model, samples, role_map
     model, role_map, prompt = family_model("gemma3"), role_map_of("gemma3"), samples("gemma3", False)[2]
     inputs = batch(model, [prompt])
     assert inputs["input_ids"].shape[1] + NEW_TOKENS < model.config.text_config.sliding_window
-    out = generate(model, role_map, "alpha_sys=0.6", inputs, **GREEDY, cache_implementation="static")
-    expected = reference_of_prompt(model, prompt, out.sequences[0, -NEW_TOKENS:], role_map, "alpha_sys=0.6")
+    spec = "alpha_sys=0.6,layers=0-1"
+    out = generate(model, role_map, spec, inputs, **GREEDY, cache_implementation="static")
+    expected = reference_of_prompt(model, prompt, out.sequences[0, -NEW_TOKENS:], role_map, spec)
     torch.testing.assert_close(torch.stack(out.logits)[:, 0], expected, **CLOSE)
 
 
@@ -293,7 +295,7 @@ def test_cross_attention_is_refused(family_model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"attn_logit_softcapping": 30.0}, "only where no cap follows; got attn_logit_softcapping=30.0"),
+        ({"attn_logit_softcapping": 30.0}, "got logits that are capped at 30.0 in layers [0]"),
         (
             {"_attn_implementation": "paged|sdpa"},
             "needs the keys of whole samples; got attn_implementation='paged|sdpa'",
@@ -301,13 +303,16 @@ def test_cross_attention_is_refused(family_model):
     ],
 )
 def test_attention_that_key_rescaling_does_not_fit_is_refused(change, message):
-    decoder = SimpleNamespace(
-        layers=[SimpleNamespace(self_attn=None)], config=SimpleNamespace(_attn_implementation="sdpa")
-    )
-    check_decoder(decoder)
-    vars(decoder.config).update(change)
+    config = SimpleNamespace(_attn_implementation="sdpa", num_hidden_layers=1)
+
+    def check():
+        check_decoder(SimpleNamespace(config=config))
+        InterventionSpec(alpha_img=1.0).chosen_layers(config)
+
+    check()
+    vars(config).update(change)
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_decoder(decoder)
+        check()
 
 
 def test_misuse_is_refused(one, monkeypatch):

@@ -73,7 +73,7 @@ def test_runs_by_hand():
 
 
 MODEL = SimpleNamespace(
-    get_total_num_hidden_layers=lambda: 3,
+    hf_text_config=SimpleNamespace(num_hidden_layers=3),
     get_total_num_kv_heads=lambda: 2,
     model_arch_config=SimpleNamespace(total_num_attention_heads=4),
 )
@@ -194,7 +194,8 @@ class Buffer:
 @pytest.fixture
 def scaler():
     """Layers 1 and 2 of three, both key/value heads of four query heads; 12 tokens and three requests a step."""
-    return KeyScaler((1, 2), (0, 1), 3, 4, 2, Buffer(12, dtype=torch.int64), Buffer(2, 7, 2, dtype=torch.float32))
+    config = MODEL.hf_text_config
+    return KeyScaler((1, 2), (0, 1), config, 4, 2, Buffer(12, dtype=torch.int64), Buffer(2, 7, 2, dtype=torch.float32))
 
 
 def planned(text: str, runs: list) -> dict:

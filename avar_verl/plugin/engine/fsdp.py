@@ -23,12 +23,13 @@ from verl.utils.ulysses import get_ulysses_sequence_parallel_group
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from avar_verl.attention.capture import CapturedMass, capture_mass, resolve_indices, select_queries
+from avar_verl.attention.capture import CapturedMass, capture_mass, select_queries
 from avar_verl.attention.mass import choose_implementation
 from avar_verl.model.checkpoint import check_weights
 from avar_verl.model.corrupt import blank, check_blank, has_pixels, swap
 from avar_verl.model.families import FAMILIES, Family, get_family
 from avar_verl.model.freeze import excluded_modules, freeze_adapters, freeze_vision
+from avar_verl.model.layers import head_size, resolve_indices, select_layers
 from avar_verl.model.regions import REGION_KEY, image_region
 from avar_verl.model.roles import RoleMap, TokenRole
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
@@ -190,23 +191,10 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
             )
         text_config = model_config.hf_config.get_text_config()
         for part in capturing:
-            head_size = getattr(text_config, "head_dim", None) or (
-                text_config.hidden_size // text_config.num_attention_heads
+            layers = select_layers(text_config, part.layers)
+            choose_implementation(
+                part.implementation, get_device_name(), len(TokenRole), head_size(text_config, layers)
             )
-            choose_implementation(part.implementation, get_device_name(), len(TokenRole), head_size)
-            layers = resolve_indices("layers", part.layers, text_config.num_hidden_layers)
-            if part.layers is None:
-                cross = getattr(text_config, "cross_attention_layers", ())
-                layers = tuple(layer for layer in layers if layer not in cross)
-            types = getattr(text_config, "layer_types", None) or ()
-            sliding = [layer for layer in layers if types and types[layer] == "sliding_attention"]
-            if sliding:
-                full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
-                raise ValueError(
-                    "masses need layers in which a response sees the system turn and the image; got layers "
-                    f"{sliding}, which have a sliding window of {text_config.sliding_window} tokens. Set "
-                    f"avar.agto.layers and avar.vars.layers to some of {full}."
-                )
             if part.layer_weights is not None and len(part.layer_weights) != len(layers):
                 raise ValueError(
                     f"layer_weights must have one weight per layer; got {len(part.layer_weights)} for "

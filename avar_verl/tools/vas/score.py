@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from avar_verl.attention import capture_mass
-from avar_verl.attention.capture import resolve_indices, select_queries
+from avar_verl.attention.capture import select_queries
 from avar_verl.model import corrupt
 from avar_verl.model.checkpoint import Checkpoint, generate_ids
 from avar_verl.model.families import Family
+from avar_verl.model.layers import select_layers
 from avar_verl.model.render import Rendered, render
 from avar_verl.model.responses import response_mask
 from avar_verl.model.roles import TokenRole
@@ -39,10 +40,10 @@ NUM_ROLES = len(TokenRole)
 
 
 def measurable_layers(family: Family, config, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """Ascending layers to measure, default all.
+    """Ascending layers to measure, default all with a full softmax (`model.layers`).
 
     Raises:
-        ValueError: a family without the ratio, a layer that does not exist, or one with a sliding window.
+        ValueError: a family without the ratio, or anything that `select_layers` refuses.
     """
     if family.cross_attention:
         raise ValueError(
@@ -51,17 +52,7 @@ def measurable_layers(family: Family, config, layers: Sequence[int] | None) -> t
             "mass is a division by zero there and zero elsewhere, whatever the weights (docs/families.md). There is no "
             "VAS of this family. Measure how its responses depend on the image: --query none --dependency blank."
         )
-    text_config = config.get_text_config()
-    chosen = resolve_indices("layers", layers, text_config.num_hidden_layers)
-    types = getattr(text_config, "layer_types", None) or ()
-    sliding = [layer for layer in chosen if types and types[layer] == "sliding_attention"]
-    if sliding:
-        full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
-        raise ValueError(
-            f"VAS needs layers in which a query sees the system turn and the image; got layers {sliding}, whose window "
-            f"of {text_config.sliding_window} tokens moves on. Pass --layers with some of {' '.join(map(str, full))}."
-        )
-    return chosen
+    return select_layers(config.get_text_config(), layers)
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ class Scorer:
 
     Args:
         queries: of QUERIES.
-        layers: default all, see `measurable_layers`.
+        layers: see `measurable_layers`.
         max_new_tokens: None measures the response in the conversation; a number generates one first.
         padding_side: of the measured batches; the numbers do not depend on it.
         corruption: of CORRUPTIONS; None measures no dependency.

@@ -121,7 +121,7 @@ def attention_to_image_tokens(
 
     Args:
         chosen_S: bool, the queries.
-        layers: default all.
+        layers: default those of `capture_mass`.
 
     Raises:
         ValueError: no selected query, or no image.

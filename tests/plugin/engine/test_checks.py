@@ -86,9 +86,24 @@ def test_layers_with_a_window_are_refused_where_masses_are_wanted(monkeypatch):
     sliding, full = "sliding_attention", "full_attention"
     text = dict(layer_types=[sliding, full, sliding, full], sliding_window=64)
     common = dict(model_type="gemma3", strategy="fsdp2", use_remove_padding=False, text=text)
-    with pytest.raises(
-        ValueError, match=r"got layers \[0, 2\], which have a sliding window of 64 .* to some of \[1, 3\]"
-    ):
-        check(monkeypatch, **common, agto=AgtoConfig())
+    agto = AgtoConfig(layers=[0, 1])
+    with pytest.raises(ValueError, match=r"a sliding window of 64 tokens in layers \[0\]. Select some of \[1, 3\]"):
+        check(monkeypatch, **common, agto=agto)
     check(monkeypatch, **common, agto=AgtoConfig(layers=[1, 3]))
+    check(monkeypatch, **common, agto=AgtoConfig())  # Those without a window.
     check(monkeypatch, **common)
+
+
+def test_weights_and_kernels_are_checked_for_the_layers_with_a_full_softmax(monkeypatch):
+    linear, full = "linear_attention", "full_attention"
+    text = dict(layer_types=[linear, full, linear, full], head_dim=64)
+    common = dict(model_type="qwen3_vl", strategy="fsdp2", text=text)
+    check(monkeypatch, **common, agto=AgtoConfig(layer_weights=[1.0, 2.0]))
+    with pytest.raises(ValueError, match="one weight per layer; got 4 for 2 layers"):
+        check(monkeypatch, **common, agto=AgtoConfig(layer_weights=[1.0] * 4))
+    with pytest.raises(ValueError, match=r"linear attention .* in layers \[0\]"):
+        check(monkeypatch, **common, agto=AgtoConfig(layers=[0]))
+    check(monkeypatch, **common, agto=AgtoConfig(implementation="triton"))
+    text["global_head_dim"] = 2048
+    with pytest.raises(ValueError, match="the Triton kernel needs .* heads of 2048"):
+        check(monkeypatch, **common, agto=AgtoConfig(implementation="triton"))

@@ -16,7 +16,6 @@ from avar_verl.tools.vas.score import BIN_STARTS, SUMS, Scorer, measurable_layer
 from tests.tools.vas.conftest import assert_same, attention_matrix, conversation
 
 # Gemma 3's other layer has a window.
-LAYERS = {"gemma3": (1,)}
 MEASURED = tuple(name for name in FAMILIES if name != "mllama")
 
 
@@ -61,7 +60,7 @@ def reference(checkpoint, sample, layers) -> dict:
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3", "internvl", "llava_onevision"])
 def test_every_number_is_that_of_the_full_matrix(model_type, family_checkpoint, eager_checkpoint):
-    scorer = Scorer(family_checkpoint(model_type), layers=LAYERS.get(model_type))
+    scorer = Scorer(family_checkpoint(model_type))
     samples = scorer.prepare([conversation(1), conversation(2, 2, seed=1)])
     records = scorer.score(samples)
     assert [len(record["images"]) for record in records] == [1, 2]
@@ -71,8 +70,8 @@ def test_every_number_is_that_of_the_full_matrix(model_type, family_checkpoint, 
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3", "internvl", "llava_next", "smolvlm", "glm4v"])
 def test_batches_and_padding_change_nothing(model_type, family_checkpoint):
-    checkpoint, layers = family_checkpoint(model_type), LAYERS.get(model_type)
-    right, left = (Scorer(checkpoint, layers=layers, padding_side=side) for side in ("right", "left"))
+    checkpoint = family_checkpoint(model_type)
+    right, left = (Scorer(checkpoint, padding_side=side) for side in ("right", "left"))
     samples = right.prepare([conversation(1), conversation(2, 2, seed=1), conversation(1, seed=2)])
     alone = [record for sample in samples for record in right.score([sample])]
     for together in (right.score(samples), left.score(samples)):
@@ -109,9 +108,9 @@ def test_responses_given_as_ids_score_as_their_text(model_type, family_checkpoin
 @pytest.mark.parametrize("model_type", MEASURED)
 def test_generated_responses_are_scored_as_their_ids(model_type, family_checkpoint):
     """Generation in a left-padded batch of unequal prompts, in every family."""
-    checkpoint, layers = family_checkpoint(model_type), LAYERS.get(model_type)
+    checkpoint = family_checkpoint(model_type)
     prompts = [conversation(1, answered=False), conversation(2, answered=False, seed=1)]
-    generating, scorer = Scorer(checkpoint, layers=layers, max_new_tokens=6), Scorer(checkpoint, layers=layers)
+    generating, scorer = Scorer(checkpoint, max_new_tokens=6), Scorer(checkpoint)
     generated = generating.prepare(prompts)
     alone = [generating.prepare([one])[0].response_ids for one in prompts]
     assert [sample.response_ids for sample in generated] == alone
@@ -247,9 +246,9 @@ def test_placeholders_in_a_response_are_refused(family_checkpoint):
 
 def test_layers_with_a_window_are_refused_with_the_others_named(family_checkpoint):
     checkpoint = family_checkpoint("gemma3")
-    for layers in (None, (0, 1)):
-        with pytest.raises(ValueError, match=r"got layers \[0\], whose window of 64 .*--layers with some of 1"):
-            Scorer(checkpoint, layers=layers)
+    with pytest.raises(ValueError, match=r"a sliding window of 64 tokens in layers \[0\]. Select some of \[1\]"):
+        Scorer(checkpoint, layers=(0, 1))
+    assert Scorer(checkpoint).layers == (1,)
     assert Scorer(checkpoint, layers=(-1,)).layers == (1,)
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from avar_verl.attention.capture import capture_mass, find_decoder, self_attention_layers
+from avar_verl.attention.capture import capture_mass, find_decoder
 from avar_verl.model.freeze import freeze_vision
+from avar_verl.model.layers import full_softmax_layers, refused_layers
 from avar_verl.model.roles import TokenRole
 from avar_verl.objectives.agto import agto_terms, mean_over_queries
-from avar_verl.tools.doctor.check import Finding, check
+from avar_verl.tools.doctor.check import check
 from avar_verl.tools.doctor.subject import Subject
 
 # For masses, and for outputs relative to the largest. Sound models are below 1e-5, unless their scores reach the
@@ -156,11 +157,11 @@ def projections(model: torch.nn.Module, layer: int) -> dict[str, torch.nn.Parame
     fix="Leave out the named layers (avar.agto.layers); a model whose q and k carry no gradient cannot be guided.",
     needs=["masses"],
 )
-def guidance(subject: Subject) -> Finding | str:
+def guidance(subject: Subject) -> str:
     model = subject.model
     inputs = subject.inputs([subject.samples[name] for name in BATCH])
     roles_BS = subject.role_map(inputs["input_ids"], inputs["attention_mask"])
-    layers = self_attention_layers(find_decoder(model), None)
+    layers = full_softmax_layers(model.config.get_text_config())
     wanted = {(layer, name): weight for layer in layers for name, weight in projections(model, layer).items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -209,16 +210,11 @@ def guidance(subject: Subject) -> Finding | str:
             parameter.requires_grad_(True)
     detail = f"{', '.join(told)} in {len(wanted)} projections of q and k; none with weights of 0"
     detail = f"{detail}; {', '.join(blind)}" if blind else detail
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    if "sliding_attention" not in kinds:
-        return detail
-    kinds = subject.config.get_text_config().layer_types
-    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
-    return Finding(
-        detail,
-        f"Layers with a sliding window stop seeing the system turn and the image, so training refuses them. Set "
-        f"avar.agto.layers and avar.vars.layers to some of {full}.",
-    )
+    others: dict[str, list[int]] = {}
+    for layer, reason in refused_layers(subject.config.get_text_config()).items():
+        others.setdefault(reason, []).append(layer)
+    left = "".join(f"; left out: layers {numbers}, {reason}" for reason, numbers in others.items())
+    return detail + left
 
 
 def _response_loss(subject: Subject) -> torch.Tensor:
