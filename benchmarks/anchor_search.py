@@ -370,13 +370,18 @@ def main() -> int:
             print(f"{tries:9d} tries, {restarts:5d} restarts: {top:.4f}  {finds[0]['text'][:2000]!r}", flush=True)
         if time.monotonic() - reported > 300:
             reported = time.monotonic()
-            print(f"{tries:9d} tries, {restarts:5d} restarts: best {top:.4f}, honest {honest:.4f}", flush=True)
+            print(
+                f"{tries:9d} tries, {time.process_time():.0f} s of CPU: best {top:.4f}, honest {honest:.4f}", flush=True
+            )
             if arguments.output:
                 arguments.output.write_text(json.dumps(finds, ensure_ascii=False, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(finds, ensure_ascii=False, indent=1))
     verdict = "more than" if top > honest + 1e-9 else "no more than"
-    print(f"{tries} tries, {restarts} restarts: the best find earns {top:.4f}, {verdict} the honest {honest:.4f}")
+    print(
+        f"{tries} tries, {restarts} restarts, {time.process_time():.0f} s of CPU: "
+        f"the best find earns {top:.4f}, {verdict} the honest {honest:.4f}"
+    )
     return int(top > honest + 1e-9)
 
 
