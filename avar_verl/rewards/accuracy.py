@@ -13,8 +13,9 @@ The grading rules:
    With the texts of the options, the text of the right option counts too, unless it fits another option as well; a unit
    that all options share may be left out; a letter with the text of another option is wrong.
 4. **Yes and no**: a yes or no (true, false; in Chinese too) that leads the answer counts for it: "Yes, there is a dog."
-   Not "not yes", "yes or no", "no dog".
-5. **Quantities** (`rewards.quantities`): numbers in words, English and Chinese, are numbers ("ten", "1.5万"). Units,
+   Not "not yes", "yes or no". "No dogs" is an answer no, but not a ground truth no.
+5. **Quantities** (`rewards.quantities`): numbers in words, English and Chinese, are numbers ("ten", "1.5万", "none");
+   "5 (five)" is 5, and "1M" may be a million. Units,
    also attached, spelled or Chinese, are never converted: a unit on one side only is ignored, two different units are
    unequal. So are counted things: "10 objects", "10个" and "10" are equal, "10 dogs" and "10 cats" are not. Two
    ranges are equal if both ends are.
@@ -37,6 +38,7 @@ An answer is right if one of the rules 2 to 6 matches.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import numbers
@@ -47,10 +49,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from avar_verl.rewards.choices import LETTERS, is_sequence, read_choice, read_verdict
+from avar_verl.rewards.choices import LETTERS, is_sequence, read_absence, read_choice, read_verdict
 from avar_verl.rewards.cleaning import clean, last_boxed
 from avar_verl.rewards.expressions import MAX_MATH_CHARS, equal_values, join_thousands, load_math_verify
-from avar_verl.rewards.quantities import RANGE, read_quantity, share_unit, units_agree
+from avar_verl.rewards.quantities import RANGE, read_quantity, share_unit, units_agree, with_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,11 @@ def _quantities_equal(prediction: str, gold: str, rounding: bool) -> bool:
         return False
     if not _EQUALS.search(gold) and not _LIST.search(join_thousands(prediction)):
         prediction = _EQUALS.split(prediction)[-1].strip()
+    readings = [[text, longer] if (longer := with_suffix(text)) else [text] for text in (prediction, gold)]
+    return any(_readings_equal(*pair, rounding) for pair in itertools.product(*readings))
+
+
+def _readings_equal(prediction: str, gold: str, rounding: bool) -> bool:
     of_prediction, of_gold = read_quantity(prediction), read_quantity(gold, attached=False)
     if not units_agree(of_prediction, of_gold):
         logger.debug("%r and %r have different units", prediction, gold)
@@ -173,7 +180,8 @@ def _equal(prediction: str, gold: str, rounding: bool) -> bool:
             return named.letters == choice.letters and same_text
         if choice.text:
             return _equal(prediction, choice.text, rounding)
-    of_prediction, of_gold = read_verdict(prediction), read_verdict(gold)
+    of_gold = read_verdict(gold)
+    of_prediction = read_verdict(prediction) or (of_gold and read_absence(prediction))
     if of_prediction and of_gold:
         (verdict_p, rest_p), (verdict_g, rest_g) = of_prediction, of_gold
         return verdict_p == verdict_g and not (rest_p and rest_g)
@@ -249,6 +257,9 @@ class _Options:
 
     def by_text(self, text: str) -> frozenset[int]:
         """Options whose text an answer is."""
+        same = [position for position, option in enumerate(self.texts) if option and _plain(option) == _plain(text)]
+        if len(same) == 1 and not re.search(r"\d", text):
+            return frozenset(same)  # of "0" and "None", "None" is the second
         return frozenset(position for position in range(len(self.texts)) if self._matches(text, position))
 
     def read(self, answer: str) -> frozenset[int]:

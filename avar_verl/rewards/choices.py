@@ -84,6 +84,7 @@ _VERDICTS = {
 }
 _VERDICT_OF = {word: verdict for verdict, words in _VERDICTS.items() for word in words.split()}
 _LEADING = re.compile(
+    r"(?!no\. ?\d)"  # a number
     f"({'|'.join(sorted(_VERDICT_OF, key=len, reverse=True))})(?:$"
     r"|\s*[,.;:!-]+\s*(?!(?:yes|no|or|and|but)\b)"  # "Yes, no"
     r"|(?<=[a-z]) (?=(?:there|it|this|that|these|those|they|he|she|the|we|i|you|based|because|since|as|is|are)\b)"
@@ -104,3 +105,20 @@ def read_verdict(text: str) -> tuple[bool, str] | None:
     if match is None or _OPPOSITE[_VERDICT_OF[match[1]]].search(match[2]):
         return None
     return _VERDICT_OF[match[1]], match[2]
+
+
+_ABSENT = re.compile(
+    r"no ((?!(?:idea|doubt|way|answer|information|info|one|body|clue|need|matter|longer|problem|opinion|comment|change|"
+    r"more|less|fewer|other|yes|no)\b)[a-z]+(?: (?!(?:or|and|but|yes|no|not|than)\b)[a-z]+){0,5})"
+)
+
+
+def read_absence(text: str) -> tuple[bool, str] | None:
+    """Read "no" with the things that are not there.
+
+    Example:
+        >>> read_absence("No dogs in the image"), read_absence("no idea"), read_absence("no dog or cat")
+        ((False, 'dogs in the image'), None, None)
+    """
+    match = _ABSENT.fullmatch(text.casefold())
+    return match and (False, match[1])

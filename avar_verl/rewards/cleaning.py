@@ -67,13 +67,19 @@ _SIGNS = {
 _SIGN_TABLE = str.maketrans(_SIGNS)
 _ORDINAL_TO_DEGREE = {0xBA: 0xB0}  # often typed for a degree; NFKC would make it the letter o
 _ROOT = re.compile("\u221a\\s*(?:\\(([^()]*)\\)|\\{([^{}]*)\\}|(\\d+|[a-zA-Z]))")
-_TEXT_COMMAND = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|operatorname|underline|emph|bm"
-    r"|(?:text)?color\{\w+\})\s*\{([^{}]*)\}"
+_FONTS = (
+    "text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|operatorname|underline|emph|bm"
 )
+_TEXT_COMMAND = re.compile(rf"\\(?:{_FONTS}|boldsymbol|(?:text)?color\{{\w+\}})\s*\{{([^{{}}]*)\}}")
+# Fonts that hold from there to the end of a group, as in {\bf B}, and those of one letter without braces.
+_SWITCH = (
+    r"\\(?:bf|rm|it|sf|tt|sl|sc|em|(?:bf|md)series|(?:rm|sf|tt)family|(?:it|sl|sc|up)shape|(?:display|text|script)style"
+    r"|tiny|small|normalsize|(?:large|huge)|(?:Large|LARGE|Huge))(?![a-zA-Z])"
+)
+_SWITCHED = re.compile(rf"\{{\s*(?:{_SWITCH}\s*)+([^{{}}]*)\}}|{_SWITCH}|\\(?:{_FONTS})(?=\s+[A-Za-z0-9]\b)")
 _DOLLARS = re.compile(r"([-+]?)(?:US)?\\?\$ ?(?=[\d.])")  # money, where it is the only dollar sign
 _DELIMITER = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:left|right)(?![a-zA-Z])|\\!")
-_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])")
+_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|~|\\(?:q?quad|enspace|thinspace|space|hfill)(?![a-zA-Z])|\\hspace\*?\{[^{}]*\}")
 _MARKUP = re.compile(
     r"</?(?:b|i|u|p|em|strong|span|code)>|<br ?/?>"
     r"|(?<![A-Za-z0-9)}])(?:\*\*|__)(?=\S)|(?<=[^\s(])(?:\*\*|__)(?![A-Za-z0-9({\\])"
@@ -82,18 +88,19 @@ _WRAPPED = re.compile(r"(?:\"(.*)\"|'(.*)'|`+(.*?)`+|\*(.*)\*|_(.*)_|「(.*)」|
 _EXCLAMATION = re.compile(r"(?<=[^\W\d_][^\W\d_])!$")  # after a word; after anything else it is a factorial
 
 _NUMBER_AHEAD = r"(?=[-+]?[\d.零一二两三四五六七八九十半])"
+_ARROW = "[-=]+>|\u2192|\u21d2|\\\\(?:Right|right|long)arrow"
 # Words before an answer that say nothing about it. A lead-in alone is an answer, so something must follow.
 _LEAD_INS = (
     r"(?:so|thus|hence|therefore|finally|in (?:conclusion|summary))\b[, ]+",
     r"(?:(?:the|my|our) )?(?:(?:final|correct|right|best|most likely) )*"
     r"(?:answer|ans|result|choice|option|solution|value)(?: (?:choice|option|letter|here))?"
-    r"(?: (?:is|would be|should be|must be)\b(?! not\b)| ?[:=]|\. )[: ]*",
+    rf"(?: (?:is|would be|should be|must be)\b(?! not\b)| ?(?:{_ARROW}|[:=])|\. | - )[: ]*",
     r"(?:i (?:would |will )?)?(?:choose|select|pick)\b[: ]*|i (?:think|believe)\b(?: that\b)?[: ]*",
     r"(?:it|this|that|there|these|they)(?:'s| is|'re| are)\b(?! not\b) *",
     r"(?:about|approximately|approx\.?|roughly|around|\\approx|\\sim) ?(?=[-+]?[\d.\\])",
     "(?:综上(?:所述)?|所以|因此|故|因而|由此可知|即)[,: ]*",
     "(?:[本此该这]题)?的?(?:最终|正确|最后|标准)?的?(?:答案|结果|选项)(?:应该|应|就)?(?:是(?!否)|为|选(?!择))[: ]*",
-    "\\[?【?(?:最终|正确|标准)?的?(?:答案|结果)】?\\]?[: ]+",
+    f"\\[?【?(?:最终|正确|标准)?的?(?:答案|结果)】?\\]?(?: ?(?:{_ARROW}|[:=])| - | )[: ]*",
     "【(?:答案|解答)】[: ]*",
     "我们?(?:认为|觉得)[, ]*",
     "(?:[本此该这]题)?我?们?(?:应该|应当|应|要)?(?:选择|选)(?!项)的?是?[: ]*",
@@ -119,6 +126,7 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", _DASH.sub("-", text))
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2] or match[3]}}}", text).translate(_SIGN_TABLE)
     text = _TEXT_COMMAND.sub(r" \1 ", text)
+    text = _SWITCHED.sub(lambda match: f" {match[1] or ''} ", text)
     if text.count("$") == 1 and (dollars := _DOLLARS.match(text.strip())):
         text = f"{dollars[1]}USD {text.strip()[dollars.end() :]}"
     text = _MARKUP.sub(" ", _DELIMITER.sub("", text.strip()).replace("{,}", ","))
@@ -129,7 +137,7 @@ def clean(text: str) -> str:
         before = text
         if wrapped := _WRAPPED.fullmatch(text):
             text = next(inner for inner in wrapped.groups() if inner is not None).strip()
-        text = _EXCLAMATION.sub("", text.rstrip(".,;:? "))
+        text = _EXCLAMATION.sub("", text.rstrip(".,;:? \\"))
         if lead_in := _LEAD_IN.match(text):
             text = text[lead_in.end() :]
         if text == before:

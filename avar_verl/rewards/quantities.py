@@ -201,6 +201,12 @@ _MYRIADS = {"万": 10**4, "亿": 10**8}
 _CHINESE = f"(?:[{''.join(_DIGIT)}十百万亿]|千(?![克米瓦卡赫焦帕伏安牛字]))+"
 _CHINESE_NUMBER = re.compile(f"(负?)({_CHINESE})(?:点([{''.join(_DIGIT)}]+))?")
 _CHINESE_PARTS = re.compile(f"({_CHINESE}|\\d+)分之({_CHINESE}|[\\d.]+)")
+# As a count. "None of the above" is an option.
+_NONE = re.compile(
+    r"(?:none|nil)(?=$| (?:is|are|in|on|at)\b| of (?:them|these|those|the (?!above|below|other|option|choice|answer)))"
+    "|(?:没有|无|一个[也都]没有)$",
+    re.IGNORECASE,
+)
 _NUMBER = r"[-+]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?"
 _SCALED = re.compile(
     rf"({_NUMBER}) ?({'|'.join(_SCALES)}|[百万亿]+|千(?![克米瓦卡赫焦帕伏安牛字]))(?![a-z])",
@@ -267,6 +273,8 @@ def _digits(text: str) -> str:
         return (f"{above}%" if below == "100" else f"{above}/{below}") + text[match.end() :]
     if text in ("半", "一半"):
         return "1/2"
+    if match := _NONE.match(text):
+        return "0" + text[match.end() :]
     if match := _CHINESE_NUMBER.match(text):
         decimals = "".join(str(_DIGIT[digit]) for digit in match[3] or "")
         number = str(_chinese(match[2])) + ("." + decimals if decimals else "")
@@ -283,6 +291,43 @@ def _digits(text: str) -> str:
         number = format(Decimal(match[1].replace(",", "")) * scale, "f")
         text = (number.rstrip("0").rstrip(".") if "." in number else number) + text[match.end() :]
     return text
+
+
+_REPEATED = re.compile(rf"({_NUMBER}) ?\(([^()]+)\)")
+
+
+def _without_repetition(text: str) -> str:
+    """Drop a number that is written again in brackets: "5 (five)" -> "5"."""
+    match = _REPEATED.match(text)
+    if match is None:
+        return text
+    number, again = (written.replace(",", "") for written in (match[1], _digits(match[2].strip())))
+    if not re.fullmatch(_NUMBER, again) or Fraction(number) != Fraction(again):
+        return text
+    return match[1] + text[match.end() :]
+
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9, "t": 10**12, "tn": 10**12}
+_SUFFIXED = re.compile(
+    rf"([-+]?)((?:{'|'.join(map(re.escape, _CURRENCY))}) ?)?(\d+(?:,\d{{3}})*(?:\.\d+)?|\.\d+)"
+    r"([kKMBT]|[bmt]n|(?<=\d)[mb])(?=$| )"
+)
+
+
+def with_suffix(text: str) -> str | None:
+    """A number with a letter for its thousands, millions, billions or trillions written out; None if there is none.
+
+    It is a second reading: 5K may be kelvin, 3k a product and 2B bytes. A small m is a million in sums of money only.
+
+    Example:
+        >>> with_suffix("1.5M people"), with_suffix("USD 2bn"), with_suffix("5m")
+        ('1500000 people', 'USD 2000000000', None)
+    """
+    match = _SUFFIXED.match(text)
+    if match is None or match[4] in ("m", "b") and not match[2]:
+        return None
+    number = Decimal(match[3].replace(",", "")) * _SUFFIXES[match[4].lower()]
+    return f"{match[1]}{match[2] or ''}{number.normalize():f}{text[match.end() :]}"
 
 
 _ORDINAL = re.compile(rf"({'|'.join(_ORDINALS)})|(\d+)(?:st|nd|rd|th)|第(\d+|{_CHINESE})[个名]?", re.IGNORECASE)
@@ -338,7 +383,8 @@ def read_quantity(text: str, attached: bool = True) -> Quantity:
         word, digits, chinese = match.groups()
         number = _ORDINALS[word.lower()] if word else digits or (chinese if chinese.isdecimal() else _chinese(chinese))
         return Quantity(str(number), "ordinal")
-    text = re.sub(rf"^({_NUMBER}) ?\(([^()]*[^()\d\s][^()]+|[%\u3400-\u9fff])\)$", r"\1 \2", _digits(text))
+    text = _without_repetition(_digits(text))
+    text = re.sub(rf"^({_NUMBER}) ?\(([^()]*[^()\d\s][^()]+|[%\u3400-\u9fff])\)$", r"\1 \2", text)
     value, unit = _split_unit(text, attached)
     if unit:
         return Quantity(_digits(value), unit)
