@@ -88,8 +88,8 @@ class DemoSettings:
     vars: dict = field(default_factory=lambda: {"lambda_v": 0.3, "statistic": "dependency"})
     """Visual reward of GRPO, fields of `avar.vars`; docs/demo.md says why this statistic."""
 
-    grpo_steps: int = 20
-    """Steps of both GRPO runs, two epochs."""
+    grpo_steps: int = 14
+    """Steps of both GRPO runs, an epoch and a half."""
 
     grpo_prompts: int = 16
     """Prompts of one GRPO step."""
