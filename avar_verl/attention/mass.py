@@ -20,8 +20,8 @@ NUM_ROLES = len(TokenRole)
 # Elements of one chunk's weights, B * H * C * S: 4 MiB of float32 stay in a CPU's cache, 64 MiB fill a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**24}
 IMPLEMENTATIONS = ("auto", "chunked", "lse", "triton")
-# Where `auto` takes the log-sum-exp of the model's attention. On a GPU it is taken on request, until it is measured.
-AUTO_LSE = ("cpu",)
+# Where `auto` takes the log-sum-exp of the model's attention.
+AUTO_LSE = ("cpu", "cuda")
 # Limits of the Triton kernels.
 MAX_GROUPS, MAX_HEAD_SIZE = 16, 512
 
@@ -106,8 +106,8 @@ def choose_implementation(
 ) -> str:
     """Which implementation runs. `auto` takes the first that can run:
 
-    - `lse` on the CPU (attention.lse_mass), if the log-sum-exp of the model's attention is available and no gradient is
-      needed; by name also on a device that can run `triton`, with sdpa (triton_mass.triton_lse_mass);
+    - `lse` on the CPU (attention.lse_mass) or a device that can run `triton` (triton_mass.triton_lse_mass), if the
+      log-sum-exp of the model's attention is available, which takes sdpa, and no gradient is needed;
     - `triton` (attention.triton_mass) on a CUDA or ROCm device, for at most MAX_GROUPS groups and heads of at most
       MAX_HEAD_SIZE;
     - `chunked`, PyTorch, everywhere.

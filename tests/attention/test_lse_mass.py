@@ -76,7 +76,13 @@ def test_tap_asks_the_attentions_of_a_gpu_for_their_log_sum_exp(kind):
 
 @pytest.mark.parametrize(
     "implementation, device, groups, takes",
-    [("auto", "cpu", 40, True), ("auto", "cuda", 5, False), ("lse", "cuda", 5, True), ("lse", "cuda", 17, False)]
+    [
+        ("auto", "cpu", 40, True),
+        ("auto", "cuda", 5, True),
+        ("auto", "cuda", 17, False),
+        ("lse", "cuda", 5, True),
+        ("lse", "cuda", 17, False),
+    ]
     + [("chunked", "cpu", 5, False), ("triton", "cuda", 5, False), ("lse", "mps", 5, False)],
 )
 def test_where_the_log_sum_exp_is_taken(implementation, device, groups, takes):

@@ -180,6 +180,7 @@ class Demo:
                 environment = {
                     **os.environ,
                     "HF_HUB_OFFLINE": "1",
+                    "RAY_ADDRESS": "local",  # Not a cluster that happens to run on this machine.
                     "TOKENIZERS_PARALLELISM": "false",
                     "VERL_FILE_LOGGER_PATH": str(metrics_paths[name]),
                     "PYTHONUNBUFFERED": "1",

@@ -69,7 +69,7 @@ def rewards_figure(runs: Runs) -> Figure:
             axes.set_title(f"GRPO from the {guidance} cold start")
             axes.set_ylim(0, 100)
         panels[0].set_ylabel("right answers, unbiased hints (%)")
-        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.33, top=0.92, wspace=0.05)
+        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.26, top=0.92, wspace=0.05)
         return figure
 
 

@@ -13,6 +13,7 @@ from avar_verl.tools.demo.run import Demo, DemoSettings
 TRAINER = """
 import os, time
 with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as log:
+    assert os.environ["RAY_ADDRESS"] == "local"  # whatever cluster runs on this machine
     for step in range(1, 4):
         time.sleep(0.3)
         log.write(f'{{"step": {step}, "data": {{}}}}\\n')
@@ -20,7 +21,8 @@ with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as log:
 """
 
 
-def test_stages_side_by_side(tmp_path, capsys):
+def test_stages_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     demo = Demo(tmp_path, DemoSettings())
     commands = {name: [sys.executable, "-c", TRAINER] for name in ("sft", "agto")}
     seconds = demo._launch(commands, steps=3)
