@@ -6,6 +6,7 @@ overrides, follows their logs and measures the checkpoints. A finished stage is 
 from its last checkpoint.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -175,7 +176,11 @@ class Demo:
         bars = {name: progress(total=steps, desc=name, unit="step") for name in commands}
         try:
             for name, command in commands.items():
-                metrics_paths[name].unlink(missing_ok=True)
+                earlier = metrics_paths[name].with_suffix(".earlier")
+                if metrics_paths[name].exists():  # A killed run; verl's file logger starts a new file.
+                    with earlier.open("a") as file:
+                        file.write(metrics_paths[name].read_text() + "\n")
+                    metrics_paths[name].unlink()
                 logs.append((self.run_dir / "logs" / f"{name}.log").open("a"))
                 environment = {
                     **os.environ,
@@ -197,6 +202,8 @@ class Demo:
                     if name not in seconds and process.poll() is not None:
                         seconds[name] = time.monotonic() - begin
                         self._check_exit(name, process.returncode)
+                        self._join_metrics(metrics_paths[name])
+                        self._seconds_path(name).write_text(json.dumps(seconds[name]))
         finally:
             for process in processes.values():
                 if process.poll() is None:
@@ -211,6 +218,23 @@ class Demo:
             path = self.run_dir / "logs" / f"{name}.log"
             tail = "\n".join(path.read_text(errors="replace").splitlines()[-30:])
             raise RuntimeError(f"stage {name} failed with exit code {returncode}; log: {path}\n{tail}")
+
+    def _seconds_path(self, name: str) -> Path:
+        """Written when a training has ended well: its seconds, or those since it was last killed."""
+        return self.run_dir / "logs" / f"{name}.seconds"
+
+    @staticmethod
+    def _join_metrics(path: Path) -> None:
+        """Steps of killed runs before those of the last one, which starts at a checkpoint."""
+        lines = {}
+        for part in (path.with_suffix(".earlier"), path):
+            for line in part.read_text().splitlines() if part.exists() else ():
+                with contextlib.suppress(
+                    json.JSONDecodeError
+                ):  # A line that was being written when the run was killed.
+                    lines[json.loads(line)["step"]] = line
+        path.write_text("".join(f"{lines[step]}\n" for step in sorted(lines)))
+        path.with_suffix(".earlier").unlink(missing_ok=True)
 
     @staticmethod
     def _last_step(metrics_path: Path) -> int:
@@ -365,13 +389,11 @@ class Demo:
         )
 
     def train(self, commands: dict[str, list[str]], steps: int, threads: int = 1) -> dict[str, float]:
-        """Train the stages that have not been measured yet; returns seconds by name."""
-        open_stages = {
-            name: command
-            for name, command in commands.items()
-            if not (self.run_dir / "stages" / f"{name}.json").exists()
-        }
-        return dict.fromkeys(commands, 0.0) | (self._launch(open_stages, steps, threads) if open_stages else {})
+        """Train the stages that have not been trained yet; returns seconds by name."""
+        open_stages = {name: command for name, command in commands.items() if not self._seconds_path(name).exists()}
+        if open_stages:
+            self._launch(open_stages, steps, threads)
+        return {name: json.loads(self._seconds_path(name).read_text()) for name in commands}
 
     def _reinforce(self, commands: dict[str, list[str]]) -> dict[str, float]:
         """Run both GRPO trainings side by side, or one after the other where memory is short; seconds by name."""

@@ -32,6 +32,18 @@ def test_stages_side_by_side(tmp_path, capsys, monkeypatch):
     assert all("3/3" in line for line in lines)
 
 
+def test_a_killed_training_keeps_its_steps_and_a_finished_one_is_not_run_again(tmp_path):
+    """The first trainer logs three steps; the killed one before it had logged the first and a half of the second."""
+    demo = Demo(tmp_path, DemoSettings())
+    log = tmp_path / "logs" / "sft.jsonl"
+    log.write_text('{"step": 0, "data": {"run": "killed"}}\n{"step": 1, "data": {"run": "killed"}}\n{"step": 2, "da')
+    seconds = demo.train({"sft": [sys.executable, "-c", TRAINER]}, steps=3)
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [one["step"] for one in steps] == [0, 1, 2, 3]
+    assert [one["data"] for one in steps] == [{"run": "killed"}, {}, {}, {}]
+    assert Demo(tmp_path, DemoSettings()).train({"sft": ["false"]}, steps=3) == seconds
+
+
 def test_a_stage_that_fails_ends_the_others_and_shows_its_log(tmp_path):
     demo = Demo(tmp_path, DemoSettings())
     commands = {"sft": [sys.executable, "-c", "raise SystemExit('no memory')"], "agto": ["sleep", "600"]}
