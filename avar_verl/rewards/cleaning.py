@@ -68,14 +68,16 @@ _SIGN_TABLE = str.maketrans(_SIGNS)
 _ORDINAL_TO_DEGREE = {0xBA: 0xB0}  # often typed for a degree; NFKC would make it the letter o
 _ROOT = re.compile("\u221a\\s*(?:\\(([^()]*)\\)|\\{([^{}]*)\\}|(\\d+|[a-zA-Z]))")
 _FONTS = (
-    "text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|operatorname|underline|emph|bm"
+    "text(?:bf|it|rm|sf|tt|sc|sl|up|md|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|operatorname|underline|emph|bm"
+    "|boldsymbol"
 )
-_TEXT_COMMAND = re.compile(rf"\\(?:{_FONTS}|boldsymbol|(?:text)?color\{{\w+\}})\s*\{{([^{{}}]*)\}}")
-# Fonts that hold from there to the end of a group, as in {\bf B}, and those of one letter without braces.
-_SWITCH = (
-    r"\\(?:bf|rm|it|sf|tt|sl|sc|em|(?:bf|md)series|(?:rm|sf|tt)family|(?:it|sl|sc|up)shape|(?:display|text|script)style"
-    r"|tiny|small|normalsize|(?:large|huge)|(?:Large|LARGE|Huge))(?![a-zA-Z])"
+# Fonts that hold from there to the end of a group, as in {\bf B}.
+_SWITCHES = (
+    "bf|rm|it|sf|tt|sl|sc|em|(?:bf|md)series|(?:rm|sf|tt)family|(?:it|sl|sc|up)shape|(?:display|text|script)style"
+    "|tiny|small|normalsize|(?:large|huge)|(?:Large|LARGE|Huge)"
 )
+_TEXT_COMMAND = re.compile(rf"\\(?:{_FONTS}|{_SWITCHES}|(?:text)?color\{{\w+\}})\s*\{{([^{{}}]*)\}}")
+_SWITCH = rf"\\(?:{_SWITCHES})(?![a-zA-Z])"
 _SWITCHED = re.compile(rf"\{{\s*(?:{_SWITCH}\s*)+([^{{}}]*)\}}|{_SWITCH}|\\(?:{_FONTS})(?=\s+[A-Za-z0-9]\b)")
 _DOLLARS = re.compile(r"([-+]?)(?:US)?\\?\$ ?(?=[\d.])")  # money, where it is the only dollar sign
 _DELIMITER = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:left|right)(?![a-zA-Z])|\\!")
@@ -94,17 +96,19 @@ _LEAD_INS = (
     r"(?:so|thus|hence|therefore|finally|in (?:conclusion|summary))\b[, ]+",
     r"(?:(?:the|my|our) )?(?:(?:final|correct|right|best|most likely) )*"
     r"(?:answer|ans|result|choice|option|solution|value)(?: (?:choice|option|letter|here))?"
-    rf"(?: (?:is|would be|should be|must be)\b(?! not\b)| ?(?:{_ARROW}|[:=])|\. | - )[: ]*",
+    rf"(?: (?:is|would be|should be|must be)\b(?! not\b)| ?(?:{_ARROW}|[:=|])|\. | --? |(?=-[A-J]\b))"
+    r"[: ]*(?:-+ ?(?=\(?[A-J]\b))?",
     r"(?:i (?:would |will )?)?(?:choose|select|pick)\b[: ]*|i (?:think|believe)\b(?: that\b)?[: ]*",
     r"(?:it|this|that|there|these|they)(?:'s| is|'re| are)\b(?! not\b) *",
     r"(?:about|approximately|approx\.?|roughly|around|\\approx|\\sim) ?(?=[-+]?[\d.\\])",
     "(?:综上(?:所述)?|所以|因此|故|因而|由此可知|即)[,: ]*",
     "(?:[本此该这]题)?的?(?:最终|正确|最后|标准)?的?(?:答案|结果|选项)(?:应该|应|就)?(?:是(?!否)|为|选(?!择))[: ]*",
-    f"\\[?【?(?:最终|正确|标准)?的?(?:答案|结果)】?\\]?(?: ?(?:{_ARROW}|[:=])| - | )[: ]*",
+    f"\\[?【?(?:最终|正确|标准)?的?(?:答案|结果)】?\\]?(?: ?(?:{_ARROW}|[:=|])| --? | )[: ]*",
     "【(?:答案|解答)】[: ]*",
     "我们?(?:认为|觉得)[, ]*",
     "(?:[本此该这]题)?我?们?(?:应该|应当|应|要)?(?:选择|选)(?!项)的?是?[: ]*",
     "答[: ]+",
+    r"[*\u2022\u00b7#>]+ (?=\(?[A-J]\b)",
     "(?:正确的|这|它|这里)(?:是(?!否)|为)[: ]*",
     "(?:图(?:中|片中|里))?(?:一共|总共|共)?(?:大约|大概|约)?(?:有|是|为)? *" + _NUMBER_AHEAD,
 )
@@ -125,7 +129,8 @@ def clean(text: str) -> str:
     text = _CIRCLED.sub(lambda match: f"({unicodedata.normalize('NFKC', match.group())})", text)
     text = unicodedata.normalize("NFKC", _DASH.sub("-", text))
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2] or match[3]}}}", text).translate(_SIGN_TABLE)
-    text = _TEXT_COMMAND.sub(r" \1 ", text)
+    for _ in range(3):  # one in another
+        text = _TEXT_COMMAND.sub(r" \1 ", text)
     text = _SWITCHED.sub(lambda match: f" {match[1] or ''} ", text)
     if text.count("$") == 1 and (dollars := _DOLLARS.match(text.strip())):
         text = f"{dollars[1]}USD {text.strip()[dollars.end() :]}"

@@ -203,7 +203,7 @@ _CHINESE_NUMBER = re.compile(f"(负?)({_CHINESE})(?:点([{''.join(_DIGIT)}]+))?"
 _CHINESE_PARTS = re.compile(f"({_CHINESE}|\\d+)分之({_CHINESE}|[\\d.]+)")
 # As a count. "None of the above" is an option.
 _NONE = re.compile(
-    r"(?:none|nil)(?=$| (?:is|are|in|on|at)\b| of (?:them|these|those|the (?!above|below|other|option|choice|answer)))"
+    r"(?:none|nil)(?=$| [(\[]| (?:is|are|in|on|at)\b| of (?:them|these|those|the (?!above|below|other|option|choice)))"
     "|(?:没有|无|一个[也都]没有)$",
     re.IGNORECASE,
 )
@@ -293,7 +293,7 @@ def _digits(text: str) -> str:
     return text
 
 
-_REPEATED = re.compile(rf"({_NUMBER}) ?\(([^()]+)\)")
+_REPEATED = re.compile(rf"({_NUMBER}) ?[(\[]([^()\[\]]+)[)\]]")
 
 
 def _without_repetition(text: str) -> str:
@@ -308,9 +308,10 @@ def _without_repetition(text: str) -> str:
 
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9, "t": 10**12, "tn": 10**12}
+_SUFFIXES |= {"mil": 10**6, "mln": 10**6, "mio": 10**6, "bln": 10**9, "mrd": 10**9}
 _SUFFIXED = re.compile(
     rf"([-+]?)((?:{'|'.join(map(re.escape, _CURRENCY))}) ?)?(\d+(?:,\d{{3}})*(?:\.\d+)?|\.\d+)"
-    r"([kKMBT]|[bmt]n|(?<=\d)[mb])(?=$| )"
+    r"([kKMBTm]| [kM]| ?(?i:[bmt]n|mil|mln|mio|bln|mrd))(?=$| )"
 )
 
 
@@ -324,9 +325,9 @@ def with_suffix(text: str) -> str | None:
         ('1500000 people', 'USD 2000000000', None)
     """
     match = _SUFFIXED.match(text)
-    if match is None or match[4] in ("m", "b") and not match[2]:
+    if match is None or match[4] == "m" and not match[2]:
         return None
-    number = Decimal(match[3].replace(",", "")) * _SUFFIXES[match[4].lower()]
+    number = Decimal(match[3].replace(",", "")) * _SUFFIXES[match[4].strip().lower()]
     return f"{match[1]}{match[2] or ''}{number.normalize():f}{text[match.end() :]}"
 
 

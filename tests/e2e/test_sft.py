@@ -153,3 +153,23 @@ def test_lora_trains_adapters_of_the_language_model(trained, family_path):
     assert all(bool(tensor.any()) for name, tensor in adapters.items() if "lora_B" in name), "B starts as zeros"
     for name in after.keys() - adapters.keys():
         assert torch.equal(after[name], before[name].to(after[name].dtype)), name
+
+
+@pytest.mark.slow
+def test_no_adapter_is_trained_in_a_frozen_tower(tmp_path, tiny_model_path, sft_data):
+    """verl's default target, all-linear, has the tower in it; the projector, the merger, is not frozen with it."""
+    overrides = [
+        *launch.sft_overrides(tmp_path, tiny_model_path, sft_data),
+        *launch.GUIDED,
+        "trainer.total_training_steps=1",
+        "trainer.save_freq=1",
+        "model.lora_rank=4",
+        "model.lora_alpha=8",
+        "model.target_modules=all-linear",
+        "engine.freeze_vision_tower=true",
+    ]
+    launch.run(launch.sft(tmp_path, overrides), tmp_path, "frozen")
+    saved = load_file(tmp_path / "checkpoints" / "global_step_1" / "huggingface" / "model.safetensors")
+    adapters = {name: bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name}
+    assert {"merger" in name for name in adapters if ".visual." in name} == {True}
+    assert any("language_model" in name for name in adapters) and all(adapters.values()), "all of them have moved"
