@@ -195,11 +195,12 @@ class _Forward:
         module,
         query_THD,
         key_TKD,
-        cu_seqlens: torch.Tensor | list[int] | None,
+        segments: torch.Tensor | None,
         arguments: dict,
         tap: LseTap | None = None,
     ) -> None:
-        """One layer of packed attention: `cu_seqlens` are its segments, None is one segment.
+        """One layer of packed attention. `segments`: their cumulative lengths (`cu_seqlens`), or a (T,) mask of the
+        positions at which one starts; None is one segment.
 
         Samples are taken out of the packed row, so everything after this is the same as for padded samples.
         """
@@ -214,17 +215,8 @@ class _Forward:
                 "`packed_offsets`. Pass them to capture_mass."
             )
         offsets = request.offsets
-        if not self.by_layer:  # Once per forward pass, because reading the offsets synchronises with the device.
-            # After the samples, the row may be padded to a multiple of the sequence-parallel size.
-            bounds = [0, T] if cu_seqlens is None else torch.as_tensor(cu_seqlens).tolist()
-            samples = offsets.tolist()
-            num_samples = len(samples) - 1
-            is_padded_sample = cu_seqlens is None and num_samples == 1 and samples[-1] <= T
-            if not is_padded_sample and bounds[: num_samples + 1] != samples:
-                raise ValueError(
-                    f"every segment of packed attention must be one sample; got segments {bounds} for samples "
-                    f"{samples}. Check the position ids: each sample starts at 0."
-                )
+        if not self.by_layer:  # Once per forward pass, because it waits for the device.
+            self._check_segments(T, segments)
         start_B1 = offsets[:-1, None].to(query_THD.device)
         location_BQ = (start_B1 + request.positions).clamp(max=T - 1)
         location_BS = (start_B1 + torch.arange(request.roles.shape[1], device=query_THD.device)).clamp(max=T - 1)
@@ -243,15 +235,39 @@ class _Forward:
                 f"{'' if position_ids_BS is not None else ' without position ids'}. Pass no `packed_offsets` for "
                 "padded samples."
             )
-        starts = (position_ids_BS[0] == 0).nonzero()[:, 0].tolist()
         self.observe_packed(  # pyright: ignore[reportAttributeAccessIssue]  torch types the decorator as no method.
             module,
             query_BHSD[0].transpose(0, 1),
             key_BKSD[0].transpose(0, 1),
-            [*starts, query_BHSD.shape[2]],
+            position_ids_BS[0] == 0,
             arguments,
             tap,
         )
+
+    def _check_segments(self, T: int, segments: torch.Tensor | None) -> None:
+        """Refuse segments of the attention that are not the samples, with one read from the device."""
+        offsets = self.request.offsets.long()
+        is_bound = torch.zeros(T + 1, dtype=torch.bool, device=offsets.device)
+        is_offset = is_bound.index_fill(0, offsets.clamp(max=T), True)
+        if segments is None:
+            is_bound[0] = True
+            if len(offsets) == 2:  # One sample, which may be padded.
+                is_bound |= is_offset
+            else:
+                is_bound[T] = True
+        elif segments.dtype == torch.bool:
+            is_bound = torch.cat([segments.to(offsets.device), is_bound.new_ones(1)])
+        else:
+            is_bound.index_fill_(0, segments.to(offsets.device).long(), True)
+        # After the samples, the row may be padded to a multiple of the sequence-parallel size.
+        of_samples = torch.arange(T + 1, device=offsets.device) <= offsets[-1]
+        differs = ((is_bound != is_offset) & of_samples).any()
+        if bool(differs | (offsets[-1] > T) | (is_offset.sum() != len(offsets))):
+            bounds = is_bound.nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"every segment of packed attention must be one sample; got segments {bounds} for samples "
+                f"{offsets.tolist()}. Check the position ids: each sample starts at 0."
+            )
 
     def _wants(self, layer: int, arguments: dict) -> bool:
         """Whether to capture this layer; raises if the masses would be wrong."""

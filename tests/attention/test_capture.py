@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from avar_verl.attention import capture, capture_mass
 from avar_verl.attention.capture import find_decoder, packed_segments, select_queries
+from avar_verl.attention.visibility import Visibility
 from avar_verl.objectives.agto import mean_over_queries
 from avar_verl.objectives.vars import VisualReduction
 from avar_verl.roles import TokenRole
@@ -243,6 +245,67 @@ def test_samples_are_taken_out_of_a_packed_row(tiny_model, encode, role_map, que
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
 
 
+class Reads(TorchFunctionMode):
+    """Counts what makes the host wait for a GPU: reads of tensors, and results whose shape is data."""
+
+    WAITS = {
+        *(torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__bool__),
+        *(torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.nonzero, torch.nonzero),
+        *(torch.Tensor.masked_select, torch.masked_select, torch.Tensor.unique, torch.unique, torch.equal),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.Tensor.__getitem__ and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        self.count += func in self.WAITS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_of_reads_counts():
+    x = torch.arange(4)
+    with Reads() as reads:
+        assert (bool(x[1]), int(x[2]), x[3].item(), x.tolist()) == (True, 2, 3, [0, 1, 2, 3])
+        assert len(x[x > 1]) == len(x.nonzero()) - 1 == 2
+    assert reads.count == 6
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_the_host_waits_at_most_once_in_a_forward_pass(
+    monkeypatch, tiny_model, encode, role_map, layout, with_gradients
+):
+    """However many layers are measured: padded rows never, packed rows once, for the check of their segments."""
+
+    def chunks(self, size, num_keys):  # as on a GPU, where positions are not read to skip keys
+        return ((start, start + size, 0, num_keys) for start in range(0, self.positions_BQ.shape[1], size))
+
+    monkeypatch.setattr(Visibility, "chunks", chunks)
+    inputs = encode(3, "right")
+    roles = role_map(inputs["input_ids"], inputs["attention_mask"])
+    kwargs = {}
+    if layout == "packed":
+        kwargs = {"packed_offsets": torch.nn.functional.pad(inputs["attention_mask"].sum(1).cumsum(0), (1, 0))}
+        inputs = packed_row(tiny_model, inputs)
+    counts = []
+    with torch.set_grad_enabled(with_gradients):
+        with Reads() as plain:
+            tiny_model(**inputs, use_cache=False)
+        for layers in ([0], None):
+            with capture_mass(
+                tiny_model, roles, query_role=TokenRole.RESPONSE, layers=layers, **kwargs, implementation="chunked"
+            ):
+                with Reads() as reads:
+                    tiny_model(**inputs, use_cache=False)
+            counts.append(reads.count - plain.count)
+    assert counts == [int(layout == "packed")] * 2
+
+
 def test_packed_rows_that_do_not_match_the_offsets_are_refused(tiny_model, encode, role_map):
     inputs = encode(3, "right")
     roles = role_map(inputs["input_ids"], inputs["attention_mask"])
@@ -253,6 +316,15 @@ def test_packed_rows_that_do_not_match_the_offsets_are_refused(tiny_model, encod
     with pytest.raises(ValueError, match="every segment of packed attention must be one sample; got segments"):
         with capture_mass(tiny_model, roles, packed_offsets=wrong):
             tiny_model(**row, use_cache=False)
+    T = int(offsets[-1])
+    empty, beyond = torch.cat([offsets[:2], offsets[1:]]), torch.cat([offsets[:-1], offsets[-1:] + 1])
+    for samples, segments in ((offsets, None), (empty, offsets), (beyond, offsets), (offsets[[0, 1, 3]], offsets)):
+        forward = capture._Forward(capture._Request(roles, [0], None, "sdpa", offsets=samples))
+        with pytest.raises(ValueError, match="must be one sample; got segments .* for samples"):
+            forward._check_segments(T, segments)
+    for samples, segments, length in ((offsets, offsets, T), (offsets, torch.cat([offsets, offsets[-1:] + 3]), T + 3)):
+        capture._Forward(capture._Request(roles, [0], None, "sdpa", offsets=samples))._check_segments(length, segments)
+    capture._Forward(capture._Request(roles[:1], [0], None, "sdpa", offsets=offsets[:2]))._check_segments(T, None)
     with pytest.raises(ValueError, match="packed samples are one row with position ids .*; got 3 rows"):
         with capture_mass(tiny_model, roles, packed_offsets=offsets):
             tiny_model(**inputs, use_cache=False)

@@ -763,7 +763,7 @@ ANOTHER_VERL = """
 def processes():
     """Both at the same time: most of their time goes into importing verl."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("VERL_")}
-    environment["VERL_PLATFORM"] = "cpu"
+    environment |= {"VERL_PLATFORM": "cpu", "AVAR_VERL": "1"}
     started = {
         name: subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code)],
