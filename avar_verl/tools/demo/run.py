@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -413,8 +414,10 @@ class Demo:
         random_weights = self.run_dir / "random"
         base = self.supervised("base", random_weights, "base.parquet", settings.base_steps, settings.base_lr, unguided)
         # Before anything is trained: GRPO starts last, minutes later.
-        check_command(base)
-        check_command(self.grpo("avar", random_weights, settings.vars))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"\w+ engine is not available")  # Of verl, for each one.
+            check_command(base)
+            check_command(self.grpo("avar", random_weights, settings.vars))
         self.prepare()
         seconds = self.train({"base": base}, settings.base_steps, threads=2)
 
