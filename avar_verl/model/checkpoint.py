@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from avar_verl.model.families import Family, get_family
+from avar_verl.model.families import Family, get_family, load_outside
 from avar_verl.model.render import Rendered, collate
 from avar_verl.model.roles import RoleMap
 
@@ -27,6 +27,7 @@ def load_config(path: str | Path) -> Any:
     Raises:
         ValueError: neither of them.
     """
+    load_outside()  # They may register the model.
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -376,6 +376,11 @@ class AvarConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How the trainer runs."""
 
+    family: str = ""
+    """Family of a model that is not shipped, `module:FAMILY` (docs/new-model.md). Empty: that of `config.model_type`,
+    shipped or of an installed package.
+    """
+
 
 def __getattr__(name: str):
     if name == "RewardConfig":

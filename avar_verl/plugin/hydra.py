@@ -39,11 +39,13 @@ class SwitchOn(Callback):
 
     def on_job_start(self, config: DictConfig, *, task_function: Callable, **kwargs: Any) -> None:
         # Here, because this module is imported as soon as anything imports hydra, as `refusals` does.
+        from avar_verl.model.families import choose_family
         from avar_verl.plugin.refusals import check_run
 
         # Hydra turns exceptions of callbacks into warnings and starts the job (hydra/_internal/callbacks.py:27); only
         # SystemExit gets through.
         try:
+            choose_family(config.avar.get("family") or "")
             switch_on()
             file = Path(inspect.getfile(inspect.unwrap(task_function)))
             check_run(config, file, config.hydra.overrides.task)

@@ -30,6 +30,7 @@ PATCHES = (
     ("compat.verl.position_ids:apply", "verl.utils.tensordict_utils"),
     ("compat.verl.text_only:apply", "verl.models.transformers.qwen2_vl"),
     ("compat.verl.glm4v:apply", "verl.models.transformers.glm4v"),
+    ("compat.verl.qwen3_5:apply", "verl.models.transformers.qwen3_5"),
     ("compat.verl.glm4v:apply_flops", "verl.utils.flops_counter"),
     ("compat.verl.fsdp2_targets:apply", "verl.utils.fsdp_utils"),
     ("compat.verl.processor:apply", "verl.utils.tokenizer.tokenizer"),
@@ -82,6 +83,9 @@ def switch_on() -> None:
     if _is_on:
         return
     check_verl()
+    from avar_verl.model.families import load_outside
+
+    load_outside()  # They may register the model, which verl loads.
     _is_on = True  # Before the patches: what they import switches on too.
     os.environ[VARIABLE] = "1"
     for hook, module in PATCHES:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas
 
-from avar_verl.model.families import get_family
+from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.tools.demo import photo_grid
 from tests.e2e import launch
 
@@ -16,7 +16,8 @@ WITHOUT_SYSTEM = ("gemma3",)
 
 def guidance(model_type: str) -> list[str]:
     """Where no softmax has image and system keys there is L_suppress only."""
-    return ["avar.agto.alpha=0"] if get_family(model_type).cross_attention else []
+    crosses = model_type in FAMILIES and get_family(model_type).cross_attention
+    return ["avar.agto.alpha=0"] if crosses else []
 
 
 def sft_overrides(work: Path, model: Path, data: Path, model_type: str, packed: bool) -> list[str]:

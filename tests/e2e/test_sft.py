@@ -2,6 +2,7 @@
 """The cold start through verl's SFT trainer: kill and resume, hand-over, DP 2, every family, packed, LoRA."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.tools.demo import photo_grid
 from tests.e2e import family_data, launch
+from tests.model.families import outside
 
 pytestmark = pytest.mark.e2e
 
@@ -44,6 +46,10 @@ def trained(tmp_path_factory, family_path, tiny_model_path, sft_data):
                 run = name + "_packed" * packed
                 data = family_data.make_sft(work / f"{name}.parquet", 8, name)
                 runs[run] = family_data.sft_overrides(work / run, family_path(name), data, name, packed)
+    # A family of an installed package, which every process finds by itself.
+    data = family_data.make_sft(work / "llava.parquet", 8, "llava")
+    runs["llava"] = family_data.sft_overrides(work / "llava", family_path("llava"), data, "llava", packed=False)
+    site = outside.install_package(tmp_path_factory.mktemp("llava"))
     data = work / "internvl.parquet"
     lora = family_data.sft_overrides(work / "lora", family_path("internvl"), data, "internvl", packed=False)
     runs["lora"] = [*lora, *LORA]
@@ -53,7 +59,11 @@ def trained(tmp_path_factory, family_path, tiny_model_path, sft_data):
     command += ["-m", "tests.e2e.sft_runs", str(work)]
     with (work / "log").open("w") as log:
         subprocess.run(
-            command, env=launch.environment(work / "unused"), stdout=log, stderr=subprocess.STDOUT, timeout=840
+            command,
+            env=launch.environment(work / "unused") | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=840,
         )
     assert (work / "errors.json").exists(), (work / "log").read_text(errors="replace")[-6000:]
     return work, json.loads((work / "errors.json").read_text())
@@ -129,6 +139,16 @@ def test_guided_cold_start_moves_parameters(trained, family_path, model_type):
         assert any(part in name and "layers.0" in name for name in moved), part
     tower = get_family(model_type).vision_tower.split(".")[-1]
     assert any(tower in name for name in moved), "the vision tower is trained"
+
+
+def test_a_family_of_an_installed_package_is_trained(trained, family_path):
+    work, errors = trained
+    assert "llava" not in errors, errors["llava"]
+    assert launch.steps(work / "llava.jsonl")[2]["avar/guided_samples"] == 2
+    before = AutoModelForImageTextToText.from_pretrained(family_path("llava")).state_dict()
+    folder = work / "llava" / "checkpoints" / "global_step_2" / "huggingface"
+    after = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+    assert any(not torch.equal(tensor, after[name].to(tensor.dtype)) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("model_type", [name for name in sorted(FAMILIES) if not get_family(name).unpackable])

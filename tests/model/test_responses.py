@@ -10,7 +10,7 @@ from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import render
 from avar_verl.model.responses import response_mask, special_tokens
 from avar_verl.model.roles import TokenRole
-from tests.model.families.tiny import sample_messages
+from tests.model.families.tiny import SPECS, sample_messages
 
 RESPONSE = "<think>I look at the top left: a cat.</think><answer>cat</answer>"
 THOUGHT = "I look at the top left: a cat.\n</think>\n\n<answer>cat</answer>"  # As a template writes it.
@@ -123,11 +123,23 @@ def test_every_family_trains_on_its_responses(model_type, family_processor, fami
     """The templates of the families write responses as they are: the mask is that of the roles."""
     processor, config = family_processor(model_type), family_model(model_type).config
     role_map = get_family(model_type).role_map(processor.tokenizer, config)
-    for messages in (sample_messages(1), sample_messages(2, turns=2, system=True), sample_messages(0)):
+    thinks = "{think}" in SPECS[model_type].reply
+    several = sample_messages(2, turns=2, system=True)
+    if thinks:  # Their templates drop the thought of an earlier turn, which is not trained on then.
+        with pytest.raises(ValueError, match="a rendered response must be the row's text"):
+            response_mask(processor, role_map, several, render(processor, several))
+        several = several[:3]
+    for messages in (sample_messages(1), several, sample_messages(0)):
         rendered = render(processor, messages)
         mask_S = response_mask(processor, role_map, messages, rendered)
         ids_1S = rendered.ids_S[None]
-        assert torch.equal(mask_S, role_map(ids_1S, torch.ones_like(ids_1S))[0] == TokenRole.RESPONSE)
+        response_S = role_map(ids_1S, torch.ones_like(ids_1S))[0] == TokenRole.RESPONSE
+        if thinks:  # A rollout gets the opening as part of its prompt.
+            opening = processor.tokenizer.decode(rendered.ids_S[response_S & ~mask_S])
+            assert opening == "<think>\n" and not bool((mask_S & ~response_S).any())
+            assert int(response_S.nonzero()[0]) < int(mask_S.nonzero()[0])
+        else:
+            assert torch.equal(mask_S, response_S)
         untrained = [{**message, "loss_mask": 0} for message in messages]
         assert not bool(response_mask(processor, role_map, untrained, rendered).any())
     assert special_tokens(processor.tokenizer, role_map, config)

@@ -40,6 +40,8 @@ CASES = {
     "qwen2_vl": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "qwen3_vl": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "qwen3_vl_moe": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
+    "qwen3_5": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
+    "qwen3_5_moe": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "internvl": ("<IMG_CONTEXT>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "llava_onevision": ("<image>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "gemma3": (

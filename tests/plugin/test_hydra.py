@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hydra finds the recipe by name, after everything else."""
 
+import os
+import sys
+
 import pytest
 from hydra import compose, initialize_config_module
 from hydra._internal.utils import create_config_search_path
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from avar_verl.plugin.hydra import CONFIGS, AvarSearchPath, register
+from avar_verl.model import families
+from avar_verl.plugin import hydra as plugin_hydra
+from avar_verl.plugin.hydra import CONFIGS, AvarSearchPath, SwitchOn, register
 
 
 @pytest.fixture
@@ -43,3 +48,22 @@ def test_a_run_of_verl_alone_composes_what_it_composed_before(without, name):
     found = composed()
     without()
     assert composed() == found
+
+
+def test_the_chosen_family_is_that_of_every_process(monkeypatch, tmp_path):
+    """Of this one and of those that it starts by the environment, of Ray's workers by their runtime_env."""
+    (tmp_path / "other_hydra.py").write_text("from avar_verl.model.families.qwen2_vl import FAMILY\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv(families.VARIABLE, "")
+    with initialize_config_module("recipes.avar.config", version_base=None):
+        config = compose("avar_grpo", overrides=["avar.family=other_hydra:FAMILY"], return_hydra_config=True)
+        wrong = compose("avar_grpo", overrides=["avar.family=other_hydra:NONE"], return_hydra_config=True)
+        assert compose("avar_grpo").ray_kwargs.ray_init.runtime_env.env_vars.AVAR_FAMILY == ""
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.AVAR_FAMILY == "other_hydra:FAMILY"
+    with pytest.raises(SystemExit, match="has no attribute 'NONE'"):
+        SwitchOn().on_job_start(wrong, task_function=compose)
+    monkeypatch.setattr(plugin_hydra, "switch_on", lambda: None)
+    monkeypatch.setattr("avar_verl.plugin.refusals.check_run", lambda *args: None)
+    SwitchOn().on_job_start(config, task_function=compose)
+    assert os.environ[families.VARIABLE] == "other_hydra:FAMILY"
+    families._outside.cache_clear()

@@ -27,7 +27,7 @@ from avar_verl.attention.capture import CapturedMass, capture_mass, select_queri
 from avar_verl.attention.mass import choose_implementation
 from avar_verl.model.checkpoint import check_weights
 from avar_verl.model.corrupt import blank, check_blank, has_pixels, swap
-from avar_verl.model.families import FAMILIES, Family, get_family
+from avar_verl.model.families import Family, get_family, known_families
 from avar_verl.model.freeze import excluded_modules, freeze_adapters, freeze_vision
 from avar_verl.model.layers import head_size, resolve_indices, select_layers
 from avar_verl.model.regions import REGION_KEY, image_region
@@ -126,7 +126,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         self._partners: dict[str, dict] = {}  # With swapped images: the features of this pass by PARTNER.
         self._role_map: RoleMap | None = None
         model_type = model_config.hf_config.model_type
-        self._family: Family | None = get_family(model_type) if model_type in FAMILIES else None
+        self._family: Family | None = get_family(model_type) if model_type in known_families() else None
         self._dummy_image: DummyImage | None = None
         self._frozen: list[str] = []
         if self._capturing(engine_config):

@@ -16,9 +16,10 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from avar_verl.model.checkpoint import load_config, load_model, ready
 from avar_verl.model.families import Family, get_family
 from avar_verl.model.render import Rendered, collate, render
+from avar_verl.model.responses import opening_of
 from avar_verl.model.roles import RoleMap
 from avar_verl.tools.doctor.command import Doctor
-from avar_verl.tools.doctor.samples import conversations
+from avar_verl.tools.doctor.samples import conversations, user
 
 # From this many parameters on, checks that run the model use one with random weights and few layers.
 LARGE = 2_000_000_000
@@ -163,14 +164,27 @@ class Subject:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def opening(self, template_kwargs: dict | None = None) -> str:
+        """What the generation prompt writes after the assistant's header, such as `<think>`; "" for white space."""
+        ids = opening_of(self.processor, self.role_map, [user("Why?")], template_kwargs or {})
+        return self.tokenizer.decode(ids)
+
+    @cached_property
+    def plain(self) -> dict[str, Any]:
+        """Settings of the chat template for responses without a thought."""
+        return {"enable_thinking": False} if "<think>" in self.opening() else {}
+
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> Rendered:
         """A conversation as ids and features."""
         return render(self.processor, messages, add_generation_prompt=add_generation_prompt)
 
     @cached_property
     def samples(self) -> dict[str, Rendered]:
-        """`conversations` rendered, by name."""
-        return {name: self.render(messages) for name, messages in conversations().items()}
+        """`conversations` rendered, by name; their responses have no thought."""
+        return {
+            name: render(self.processor, messages, template_kwargs=self.plain)
+            for name, messages in conversations().items()
+        }
 
     def inputs(self, samples: list[Rendered], padding_side: str = "right") -> dict[str, torch.Tensor]:
         """A batch of rendered samples on the model's device."""

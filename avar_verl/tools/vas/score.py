@@ -183,6 +183,9 @@ class Scorer:
         if answered:  # The roles of training.
             parts = (self.checkpoint.processor, self.checkpoint.role_map, messages, rendered)
             roles_S = self._roles(rendered.ids_S, response_mask(*parts, conversation.template_kwargs))
+        else:  # What a generation prompt opens, such as `<think>`, is no response.
+            opened_S = (roles_S == TokenRole.RESPONSE).flip(0).cumprod(0).flip(0).bool()
+            roles_S = roles_S.masked_fill(opened_S, TokenRole.OTHER)
         if not conversation.turns:
             roles_S = _without_earlier_turns(roles_S, answered)
         return self._sample(conversation, rendered, roles_S, None)

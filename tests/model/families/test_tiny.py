@@ -15,6 +15,8 @@ PROCESSORS = {
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
     "qwen3_vl_moe": "Qwen3VLProcessor",
+    "qwen3_5": "Qwen3VLProcessor",
+    "qwen3_5_moe": "Qwen3VLProcessor",
     "internvl": "InternVLProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "llava_next": "LlavaNextProcessor",
@@ -34,6 +36,7 @@ QWEN = CHATML.format(image="<|vision_start|><|image_pad|><|vision_end|>")
 IDEFICS = f"System: {SYSTEM}<end_of_utterance>\nUser:<image>{QUESTION}<end_of_utterance>\nAssistant: {ANSWER}"
 TEXTS = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), QWEN),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), QWEN.replace(ANSWER, f"<think>\n\n</think>\n\n{ANSWER}") + "<think>\n"),
     "internvl": CHATML.format(image="<IMG_CONTEXT>\n"),
     "llava_onevision": f"<|im_start|>system \n{SYSTEM}<|im_end|><|im_start|>user <image>\n{QUESTION}<|im_end|>"
     f"<|im_start|>assistant \n{ANSWER}<|im_end|><|im_start|>assistant\n",
@@ -56,6 +59,15 @@ every_family = pytest.mark.parametrize("model_type", FAMILIES)
 def tiny(model_type, family_model, family_processor):
     """The family's model and processor."""
     return family_model(model_type), family_processor(model_type)
+
+
+def reply(spec, answer: str, last: bool) -> str:
+    """How the template writes an answer; one that is about thoughts drops those of earlier turns."""
+    if "{think}" not in spec.reply:
+        return spec.reply.format(answer)
+    thought, _, rest = answer.removeprefix("<think>").rpartition("</think>")
+    written = spec.reply.format(rest, think=thought)
+    return written if last else written.rpartition("</think>\n\n")[2]
 
 
 def dates(model_type: str) -> dict[str, str]:
@@ -243,7 +255,7 @@ def test_roles(model_type, tiny, arguments):
     assert torch.equal(roles_S == TokenRole.IMAGE, torch.isin(ids_S, placeholders))
     decode = processor.tokenizer.decode
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    replies = "".join(SPECS[model_type].reply.format(answer) for answer in answers)
+    replies = "".join(reply(SPECS[model_type], answer, last=answer is answers[-1]) for answer in answers)
     assert decode(ids_S[roles_S == TokenRole.RESPONSE]) == replies
     system = decode(ids_S[roles_S == TokenRole.SYSTEM])
     assert system and (model_type == "gemma3" or SYSTEM in system)

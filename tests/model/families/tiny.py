@@ -167,6 +167,39 @@ QWEN3_VL_MOE = Spec(
         },
     }
 )
+# One layer of each kind. Half of a head is rotated.
+QWEN3_5_TEXT = {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "rope_parameters": {**QWEN3_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]},
+}
+QWEN3_5 = Spec(
+    **{
+        **QWEN3_VL.__dict__,
+        "words": (*CHATML, "\n\n"),
+        "template": "qwen3_5",
+        "reply": "<think>\n{think}\n</think>\n\n{}<|im_end|>\n",
+        "text": {**QWEN3_5_TEXT, "tie_word_embeddings": True},
+        "vision": {name: value for name, value in QWEN3_VL.vision.items() if name != "deepstack_visual_indexes"},
+    }
+)
+QWEN3_5_MOE = Spec(
+    **{
+        **QWEN3_5.__dict__,
+        "text": {
+            **QWEN3_5_TEXT,
+            "tie_word_embeddings": False,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "shared_expert_intermediate_size": 96,
+        },
+    }
+)
 INTERNVL = Spec(
     special_tokens=(
         "<|endoftext|>",
@@ -442,12 +475,36 @@ MLLAMA = Spec(
     image_processor="MllamaImageProcessor",
     image={"size": {"height": TILE, "width": TILE}, "max_image_tiles": 4},
 )
+LLAVA = Spec(
+    special_tokens=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
+    words=("USER: <image>\nWhat ASSISTANT: What ", "USER:", " ASSISTANT:"),
+    bos="<s>",
+    add_bos=True,
+    eos="</s>",
+    pad="<pad>",
+    template=(
+        "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+        "{% for content in message['content'] if content['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+        "{% for content in message['content'] if content['type'] == 'text' %}{{ content['text'] + ' ' }}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+    reply=" {} ",
+    text={"model_type": "llama"},
+    vision={"model_type": "clip_vision_model", **TOWER, "projection_dim": 64},
+    top={"image_seq_length": 16},
+    ids={"image_token_index": "<image>"},
+    image_processor="CLIPImageProcessor",
+    image={"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}},
+    processor={"patch_size": PATCH, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"},
+)
 # `qwen2_5_vl` is the demo's model.
 SPECS: dict[str, Spec] = {
     "qwen2_vl": QWEN2_VL,
     "qwen2_5_vl": QWEN2_VL,
     "qwen3_vl": QWEN3_VL,
     "qwen3_vl_moe": QWEN3_VL_MOE,
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5_MOE,
     "internvl": INTERNVL,
     "llava_onevision": LLAVA_ONEVISION,
     "llava_next": LLAVA_NEXT,
@@ -457,6 +514,8 @@ SPECS: dict[str, Spec] = {
     "glm4v": GLM4V,
     "mllama": MLLAMA,
 }
+# Of families that are not shipped: the package of docs/new-model.md.
+OUTSIDE: dict[str, Spec] = {"llava": LLAVA}
 
 
 def _template(spec: Spec) -> str:
@@ -521,7 +580,8 @@ def _hub_weights(model) -> dict[str, torch.Tensor]:
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     weights = revert_weight_conversion(model, model.state_dict())
     return {
-        name: value.transpose(1, 2).contiguous() if ".experts." in name else value for name, value in weights.items()
+        name: value.transpose(1, 2).contiguous() if ".experts." in name and value.dim() == 3 else value
+        for name, value in weights.items()
     }
 
 
@@ -533,11 +593,12 @@ def build_tiny(model_type: str, path: Path, seed: int = 0) -> Path:
     Raises:
         ValueError: a model type that is not in `SPECS`.
     """
-    if model_type not in SPECS:
-        raise ValueError(f"model_type must be one of {list(SPECS)}; got {model_type!r}. Add a Spec for another one.")
+    specs = SPECS | OUTSIDE
+    if model_type not in specs:
+        raise ValueError(f"model_type must be one of {list(specs)}; got {model_type!r}. Add a Spec for another one.")
     if model_type == "qwen2_5_vl":
         return tiny_model.build_tiny_model(path, seed)
-    spec = SPECS[model_type]
+    spec = specs[model_type]
     tokenizer = _tokenizer(spec)
     token_id = tokenizer.convert_tokens_to_ids
     config = _config(model_type, spec, token_id)

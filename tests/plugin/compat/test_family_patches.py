@@ -2,15 +2,18 @@
 """Patches that bring verl's other families back: processors, GLM-4.1V's features, features of rollouts."""
 
 import copy
-from types import SimpleNamespace
+import importlib.util
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from avar_verl.attention.capture import find_decoder
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import render
-from avar_verl.plugin.compat.verl import glm4v, processor, rollout_features
+from avar_verl.plugin.compat.verl import glm4v, processor, qwen3_5, rollout_features
 from avar_verl.plugin.switch import switch_on
 from tests.model.families import tiny
 
@@ -81,6 +84,49 @@ def test_a_text_only_batch_runs_the_tower_of_glm4v(family_path):
     embeds.sum().backward()
     grads = [p.grad for name, p in model.named_parameters() if "visual" in name and p.grad is not None]
     assert grads and all(not bool(grad.any()) for grad in grads)
+
+
+def fresh_qwen3_5():
+    """verl's module as it is, whatever has been patched."""
+    source = Path(importlib.util.find_spec("verl.models.transformers.qwen3_5").origin)
+    module = ModuleType("verl.models.transformers.qwen3_5")
+    module.__file__ = str(source)
+    exec(compile(source.read_text(), str(source), "exec"), vars(module))
+    return module
+
+
+def test_packed_samples_of_qwen3_5_do_not_leak_into_each_other(family_model):
+    """The outputs of gated DeltaNet for two packed samples are those of each by itself. As verl has it they are not: if
+    this fails, verl has mended it.
+    """
+    layer = find_decoder(family_model("qwen3_5")).layers[0].linear_attn
+    assert layer.chunk_gated_delta_rule.__module__.startswith("transformers."), "flash-linear-attention is installed"
+    hidden_1SD = torch.randn(1, 80, 128, generator=torch.Generator().manual_seed(0))
+    module = fresh_qwen3_5()
+
+    def run(part_1SD, *bounds):
+        cu_seqlens = torch.tensor(bounds) if bounds else None
+        with torch.no_grad():
+            return module.qwen3_5_gated_delta_net_forward(layer, part_1SD, cu_seqlens=cu_seqlens)
+
+    alone_1SD = torch.cat([run(hidden_1SD[:, :70]), run(hidden_1SD[:, 70:])], dim=1)
+    leak_1SD = (run(hidden_1SD, 0, 70, 80) - alone_1SD).abs()
+    assert leak_1SD[:, 70:].max() > 1e-2 * alone_1SD.abs().max() > 0
+    qwen3_5.apply(module)
+    torch.testing.assert_close(run(hidden_1SD, 0, 70, 80), alone_1SD, atol=1e-5, rtol=0)
+
+
+def test_a_kernel_that_names_the_bounds_gets_them():
+    """Such as that of flash-linear-attention: one call for all samples."""
+
+    def kernel(query, key, value, g, beta, cu_seqlens=None, cu_seqlens_cpu=None, **kwargs):
+        return cu_seqlens, None
+
+    module = fresh_qwen3_5()
+    qwen3_5.apply(module)
+    layer = SimpleNamespace(chunk_gated_delta_rule=kernel)
+    bounds = torch.tensor([0, 2, 5])
+    assert module._packed_chunk_gated_delta_rule(layer, *[None] * 5, bounds, bounds)[0] is bounds
 
 
 def test_features_of_a_rollout_are_used_and_others_computed():

@@ -143,6 +143,14 @@ def maybe_fix_3d_position_ids(data: TensorDict):
             "image_embeds = model.visual(pixel_values, grid_thw=image_grid_thw)\n        n_image_tokens",
             1,
         ),
+        # compat.verl.qwen3_5
+        ("models/transformers/qwen3_5.py", "_call_accepts_kwarg", "or any(param.kind == param.VAR_KEYWORD", 1),
+        (
+            "models/transformers/qwen3_5.py",
+            "_packed_chunk_gated_delta_rule",
+            'if _call_accepts_kwarg(self.chunk_gated_delta_rule, "cu_seqlens"):',
+            1,
+        ),
         ("models/transformers/glm4v.py", "glm4v_base_forward", "= _get_input_embeds(\n        self, input_ids", 1),
         ("utils/flops_counter.py", None, '"glm4v": _estimate_qwen2_flops', 1),
         ("utils/flops_counter.py", "_estimate_qwen2_flops", "hidden_size = config.hidden_size", 1),

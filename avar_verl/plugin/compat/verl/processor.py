@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 from avar_verl.model.checkpoint import load_processor
-from avar_verl.model.families import FAMILIES
+from avar_verl.model.families import known_families, load_outside
 from avar_verl.plugin.compat.replace import replace
 
 
@@ -23,13 +23,14 @@ def apply(tokenizer_module) -> None:
     def hf_processor(name_or_path, **kwargs) -> Any:
         from transformers import AutoConfig
 
+        load_outside()  # They may register the model.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             processor = original(name_or_path, **kwargs)
         if processor is not None:
             return processor
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        if config.model_type not in FAMILIES:
+        if config.model_type not in known_families():
             for warning in caught:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             return None

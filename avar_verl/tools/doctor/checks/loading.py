@@ -8,7 +8,7 @@ import torch
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from avar_verl.model.checkpoint import check_model
-from avar_verl.model.families import FAMILIES
+from avar_verl.model.families import known_families
 from avar_verl.tools.doctor.check import Finding, check
 from avar_verl.tools.doctor.samples import assistant, user
 from avar_verl.tools.doctor.subject import Subject, count
@@ -22,10 +22,10 @@ from avar_verl.tools.doctor.subject import Subject, count
 )
 def family(subject: Subject) -> str:
     model_type = subject.config.model_type
-    if model_type not in FAMILIES:
+    if model_type not in known_families():
         raise ValueError(
             f"config.model_type must be a known family; got {model_type!r}. Known families: "
-            f"{', '.join(sorted(FAMILIES))}; docs/new-model.md says how to add one."
+            f"{', '.join(known_families())}; docs/new-model.md says how to add one."
         )
     reason = subject.family.unpackable
     packing = f"; set model.use_remove_padding=false, samples cannot be packed: {reason}" if reason else ""

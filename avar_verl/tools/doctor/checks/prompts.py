@@ -3,7 +3,7 @@
 
 import torch
 
-from avar_verl.model.responses import opening_of, response_mask
+from avar_verl.model.responses import response_mask
 from avar_verl.model.roles import TokenRole
 from avar_verl.tools.doctor.check import Finding, check
 from avar_verl.tools.doctor.samples import assistant, conversations, picture, system, user
@@ -33,7 +33,7 @@ def chat_template(subject: Subject) -> Finding:
     tokenizer = subject.tokenizer
     question = user("What is in this picture?", [picture(112, 112)])
     prompt_ids = subject.render([system(), question], add_generation_prompt=True).ids_S.tolist()
-    opening = tokenizer.decode(opening_of(subject.processor, subject.role_map, [system(), question], {}))
+    opening = subject.opening()
     # A thinking model's response begins as its generation prompt ends.
     thought = f"{opening}I look.</think>" if opening.strip() == "<think>" else ""
     answer = f"{thought}A pattern of squares."
@@ -143,6 +143,9 @@ def check_texts(subject: Subject, name: str, messages: list[dict], ids: list[int
                 f"the end of a response must be RESPONSE, or the model never learns to stop; got "
                 f"{tokenizer.decode(ids[stop])!r} outside of it (sample: {name})."
             )
+    # An empty thinking block, which rollouts without a thought get as part of their prompt.
+    empty = subject.opening(subject.plain).strip()
+    got = [text.removeprefix(empty).lstrip() for text in got]
     if got != responses:
         raise ValueError(
             f"RESPONSE must be the responses and nothing else; got {got} for {responses} (sample: {name})."
