@@ -42,7 +42,6 @@ import torch
 
 from avar_verl.intervention.spec import InterventionSpec, scale_keys
 from avar_verl.model.families import get_family
-from avar_verl.model.layers import refused_layers
 from avar_verl.model.roles import RoleMap, TokenRole
 
 ENGINE_KEY = "avar_intervention"
@@ -376,21 +375,17 @@ def attach(runner: Any) -> KeyScaler:
     named = {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase)}
     layers = {extract_layer_index(name): layer for name, layer in named.items() if type(layer) is Attention}
     first, stop = model_config.get_layers_start_end_indices(runner.vllm_config.parallel_config)
-    without = refused_layers(model_config.hf_text_config, windowed=True)  # States instead of keys, if they have any.
-    wanted = [layer for layer in range(first, stop) if layer not in without]
-    others = [name for name, layer in named.items() if type(layer) is not Attention]
-    if not wanted or sorted(layers) != wanted or any(extract_layer_index(name) not in without for name in others):
+    if sorted(layers) != list(range(first, stop)) or len(layers) != len(named):
         raise ValueError(
-            f"every layer with keys must be a self-attention layer of the decoder, one for each of {wanted}; got "
-            f"{sorted(named)}. Use another model."
+            f"every layer with a key/value cache must be a self-attention layer of the decoder, one for each of "
+            f"{first} to {stop - 1}; got {sorted(named)}. Use another model."
         )
     for name, layer in named.items():
-        if name not in others:
-            check_layer(name, layer)
+        check_layer(name, layer)
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    num_kv_heads, num_of_rank = model_config.get_total_num_kv_heads(), layers[wanted[0]].num_kv_heads
+    num_kv_heads, num_of_rank = model_config.get_total_num_kv_heads(), layers[first].num_kv_heads
     scaler = KeyScaler(
-        wanted,
+        range(first, stop),
         [head_of_rank(head, rank, size, num_kv_heads, num_of_rank) for head in range(num_of_rank)],
         model_config.hf_text_config,
         model_config.model_arch_config.total_num_attention_heads,
@@ -398,7 +393,7 @@ def attach(runner: Any) -> KeyScaler:
         runner._make_buffer(runner.max_num_tokens, dtype=torch.int64),
         runner._make_buffer(len(layers), 1 + 2 * runner.max_num_reqs, num_of_rank, dtype=torch.float32),
     )
-    for at, layer in enumerate(wanted):
+    for at, layer in enumerate(range(first, stop)):
         scaler.stand_before(layers[layer].impl, at)
     original = runner._prepare_inputs
 

@@ -12,6 +12,8 @@ from tests.e2e import launch
 SYSTEM = {"role": "system", "content": "Look at the image."}
 # Families with no system turn in their chat templates.
 WITHOUT_SYSTEM = ("gemma3",)
+# vLLM's gated DeltaNet on the CPU (vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py:53) takes nothing else.
+BFLOAT16_ROLLOUTS = ("qwen3_5", "qwen3_5_moe")
 
 
 def guidance(model_type: str) -> list[str]:

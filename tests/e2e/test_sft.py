@@ -18,6 +18,8 @@ from tests.model.families import outside
 
 pytestmark = pytest.mark.e2e
 
+# The mixture of experts of Qwen3.5 has the linear attention of Qwen3.5.
+PACKED = [name for name in sorted(FAMILIES) if not get_family(name).unpackable and name != "qwen3_5_moe"]
 # Of the language model only: verl's default, all-linear, has the vision tower in it.
 LORA = ["model.lora_rank=4", "model.lora_alpha=8", "model.target_modules='.*language_model.*[qkvo]_proj'"]
 
@@ -42,7 +44,7 @@ def trained(tmp_path_factory, family_path, tiny_model_path, sft_data):
     # Padded ones first: for packed samples verl patches the attention of Qwen2-VL and Qwen2.5-VL in one go.
     for packed in (False, True):
         for name in sorted(FAMILIES):
-            if not (packed and get_family(name).unpackable):
+            if not packed or name in PACKED:
                 run = name + "_packed" * packed
                 data = family_data.make_sft(work / f"{name}.parquet", 8, name)
                 runs[run] = family_data.sft_overrides(work / run, family_path(name), data, name, packed)
@@ -136,7 +138,7 @@ def test_guided_cold_start_moves_parameters(trained, family_path, model_type):
     assert before.keys() == after.keys()
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name].to(tensor.dtype))}
     for part in ("q_proj", "k_proj"):
-        assert any(part in name and "layers.0" in name for name in moved), part
+        assert any(part in name for name in moved), part
     tower = get_family(model_type).vision_tower.split(".")[-1]
     assert any(tower in name for name in moved), "the vision tower is trained"
 
@@ -151,7 +153,7 @@ def test_a_family_of_an_installed_package_is_trained(trained, family_path):
     assert any(not torch.equal(tensor, after[name].to(tensor.dtype)) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("model_type", [name for name in sorted(FAMILIES) if not get_family(name).unpackable])
+@pytest.mark.parametrize("model_type", PACKED)
 def test_packing_changes_nothing(trained, model_type):
     work, errors = trained
     assert f"{model_type}_packed" not in errors, errors[f"{model_type}_packed"]
