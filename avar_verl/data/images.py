@@ -8,6 +8,7 @@ a viewer would show differently. No verl, no torch.
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import re
@@ -266,6 +267,30 @@ def as_verl_image(value: Any, *, embed: bool = False, root: str | os.PathLike | 
     elif isinstance(held, str) and _scheme(held) == "data" and embed:
         held = _data_uri(held)
     return {**rest, "bytes" if isinstance(held, bytes) else "image": held}
+
+
+def image_file(value: Any, *, root: str | os.PathLike | None = None) -> tuple[str, bytes]:
+    """(name, content) of a file with the image of a row's value. The name is `<sha256 of the content>.<format>`, cut to
+    32 digits, so that equal images get one file.
+
+    The content is unchanged where the row has or names a file; a PIL image becomes a PNG.
+
+    Args:
+        value, root: as in `open_image`; no URL but file: and data:.
+
+    Raises:
+        ValueError: a URL, a missing file, or content that is no image.
+    """
+    held = as_verl_image(value, embed=True, root=root)
+    image = load_image(held)
+    content = held.get("bytes")
+    if content is None:
+        buffer = io.BytesIO()
+        to_rgb(image, bare=isinstance(value, Image.Image)).save(buffer, "PNG")
+        content, kind = buffer.getvalue(), "png"
+    else:
+        kind = (image.format or "").lower()
+    return f"{hashlib.sha256(content).hexdigest()[:32]}.{kind}", content
 
 
 def layout_problem(value: Any, kind: str) -> str | None:

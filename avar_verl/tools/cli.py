@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": ("doctor.command", "Doctor"),
     "data check": ("check.command", "Check"),
     "rewards score": ("rewards.command", "Score"),
+    "rollouts show": ("rollouts.command", "Show"),
     "vas": ("vas.command", "Vas"),
     "vas compare": ("vas.command", "Compare"),
     "generate": ("generate.command", "Generate"),

@@ -117,3 +117,14 @@ def encode_image(image: Image.Image) -> str:
 def data_uri(image: Image.Image) -> str:
     """A PNG as a data URI."""
     return f"data:image/png;base64,{encode_image(image)}"
+
+
+def thumbnail_uri(image: Image.Image, side: int, lossless: bool) -> str:
+    """An RGB image of at most `side` pixels a side as a data URI: a PNG, or a JPEG unless `lossless`."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    if lossless:
+        return data_uri(small)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -23,6 +23,7 @@ POSITIONAL = {
     *((name, "runs") for name in ("eval compare", "eval ablation")),
     *((name, "overrides") for name in ("synth run", "synth estimate")),
     ("rewards score", "data"),
+    ("rollouts show", "data"),
     ("study report", "folder"),
     ("synth inspect", "out"),
 }

@@ -4,7 +4,7 @@
 Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
 """
 
-import math
+from pathlib import Path
 
 import torch
 import transfer_queue as tq
@@ -14,6 +14,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.debug import marked_timer
 
 from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
@@ -23,7 +24,8 @@ from avar_verl.plugin.switch import VARIABLE, is_wanted, switch_on
 from avar_verl.plugin.trainer.advantage import add_to_advantages, visual_advantage
 from avar_verl.plugin.trainer.dependency import choose_partners, weigh_tokens
 from avar_verl.plugin.trainer.replay_buffer import configured_replay_buffer
-from avar_verl.plugin.trainer.rewards import gate_if_any, reward_infos, reward_part_metrics
+from avar_verl.plugin.trainer.rewards import gate_if_any, reward_infos, reward_part_metrics, validation_parts
+from avar_verl.plugin.trainer.rollouts import IMAGES, rollout_columns, write_images
 
 
 def check_workers_are_on() -> None:
@@ -198,6 +200,15 @@ class AvarPPOTrainer(PPOTrainerSync):
             alarms["avar/alarm/rise_without_accuracy"] = float(rises)
         return alarms
 
+    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
+        """verl's dump of text and score, with what `rollout_columns` adds, and the prompts' images beside it."""
+        with marked_timer("dump_rollout_generations", timing_raw, color="green"):
+            skip_special_tokens = self.config.avar.reward.skip_special_tokens
+            verls, ours, files = rollout_columns(batch, self.tokenizer, self.vars, skip_special_tokens)
+            write = self._dump_executor.submit(write_images, Path(rollout_data_dir) / IMAGES, files)
+            self._dump_futures.append(write)
+            self._dump_generations(**verls, reward_extra_infos_dict=ours, dump_path=rollout_data_dir)
+
 
 class _MeasuringBuffer:
     """A replay buffer that passes every batch to `measure` before returning it."""
@@ -212,32 +223,6 @@ class _MeasuringBuffer:
         batch, metrics = self._buffer.sample(*args, **kwargs)
         self._measure(batch)
         return batch, metrics
-
-
-def validation_parts(
-    visual_BF: torch.Tensor, infos: list[dict], groups: list, vars_config: VarsConfig
-) -> list[dict[str, float | None]]:
-    """`vas`, `ratio`, `image_share`, `dependency`, `r_visual_raw`, `r_visual_gated`, `r_visual_weighted` of validation
-    rollouts, as far as they are measured.
-
-    None, which verl leaves out of its means, if a rollout has no response or, but for the dependency, no system turn;
-    its r_visual is 0. The last two need a gate.
-    """
-    names = ("vas", "ratio", "image_share") if vars_config.measures_masses else ()
-    names += ("dependency",) if vars_config.measures_dependency else ()
-    columns = {name: visual_BF[:, VISUAL_FIELDS.index(name)] for name in names}
-    correct_B = gate_if_any(infos, [True] * len(infos), vars_config)
-    if vars_config.measures_statistic:
-        columns["r_visual_raw"] = raw_B = visual_BF[:, VISUAL_FIELDS.index(vars_config.statistic)]
-    if vars_config.measures_statistic and correct_B is not None:
-        paid_B = correct_B & torch.isfinite(raw_B)
-        gated_B = shape_visual_reward(raw_B, paid_B, groups, vars_config.shaping, vars_config.clip_max)
-        columns |= {"r_visual_gated": gated_B, "r_visual_weighted": vars_config.lambda_v * gated_B}
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [
-        {name: value if math.isfinite(value) else None for name, value in zip(columns, row, strict=True)}
-        for row in rows
-    ]
 
 
 def visual_metrics(

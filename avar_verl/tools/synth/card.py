@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import statistics
@@ -17,9 +16,9 @@ import pyarrow.parquet as pq
 from markupsafe import Markup, escape
 from PIL import Image
 
-from avar_verl.anchors import parse_anchors, to_pixels
 from avar_verl.data.messages import IMAGE
-from avar_verl.tools.report import page
+from avar_verl.tools.marks import anchor_spans, pieces
+from avar_verl.tools.report import page, thumbnail_uri
 from avar_verl.tools.synth.config import GATES, SynthConfig, as_dict
 from avar_verl.tools.synth.gates import LEAK_ANSWER, LEAK_DESCRIPTION, reflections
 from avar_verl.tools.synth.prompts import versions
@@ -88,51 +87,28 @@ def _spread(numbers: Sequence[int], n: int) -> list[int]:
 
 def mark(text: str, size: tuple[int, int] | None, coordinates: str) -> tuple[Markup, list[dict[str, Any]]]:
     """A response as HTML with its anchors, checks and leaks marked, and the boxes and points to be drawn."""
-    spans = []  # (start, end, class, number of the drawn place or None)
-    places = []
-    for anchor in parse_anchors(text, size, coordinates):
-        number = None
-        if anchor.coords is not None and size is not None:
-            number = len(places)
-            places.append({"number": number, "coords": to_pixels(anchor, size, coordinates)})
-        spans.append((anchor.start, anchor.end, anchor.kind, number))
+    spans, places = anchor_spans(text, size, coordinates)
     for sentence in reflections(text):
         at = text.find(sentence)
         spans.append((at, at + len(sentence), "check", None))
     for pattern in (LEAK_DESCRIPTION, LEAK_ANSWER):
         spans += [(match.start(), match.end(), "leak", None) for match in pattern.finditer(text)]
-    return _html(text, spans), places
-
-
-def _html(text: str, spans: list[tuple[int, int, str, int | None]]) -> Markup:
-    """Spans may nest or overlap: the text is cut at every boundary; each piece gets the classes of all its spans."""
-    cuts = sorted({0, len(text), *(cut for start, end, *_ in spans for cut in (start, end))})
     out = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
-        over = [span for span in spans if span[0] <= start and end <= span[1]]
-        piece = escape(text[start:end])
-        if over:
-            classes = " ".join(sorted({span[2] for span in over}))
-            numbers = [span[3] for span in over if span[3] is not None]
-            data = f' data-place="{numbers[0]}"' if numbers else ""
-            piece = Markup(f'<span class="{classes}"{data}>{piece}</span>')
-        out.append(piece)
-    return Markup("").join(out)
+    for piece, classes, number in pieces(text, spans):
+        data = "" if number is None else f' data-place="{number}"'
+        out.append(Markup(f'<span class="{classes}"{data}>{escape(piece)}</span>') if classes else escape(piece))
+    return Markup("").join(out), [{"number": number, "coords": coords} for number, coords in enumerate(places)]
 
 
 def _shown(record: dict[str, Any], coordinates: str) -> dict[str, Any]:
     pictures = []
     for number, (data, size) in enumerate(zip(record["images"], record["sizes"], strict=True)):
         with Image.open(io.BytesIO(data)) as image:
-            small = image.convert("RGB")
-        small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-        buffer = io.BytesIO()
-        small.save(buffer, "PNG" if len(data) < 60_000 else "JPEG", quality=85)
-        kind = "png" if len(data) < 60_000 else "jpeg"
+            src = thumbnail_uri(image.convert("RGB"), SHOWN_SIDE, lossless=len(data) < 60_000)
         boxes = record["boxes"][number] if record["boxes"] else []
         pictures.append(
             {
-                "src": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}",
+                "src": src,
                 "width": size[0],
                 "height": size[1],
                 "boxes": boxes,

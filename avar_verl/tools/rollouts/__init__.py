@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`avar rollouts`: look at what a policy wrote during training."""
