@@ -54,7 +54,7 @@ def compose(arguments: list[str]):
 
 def test_there_is_a_script_for_each_row_of_the_table():
     table = (EXAMPLES / "README.md").read_text()
-    known = ["gemma3_12b", "internvl3_5_8b", "llama3_2_11b_vision", "qwen3_5_4b", "qwen3_vl_8b"]
+    known = ["gemma3_12b", "glm4_6v_flash", "internvl3_5_8b", "llama3_2_11b_vision", "qwen3_5_4b", "qwen3_vl_8b"]
     assert SCRIPTS == [f"{name}.sh" for name in known]
     for script in SCRIPTS:
         (row,) = [line for line in table.splitlines() if f"`{script}`" in line]

@@ -18,7 +18,7 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 GEOMETRY = (
     *("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "images_seqlens"),  # Qwen-VL, GLM-4.1V
     *("image_sizes", "batch_num_images"),  # LLaVA
-    "pixel_attention_mask",  # Idefics3, SmolVLM
+    *("pixel_attention_mask", "spatial_shapes"),  # Idefics3, SmolVLM, LFM2-VL
     *("aspect_ratio_ids", "aspect_ratio_mask"),  # Llama 3.2 Vision
 )
 # Idefics3 and SmolVLM take a tile of nothing but 0 for padding and drop it (modeling_idefics3.py:586 in transformers
@@ -67,7 +67,9 @@ def blank(features: Features) -> dict[str, torch.Tensor | None]:
 
     def blanked(pixels: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros_like(pixels)
-        return zeros if mask is None else zeros.masked_fill(mask.bool().unsqueeze(-3), NEARLY_ZERO)
+        if mask is None or mask.dim() == 2:  # Of patches (LFM2-VL), none of which is dropped for its pixels.
+            return zeros
+        return zeros.masked_fill(mask.bool().unsqueeze(-3), NEARLY_ZERO)
 
     return {key: blanked(value) if _is_pixels(key) and value is not None else value for key, value in features.items()}
 

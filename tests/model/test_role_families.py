@@ -105,6 +105,23 @@ CASES = {
         [(text, letters.replace("i", "u")) for text, letters in LLAMA3],
     ),
 }
+CASES["glm4v_moe"] = CASES["glm4v"]
+CASES["mistral3"] = (
+    "[IMG]",
+    ["<s>", "</s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG_BREAK]", "[IMG_END]"],
+    [
+        ("<s> [SYSTEM_PROMPT] Be kind [/SYSTEM_PROMPT]", "sssss"),
+        ("[INST] IMG [IMG_BREAK] IMG [IMG_END] What", "uiuiuu"),
+        ("[/INST] cat dog </s>", "orrr"),
+        ("[INST] What", "uu"),
+        ("[/INST] dog", "or"),
+    ],
+)
+CASES["lfm2_vl"] = (
+    "<image>",
+    ["<|startoftext|>", "<|im_start|>", "<|im_end|>"],
+    [("<|startoftext|>", "s"), *CHATML],
+)
 VICUNA = [
     ("<s> Be kind", "sss"),
     ("USER : IMG What", "uuiu"),

@@ -18,10 +18,13 @@ from avar_verl.model.family import Family
 FAMILIES: dict[str, str] = {
     "gemma3": "gemma3",
     "glm4v": "glm4v",
+    "glm4v_moe": "glm4v_moe",
     "idefics3": "idefics3",
     "internvl": "internvl",
+    "lfm2_vl": "lfm2_vl",
     "llava_next": "llava_next",
     "llava_onevision": "llava_onevision",
+    "mistral3": "mistral3",
     "mllama": "mllama",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",

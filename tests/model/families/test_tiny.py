@@ -3,8 +3,10 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from avar_verl.model.checkpoint import load_processor
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import collate, images_of, render
 from avar_verl.roles import RoleMap, TokenRole
@@ -25,6 +27,9 @@ PROCESSORS = {
     "smolvlm": "SmolVLMProcessor",
     "glm4v": "Glm4vProcessor",
     "mllama": "MllamaProcessor",
+    "glm4v_moe": "Glm4vProcessor",
+    "mistral3": "PixtralProcessor",
+    "lfm2_vl": "Lfm2VlProcessor",
 }
 # A prompt with a system turn, an image and an answer, and how the next prompt begins, as the checkpoints write them.
 QUESTION, ANSWER = "What does it show?", "cat"
@@ -52,6 +57,9 @@ TEXTS = {
     f"<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n{ANSWER}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 }
+TEXTS["glm4v_moe"] = TEXTS["glm4v"]
+TEXTS["mistral3"] = f"<s>[SYSTEM_PROMPT]{SYSTEM}[/SYSTEM_PROMPT][INST][IMG]{QUESTION}[/INST]{ANSWER}</s>"
+TEXTS["lfm2_vl"] = "<|startoftext|>" + CHATML.format(image="<image>")
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
 
 
@@ -167,6 +175,8 @@ def test_tiles_follow_the_shape(model_type, tiny):
         features = render(processor, sample_messages(1, shapes=[shape])).features
         if "aspect_ratio_mask" in features:
             return int(features["aspect_ratio_mask"].sum())
+        if model_type == "mistral3":  # One view of the shape of the image.
+            return int(features["image_sizes"].prod())
         pixels = features["pixel_values"]
         return pixels.shape[0] if pixels.dim() <= 4 else pixels.shape[1]
 
@@ -175,6 +185,27 @@ def test_tiles_follow_the_shape(model_type, tiny):
         assert square == wide == 1
     else:
         assert square != wide and min(square, wide) > 1
+
+
+def test_glm_4_6v_flash_is_glm4v_with_another_processor(family_processor, family_path, tmp_path):
+    """Its ids and features are those of GLM-4.1V's, and verl knows its class."""
+    first = family_processor("glm4v")
+    spec = SPECS["glm4v"]
+    processor = transformers.Glm46VProcessor(
+        transformers.Glm46VImageProcessor(**spec.image),
+        first.tokenizer,
+        transformers.Glm46VVideoProcessor(**spec.video),
+        chat_template=first.chat_template,
+    )
+    messages = sample_messages(2, turns=2, system=True)
+    one, other = render(first, messages), render(processor, messages)
+    assert torch.equal(one.ids_S, other.ids_S) and one.features.keys() == other.features.keys()
+    assert all(torch.equal(value, other.features[name]) for name, value in one.features.items())
+    processor.save_pretrained(tmp_path)
+    AutoConfig.from_pretrained(family_path("glm4v")).save_pretrained(tmp_path)
+    loaded = load_processor(tmp_path)
+    assert type(loaded).__name__ == "Glm46VProcessor"
+    assert get_family("glm4v").image_places(loaded, other.features)[0].shape[1] == 4
 
 
 @every_family

@@ -475,6 +475,97 @@ MLLAMA = Spec(
     image_processor="MllamaImageProcessor",
     image={"size": {"height": TILE, "width": TILE}, "max_image_tiles": 4},
 )
+GLM4V_MOE = Spec(
+    **{
+        **GLM4V.__dict__,
+        "text": {
+            **GLM4V.text,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 96,
+            "first_k_dense_replace": 1,
+        },
+    }
+)
+MISTRAL3 = Spec(
+    special_tokens=(
+        *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        *("[IMG]", "[IMG_BREAK]", "[IMG_END]", "<pad>"),
+    ),
+    words=("You are a helpful assistant.",),
+    bos="<s>",
+    add_bos=True,
+    eos="</s>",
+    pad="<pad>",
+    template="mistral3",
+    reply="{}</s>",
+    # Queries are scaled by their position, here from 32 on.
+    text={
+        "model_type": "ministral3",
+        "head_dim": 32,
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    vision={**TOWER, "model_type": "pixtral", "image_size": 224, "initializer_range": 0.1},
+    top={"spatial_merge_size": 2},
+    ids={"image_token_index": "[IMG]"},
+    image_processor="PixtralImageProcessor",
+    image={"size": {"longest_edge": 168}, "patch_size": PATCH},
+    processor={"patch_size": PATCH, "spatial_merge_size": 2},
+)
+LFM2_VL = Spec(
+    special_tokens=(
+        *("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"),
+        *("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),
+        *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5)),
+    ),
+    names={
+        "image_token": "<image>",
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+    },
+    words=CHATML,
+    bos="<|startoftext|>",
+    add_bos=True,
+    eos="<|im_end|>",
+    pad="<|pad|>",
+    template="lfm2_vl",
+    reply="{}<|im_end|>\n",
+    text={
+        "model_type": "lfm2",
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+        "tie_word_embeddings": True,
+    },
+    vision={
+        "model_type": "siglip2_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 16,
+        "num_patches": 16,
+        "vision_use_head": False,
+    },
+    top={"projector_hidden_size": 128},
+    ids={"image_token_id": "<image>"},
+    image_processor="Lfm2VlImageProcessor",
+    image={
+        "tile_size": 64,
+        "min_image_tokens": 1,
+        "max_image_tokens": 10,
+        "max_tiles": 4,
+        "max_pixels_tolerance": 1.0,
+        "size": {"height": 64, "width": 64},
+    },
+)
 LLAVA = Spec(
     special_tokens=("<unk>", "<s>", "</s>", "<image>", "<pad>"),
     words=("USER: <image>\nWhat ASSISTANT: What ", "USER:", " ASSISTANT:"),
@@ -513,6 +604,9 @@ SPECS: dict[str, Spec] = {
     "smolvlm": SMOLVLM,
     "glm4v": GLM4V,
     "mllama": MLLAMA,
+    "glm4v_moe": GLM4V_MOE,
+    "mistral3": MISTRAL3,
+    "lfm2_vl": LFM2_VL,
 }
 # Of families that are not shipped: the package of docs/new-model.md.
 OUTSIDE: dict[str, Spec] = {"llava": LLAVA}

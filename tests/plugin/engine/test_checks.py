@@ -29,7 +29,7 @@ def test_fsdp1_freezes_only_what_it_does_not_flatten(monkeypatch, part):
     check(monkeypatch, strategy="fsdp")
 
 
-@pytest.mark.parametrize("model_type", ["glm4v", "gemma3", "mllama"])
+@pytest.mark.parametrize("model_type", ["glm4v", "gemma3", "mllama", "lfm2_vl", "mistral3", "glm4v_moe"])
 def test_samples_that_cannot_be_packed_are_refused_where_masses_are_wanted(monkeypatch, model_type):
     agto = AgtoConfig(alpha=0.0)
     with pytest.raises(

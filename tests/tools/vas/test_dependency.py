@@ -13,7 +13,7 @@ import torch
 from avar_verl.data.messages import read_messages
 from avar_verl.model.checkpoint import Checkpoint
 from avar_verl.model.corrupt import NEARLY_ZERO
-from avar_verl.model.families import FAMILIES
+from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import _chat_text
 from avar_verl.roles import TokenRole
 from avar_verl.tools.rows import Conversation
@@ -31,11 +31,12 @@ def answered_turns(model_type: str) -> int:
 
 @pytest.fixture(scope="module")
 def ready_checkpoint(family_path, family_checkpoint):
-    """`family_checkpoint`, and Llama 3.2 Vision as `Checkpoint.load` prepares it: tokens before an image read none."""
+    """`family_checkpoint`, or where a family prepares its models one that `Checkpoint.load` has prepared."""
 
     @functools.cache
     def load(model_type: str) -> Checkpoint:
-        return Checkpoint.load(family_path(model_type)) if model_type == "mllama" else family_checkpoint(model_type)
+        prepares = get_family(model_type).prepare is not None
+        return Checkpoint.load(family_path(model_type)) if prepares else family_checkpoint(model_type)
 
     return load
 
@@ -61,7 +62,8 @@ def reference(checkpoint: Checkpoint, one: Conversation, corruption: str) -> tor
     if corruption == "blank":
         blank = torch.zeros_like(inputs["pixel_values"])
         # A tile of zeros is padding to Idefics3.
-        blank += NEARLY_ZERO * inputs["pixel_attention_mask"][:, :, None] if "pixel_attention_mask" in inputs else 0
+        mask = inputs.get("pixel_attention_mask", blank[0])
+        blank += NEARLY_ZERO * mask[:, :, None] if "pixel_attention_mask" in inputs and mask.dim() > 2 else 0
         other = {**inputs, "pixel_values": blank}
     else:
         other = dict(processor(images=swapped_images(checkpoint, one.images)[0], **settings))
