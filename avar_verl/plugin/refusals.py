@@ -5,7 +5,7 @@
 2. Batches that verl's workers refuse in the middle of the first step, minutes later.
 3. Settings on the command line that this stage does not read.
 
-`plugin.hydra.SwitchOn` calls `check_run` for every run whose config names avar, `AvarPPOTrainer` calls `check_grpo`,
+`plugin.hydra.SwitchOn` calls `check_run` for every run whose config names avar, our trainers call `check_grpo`,
 and `AvarFSDPEngine` refuses to update before it has measured, whatever started it.
 """
 
@@ -21,14 +21,12 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from avar_verl.plugin.config import STRATEGIES, AvarConfig, RewardManagerConfig, TrainerConfig, VarsConfig
-from avar_verl.plugin.switch import REWARD_MANAGER_NAME, TRAINER_NAME
+from avar_verl.plugin.switch import REWARD_MANAGER_NAME, TRAINER_NAMES
 
 # Launchers by their file in verl's package. Others of verl train with trainers that never call this plugin.
 GRPO_LAUNCHERS = ("trainer/main_ppo.py",)
 SFT_LAUNCHERS = ("trainer/sft_trainer.py", "trainer/sft_trainer_ray.py")
 NOT_TRAINING = ("trainer/main_generation_server.py", "trainer/main_eval.py")
-# verl's own trainers; names that are neither of these nor ours are looked up in verl's registry.
-STOCK_TRAINERS = ("sync", "colocate_async", "separate_async")
 # The estimators that divide by the standard deviation of the group, as r_visual's own part is.
 ESTIMATORS = ("grpo", "grpo_vectorized")
 # What makes a stage do more than verl does, with the value that switches it off.
@@ -109,8 +107,14 @@ def check_advantage(config: DictConfig, vars_config: VarsConfig) -> None:
         )
 
 
+def bypasses(config: DictConfig) -> bool:
+    """Whether verl takes the rollouts' log-probabilities for old_log_probs, without a pass of the actor."""
+    correction = config.algorithm.get("rollout_correction")
+    return bool(correction and correction.get("bypass_mode", False))
+
+
 def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
-    """Refuse configs of `AvarPPOTrainer` that would make VARS wrong.
+    """Refuse configs of our trainers that would make VARS wrong.
 
     Raises:
         ValueError: names the field and the value to set.
@@ -124,12 +128,6 @@ def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
             "VARS is measured by the actor's engine; got actor_rollout_ref.actor.fsdp_config.vars=null. Start from "
             "avar_grpo.yaml, which sets fsdp_config._target_ and fsdp_config.vars."
         )
-    correction = config.algorithm.get("rollout_correction")
-    if correction and correction.get("bypass_mode", False):
-        raise ValueError(
-            "VARS is measured while the actor recomputes old_log_probs; got "
-            "algorithm.rollout_correction.bypass_mode=True, which skips that pass. Set it to False."
-        )
     filter_groups = config.algorithm.get("filter_groups")
     if filter_groups and filter_groups.enable and vars_config.lambda_v > 0 and filter_groups.metric == "reward":
         raise ValueError(
@@ -140,11 +138,13 @@ def check_grpo_config(config: DictConfig, vars_config: VarsConfig) -> None:
 
 
 def _is_avar_trainer(name: str) -> bool:
-    if name == TRAINER_NAME or name in STOCK_TRAINERS:
-        return name == TRAINER_NAME
+    if name in TRAINER_NAMES or name in TRAINER_NAMES.values():
+        return name in TRAINER_NAMES.values()
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-    return name in TRAINER_REGISTRY and issubclass(TRAINER_REGISTRY[name], TRAINER_REGISTRY[TRAINER_NAME])
+    from avar_verl.plugin.trainer.ppo import VarsMixin
+
+    return name in TRAINER_REGISTRY and issubclass(TRAINER_REGISTRY[name], VarsMixin)
 
 
 def _check_trainer(config: DictConfig, wanted: dict[str, tuple]) -> None:
@@ -155,7 +155,8 @@ def _check_trainer(config: DictConfig, wanted: dict[str, tuple]) -> None:
     mode = config.trainer.v1.trainer_mode
     if not _is_avar_trainer(mode):
         got = f"trainer.v1.trainer_mode={mode}, which trains without"
-        _refuse(wanted, "needs AvarPPOTrainer or a subclass of it", got, "Set trainer.v1.trainer_mode=avar_sync.")
+        ours = TRAINER_NAMES.get(mode, TRAINER_NAMES["sync"])
+        _refuse(wanted, "needs a trainer with VarsMixin", got, f"Set trainer.v1.trainer_mode={ours}.")
 
 
 def _check_engine(path: str, engine: DictConfig, strategy: tuple[str, str], wanted: dict[str, tuple]) -> None:
@@ -234,14 +235,15 @@ def _check_grpo_batches(config: DictConfig) -> None:
         "ulysses_sequence_parallel_size",
         "Change trainer.n_gpus_per_node, trainer.nnodes or the size.",
     )
-    server = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
-    _check_multiple(
-        f"the number of training processes ({counted})",
-        processes,
-        server,
-        f"the processes of a rollout server ({ar}.rollout.tensor_, data_ x pipeline_model_parallel_size)",
-        "Change one of them.",
-    )
+    separate = config.trainer.v1.trainer_mode == TRAINER_NAMES["separate_async"]
+    if not separate or config[ar].get("hybrid_engine", True):
+        _check_multiple(
+            f"the number of training processes ({counted})",
+            processes,
+            rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size,
+            f"the processes of a rollout server ({ar}.rollout.tensor_, data_ x pipeline_model_parallel_size)",
+            "Change one of them.",
+        )
     if actor.use_dynamic_bsz != rollout.log_prob_use_dynamic_bsz:
         raise ValueError(
             f"{ar}.actor.use_dynamic_bsz and {ar}.rollout.log_prob_use_dynamic_bsz must be the same; got "
@@ -256,13 +258,15 @@ def _check_grpo_batches(config: DictConfig) -> None:
     change = f"Change {ar}.actor.ppo_mini_batch_size, {ar}.rollout.n or the processes."
     _check_multiple(f"{mini_is} of rollouts", mini, ranks, of_ranks, change)
     # Rows of the batch after verl's padding; during a warm-up of the critic, the actor's mini-batches do not count.
-    prompts = config.data.train_batch_size
+    # separate_async takes them one by one.
+    prompts = actor.ppo_mini_batch_size if separate else config.data.train_batch_size
     multiples = [math.lcm(ranks, mini)]
     if config.algorithm.adv_estimator == "gae" or config.critic.get("enable"):
         multiples = [math.lcm(ranks, config.critic.ppo_mini_batch_size * rollout.n)]
         multiples.append(math.lcm(multiples[0], mini))
     rows = {math.ceil(prompts * rollout.n / multiple) * multiple for multiple in multiples}
-    rows_are = f"data.train_batch_size={prompts} x {ar}.rollout.n={rollout.n}"
+    of_prompts = f"{ar}.actor.ppo_mini_batch_size" if separate else "data.train_batch_size"
+    rows_are = f"{of_prompts}={prompts} x {ar}.rollout.n={rollout.n}"
     parts = []
     if not actor.use_dynamic_bsz:
         parts.append((f"{mini_is} / {ranks}", {mini}, f"{ar}.actor.ppo_micro_batch_size_per_gpu", actor))
@@ -279,6 +283,21 @@ def _check_grpo_batches(config: DictConfig) -> None:
         for size in sorted(sizes):
             fix = f"Set {name} to a divisor of {size // ranks}, or {ar}.actor.use_dynamic_bsz=true."
             _check_multiple(f"the rollouts of a process ({what})", size // ranks, micro, name, fix)
+
+
+def _check_rollout_log_probs(config: DictConfig) -> None:
+    """Refuse settings that read the rollouts' log-probabilities where there are none.
+
+    verl fails in the first step with `bypass_mode` (trainer_base.py:1645) and ignores the others (1768).
+    """
+    correction = config.algorithm.get("rollout_correction") or {}
+    names = ("bypass_mode", "rollout_is", "rollout_rs")
+    given = [f"algorithm.rollout_correction.{name}={_text(correction[name])}" for name in names if correction.get(name)]
+    if given and not config.actor_rollout_ref.rollout.calculate_log_probs:
+        raise ValueError(
+            "rollout correction reads the rollouts' log-probabilities; got "
+            f"actor_rollout_ref.rollout.calculate_log_probs=false with {', '.join(given)}. Set it to true."
+        )
 
 
 def _check_reward_manager(config: DictConfig, settings: RewardManagerConfig) -> None:
@@ -303,6 +322,7 @@ def check_grpo(config: DictConfig, avar: AvarConfig) -> None:
     mode = config.trainer.v1.trainer_mode
     if config.trainer.use_v1 and _is_avar_trainer(mode):
         check_grpo_config(config, avar.vars)
+        _check_rollout_log_probs(config)
         # Other engines split batches in other ways.
         if "ulysses_sequence_parallel_size" in config.actor_rollout_ref.actor:
             _check_grpo_batches(config)

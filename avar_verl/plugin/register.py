@@ -8,6 +8,8 @@ itself imports them. Always, with verl 0.9.1:
 | registry | name | class |
 | --- | --- | --- |
 | verl trainer | `avar_sync` | `plugin.trainer.ppo.AvarPPOTrainer` |
+| verl trainer | `avar_colocate_async` | `plugin.trainer.ppo.AvarPPOTrainerColocateAsync` |
+| verl trainer | `avar_separate_async` | `plugin.trainer.ppo.AvarPPOTrainerSeparateAsync` |
 | verl agent loop | `avar_single_turn` | `plugin.rollout.agent_loop.AvarSingleTurnAgentLoop` |
 | verl reward manager | `avar` | `plugin.rollout.reward_manager.AvarRewardManager` |
 | hydra search path | `avar_sft`, `avar_grpo` | `plugin.hydra.AvarSearchPath` |
@@ -34,7 +36,7 @@ from types import ModuleType
 
 import wrapt
 
-from avar_verl.plugin.switch import REWARD_MANAGER_NAME, TRAINER_NAME, VERL_VERSION, is_wanted, switch_on
+from avar_verl.plugin.switch import REWARD_MANAGER_NAME, VERL_VERSION, is_wanted, switch_on
 
 AGENT_LOOP_NAME = "avar_single_turn"
 # Tells the processes of a run that one of them has said that it runs on the CPU.
@@ -44,12 +46,13 @@ SAID = "AVAR_VERL_SAID_CPU"
 # ---- always -------------------------------------------------------------------------------------------------------
 
 
-def _name_trainer(_module: ModuleType) -> None:
+def _name_trainers(_module: ModuleType) -> None:
     from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-    from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
+    from avar_verl.plugin.trainer.ppo import TRAINERS
 
-    register_trainer(TRAINER_NAME)(AvarPPOTrainer)
+    for name, trainer in TRAINERS.items():
+        register_trainer(name)(trainer)
 
 
 def _name_agent_loop(agent_loop: ModuleType) -> None:
@@ -100,7 +103,7 @@ def register() -> None:
         if detect.is_active():
             _run_on_cpu()
         wrapt.register_post_import_hook("avar_verl.plugin.hydra:register", "hydra")
-        wrapt.register_post_import_hook(_name_trainer, "verl.trainer.ppo.v1")
+        wrapt.register_post_import_hook(_name_trainers, "verl.trainer.ppo.v1")
         wrapt.register_post_import_hook(_name_agent_loop, "verl.experimental.agent_loop.agent_loop")
         wrapt.register_post_import_hook(_name_reward_manager, "verl.experimental.reward_loop.reward_manager")
     if is_wanted():

@@ -12,7 +12,7 @@ Each process of a run is switched on by whatever comes first:
 - the first use of an avar class: its engine config, trainer, reward manager, agent loop or data set.
 
 So a config that was not made from the recipe's needs the node `avar` (`+avar=avar`) and avar_grpo.yaml's `runtime_env`;
-`AvarPPOTrainer` refuses to start without the second.
+the trainers refuse to start without the second.
 """
 
 import importlib.metadata
@@ -23,7 +23,12 @@ import wrapt
 VARIABLE = "AVAR_VERL"
 VERL_VERSION = "0.9.1"
 # In verl's registries (`register`), whether the plugin is on or off.
-TRAINER_NAME = "avar_sync"
+# Our trainer for each of verl's (`trainer.v1.trainer_mode`).
+TRAINER_NAMES = {
+    "sync": "avar_sync",
+    "colocate_async": "avar_colocate_async",
+    "separate_async": "avar_separate_async",
+}
 REWARD_MANAGER_NAME = "avar"
 # What is done when a module of verl is imported. By name, since these modules import this one.
 PATCHES = (

@@ -18,6 +18,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     right = float(len(solution_str) % 2)
     return {"score": right, "acc": right, "length": float(len(solution_str))}
 """
+# A start of Ray, vLLM and the trainer takes two minutes of two idle cores, and many times that beside other work.
+TIMEOUT_S = 1500
 CONFIG = ["--config-dir", str(Path(__file__).parents[2] / "recipes" / "avar" / "config")]
 
 
@@ -94,7 +96,9 @@ def run(command: list[str], work: Path, name: str) -> dict[int, dict]:
     """Run to the end; the metrics by step."""
     metrics = work / f"{name}.jsonl"
     with (work / f"{name}.log").open("w") as log:
-        process = subprocess.run(command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT, timeout=600)
+        process = subprocess.run(
+            command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT, timeout=TIMEOUT_S
+        )
     assert process.returncode == 0, (work / f"{name}.log").read_text(errors="replace")[-6000:]
     return steps(metrics)
 
@@ -104,7 +108,7 @@ def run_and_kill(command: list[str], work: Path, name: str, after_step: int) -> 
     metrics, tracker = work / f"{name}.jsonl", work / "checkpoints" / "latest_checkpointed_iteration.txt"
     with (work / f"{name}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + TIMEOUT_S
         while not (
             tracker.exists() and tracker.read_text().strip() == str(after_step) and after_step in steps(metrics)
         ):

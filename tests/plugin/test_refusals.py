@@ -52,8 +52,8 @@ ACTOR = "actor_rollout_ref.actor"
 STOCK_ENGINE = f"{ACTOR}.fsdp_config._target_=verl.workers.config.FSDPEngineConfig"
 WITHOUT = [
     ("trainer.v1.trainer_mode=sync", "Set trainer.v1.trainer_mode=avar_sync"),
-    ("trainer.v1.trainer_mode=colocate_async", "Set trainer.v1.trainer_mode=avar_sync"),
-    ("trainer.v1.trainer_mode=separate_async", "Set trainer.v1.trainer_mode=avar_sync"),
+    ("trainer.v1.trainer_mode=colocate_async", "Set trainer.v1.trainer_mode=avar_colocate_async"),
+    ("trainer.v1.trainer_mode=separate_async", "Set trainer.v1.trainer_mode=avar_separate_async"),
     ("trainer.v1.trainer_mode=nobodys", "Set trainer.v1.trainer_mode=avar_sync"),
     ("trainer.use_v1=false", "Set trainer.use_v1=true"),
     (f"{ACTOR}.strategy=fsdp_turbo", f"Set {ACTOR}.strategy=fsdp2"),
@@ -96,7 +96,7 @@ def test_every_switch_asks_for_our_trainer(asked, shown):
 
 
 def test_a_setting_of_the_trainer_or_the_reward_manager_needs_it():
-    with pytest.raises(ValueError, match="avar.trainer.poll_interval_s=1.0 needs AvarPPOTrainer"):
+    with pytest.raises(ValueError, match="avar.trainer.poll_interval_s=1.0 needs a trainer with VarsMixin"):
         grpo("trainer.v1.trainer_mode=sync", OFF, "avar.trainer.poll_interval_s=1.0")
     with pytest.raises(ValueError, match="avar.reward.max_failures=3 is read by the reward manager avar; got .*naive"):
         grpo("reward.reward_manager.name=naive", "avar.reward.max_failures=3")
@@ -141,16 +141,18 @@ def test_the_recipes_themselves_pass():
 
 
 def test_a_trainer_of_somebodys_own():
-    """A subclass of ours passes, another class does not."""
+    """A subclass of ours and one with the mixin pass, another class does not."""
     from verl.trainer.ppo.v1 import PPOTrainerSync
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-    from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
+    from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, VarsMixin
 
     own = {"own_avar": type("Own", (AvarPPOTrainer,), {}), "own_sync": type("Other", (PPOTrainerSync,), {})}
+    own["own_mixed"] = type("Mixed", (VarsMixin, PPOTrainerSync), {})
     TRAINER_REGISTRY.update(own)
     try:
         grpo("trainer.v1.trainer_mode=own_avar")
+        grpo("trainer.v1.trainer_mode=own_mixed")
         with pytest.raises(ValueError, match="got trainer.v1.trainer_mode=own_sync"):
             grpo("trainer.v1.trainer_mode=own_sync")
     finally:
@@ -175,7 +177,7 @@ def test_another_engine_would_not_freeze(name):
 def test_the_node_alone_is_checked():
     """A stock config with `avar` and nothing else of the recipe; the node must be the recipe's."""
     overrides = ["+avar=avar", "actor_rollout_ref.rollout.name=vllm"]
-    with pytest.raises(ValueError, match="avar.vars.lambda_v=0.3 needs AvarPPOTrainer"):
+    with pytest.raises(ValueError, match="avar.vars.lambda_v=0.3 needs a trainer with VarsMixin"):
         check_run(recipe("ppo_trainer", *overrides), MAIN_PPO, overrides)
     with pytest.raises(ValueError, match="avar.agto.alpha=0.15, avar.agto.beta=0.15 is read from AvarFSDPEngineConfig"):
         check_run(recipe("sft_trainer_engine", "+avar=avar", "engine.strategy=fsdp2"), SFT)
@@ -244,6 +246,41 @@ def test_grpo_batches_that_verl_refuses_in_the_first_step(overrides, message):
 )
 def test_grpo_batches_that_fit(overrides):
     grpo(*SMALL, *overrides)
+
+
+SEPARATE = [
+    "trainer.v1.trainer_mode=avar_separate_async",
+    "data.train_batch_size=8",
+    "actor_rollout_ref.rollout.n=4",
+    f"{ACTOR}.ppo_mini_batch_size=2",
+    f"{MICRO}=8",
+]
+
+
+def test_separate_async_takes_mini_batches_one_by_one():
+    """8 prompts in steps of 2: 8 rollouts a pass, where the synchronous trainer has 32."""
+    grpo(*SEPARATE, f"{LOG_PROB}=8")
+    with pytest.raises(ValueError, match=rf"ppo_mini_batch_size=2 x .*n=4 / 1\) must be .* {LOG_PROB}; got 8 and 16"):
+        grpo(*SEPARATE, f"{LOG_PROB}=16")
+    grpo(*SEPARATE, f"{LOG_PROB}=16", "trainer.v1.trainer_mode=avar_sync")
+
+
+def test_separate_async_may_have_servers_of_another_size():
+    """One training process, servers of two, unless they share the training processes."""
+    two = [*SEPARATE, f"{LOG_PROB}=8", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"]
+    with pytest.raises(ValueError, match="of a rollout server .*; got 1 and 2"):
+        grpo(*two)
+    grpo(*two, "actor_rollout_ref.hybrid_engine=false")
+
+
+@pytest.mark.parametrize("setting", ["bypass_mode=true", "rollout_is=token", "rollout_rs=seq_mean_k1"])
+def test_rollout_correction_needs_the_rollouts_log_probs(setting):
+    correction = f"algorithm.rollout_correction.{setting}"
+    no_log_probs = "actor_rollout_ref.rollout.calculate_log_probs=false"
+    with pytest.raises(ValueError, match=f"calculate_log_probs=false with {correction}. Set it to true"):
+        grpo(correction, no_log_probs)
+    grpo(correction)
+    grpo(no_log_probs)
 
 
 @pytest.mark.parametrize("micro, fits", [(1, True), (4, True), (8, True), (3, False), (5, False), (16, False)])
@@ -377,11 +414,11 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
     [
         (
             ["-m", "verl.trainer.main_ppo", *CONFIG, "avar_grpo", "machine=cpu_grpo", "trainer.v1.trainer_mode=sync"],
-            "avar.vars.lambda_v=0.3 needs AvarPPOTrainer or a subclass of it; got trainer.v1.trainer_mode=sync",
+            "avar.vars.lambda_v=0.3 needs a trainer with VarsMixin; got trainer.v1.trainer_mode=sync",
         ),
         (
             ["-m", "verl.trainer.main_ppo", "+avar=avar"],
-            "avar.vars.lambda_v=0.3 needs AvarPPOTrainer or a subclass of it; got trainer.v1.trainer_mode=",
+            "avar.vars.lambda_v=0.3 needs a trainer with VarsMixin; got trainer.v1.trainer_mode=",
         ),
         (
             [*TORCHRUN, *CONFIG, "avar_sft", "machine=cpu_sft", "engine.strategy=fsdp_turbo"],

@@ -405,9 +405,9 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         if self._vars is not None and self._vars.measures and not self._has_measured:
             raise ValueError(
                 "avar.vars needs the measurements of a log-prob pass before the first update; got an update without "
-                f"one, with lambda_v={self._vars.lambda_v}. Set trainer.v1.trainer_mode=avar_sync, trainer.use_v1=true "
-                "and algorithm.rollout_correction.bypass_mode=false; or set avar.vars.lambda_v=0 and leave the other "
-                "switches of avar.vars off; or set vars=null in the engine of a trainer that does not measure."
+                f"one, with lambda_v={self._vars.lambda_v}. Set trainer.v1.trainer_mode=avar_sync and "
+                "trainer.use_v1=true; or set avar.vars.lambda_v=0 and leave the other switches of avar.vars off; or "
+                "set vars=null in the engine of a trainer that does not measure."
             )
 
     def _capture(self, micro_batch: TensorDict, roles_BS: torch.Tensor, **settings):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's synchronous PPO/GRPO trainer with the visual attention reward (VARS).
+"""verl's PPO/GRPO trainers with the visual attention reward (VARS): one mixin over each of verl's V1 trainers.
 
 Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
 """
@@ -11,6 +11,8 @@ import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
@@ -19,8 +21,8 @@ from verl.utils.debug import marked_timer
 from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
 from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, AvarConfig, TrainerConfig, VarsConfig
-from avar_verl.plugin.refusals import check_grpo
-from avar_verl.plugin.switch import VARIABLE, is_wanted, switch_on
+from avar_verl.plugin.refusals import bypasses, check_grpo
+from avar_verl.plugin.switch import TRAINER_NAMES, VARIABLE, is_wanted, switch_on
 from avar_verl.plugin.trainer.advantage import add_to_advantages, visual_advantage
 from avar_verl.plugin.trainer.dependency import choose_partners, weigh_tokens
 from avar_verl.plugin.trainer.replay_buffer import configured_replay_buffer
@@ -41,15 +43,21 @@ def check_workers_are_on() -> None:
         )
 
 
-class AvarPPOTrainer(PPOTrainerSync):
-    """`PPOTrainerSync` plus `lambda_v * r_visual` on the last response token of correct answers, before the advantage.
+class VarsMixin:
+    """All of VARS, over any of verl's V1 trainers: `lambda_v * r_visual` on the last response token of correct answers.
 
     Changes relative to verl's trainer: the old-log-prob pass also returns attention masses and visual dependency; the
     weighted visual reward is added to `rm_scores` of rollouts with a correct answer, or normalised to the advantages
     (`avar.vars.advantage`); the dependency can weigh the advantages of tokens (`avar.vars.token_weights`); which groups
     the replay buffer drops and how often it looks; `avar/*` metrics. With lambda_v = 0, rewards are verl's, and so are
     advantages without token weights.
+
+    Masses and dependency are those of the weights that compute old_log_probs, whichever policy has written the tokens.
+    With `algorithm.rollout_correction.bypass_mode` verl computes none, and one pass measures with the current weights.
     """
+
+    VERL_MODE: str
+    """The name of verl's trainer in `trainer.v1`."""
 
     def __init__(self, config: DictConfig):
         check_workers_are_on()
@@ -62,11 +70,11 @@ class AvarPPOTrainer(PPOTrainerSync):
         super().__init__(config)
 
     # verl compares the configured mode with the literal "sync" in six places (trainer_base.py:153, 731, 902, 912, 1004,
-    # 1499) and gives every other name an asynchronous replay buffer and checkpoints. This trainer is synchronous but
-    # has another name; the base class assigns the configured name, and the setter drops it.
+    # 1499) and gives every other name an asynchronous replay buffer and checkpoints; it also names the trainer's own
+    # settings (130, 157). The base class assigns the configured name, and the setter drops it.
     @property
     def trainer_mode(self) -> str:
-        return "sync"
+        return self.VERL_MODE
 
     @trainer_mode.setter
     def trainer_mode(self, name: str) -> None:
@@ -80,8 +88,24 @@ class AvarPPOTrainer(PPOTrainerSync):
         if self.vars.swaps:
             choose_partners(batch)
         batch = super()._compute_old_log_prob(batch, metrics)
+        if self.vars.measures and bypasses(self.config):
+            self._measure(batch)
         batch.extra_info[MEASURE_FLAG] = False
         return batch
+
+    def _measure(self, batch: KVBatchMeta) -> None:
+        """One log-prob pass of the actor's current weights that writes VISUAL_OUTPUT to the TransferQueue."""
+        batch.extra_info.update(calculate_entropy=False, compute_loss=False, **{MEASURE_FLAG: True})
+        batch.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+        self.actor_rollout_wg.compute_log_prob(batch)
+
+    def _take_memory(self) -> None:
+        """Between the rollouts of validation: the rollout engine makes room for a pass of the actor."""
+        self.checkpoint_manager.sleep_replicas()
+
+    def _return_memory(self) -> None:
+        """The rollout engine goes on where `_take_memory` stopped it."""
+        self.checkpoint_manager.update_weights(self.global_steps)
 
     def _validate(self) -> dict[str, float]:
         """verl's validation, which also logs masses and r_visual of its rollouts, by data source.
@@ -100,8 +124,7 @@ class AvarPPOTrainer(PPOTrainerSync):
 
     def _measure_validation(self, batch: KVBatchMeta) -> None:
         """Add the measurements of the log-prob pass to the reward parts of validation rollouts."""
-        # As verl does around a colocated reward model: the actor needs the memory of the rollout engine.
-        self.checkpoint_manager.sleep_replicas()
+        self._take_memory()
         measured = KVBatchMeta(keys=list(batch.keys), tags=batch.tags, partition_id=batch.partition_id)
         self._is_measuring = True
         try:
@@ -110,10 +133,8 @@ class AvarPPOTrainer(PPOTrainerSync):
             self._is_measuring = False
         if self.vars.swaps:
             choose_partners(measured)
-        measured.extra_info.update(calculate_entropy=False, compute_loss=False, **{MEASURE_FLAG: True})
-        measured.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
-        self.actor_rollout_wg.compute_log_prob(measured)
-        self.checkpoint_manager.update_weights(self.global_steps)
+        self._measure(measured)
+        self._return_memory()
         fields = ["uid", "extra_fields", VISUAL_OUTPUT]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         extra_fields = [dict(extra) for extra in data["extra_fields"]]
@@ -208,6 +229,56 @@ class AvarPPOTrainer(PPOTrainerSync):
             write = self._dump_executor.submit(write_images, Path(rollout_data_dir) / IMAGES, files)
             self._dump_futures.append(write)
             self._dump_generations(**verls, reward_extra_infos_dict=ours, dump_path=rollout_data_dir)
+
+
+class AvarPPOTrainer(VarsMixin, PPOTrainerSync):
+    """`avar_sync`: rollouts of a step are those of its prompts, written by its policy."""
+
+    VERL_MODE = "sync"
+
+
+class AvarPPOTrainerColocateAsync(VarsMixin, PPOTrainerColocateAsync):
+    """`avar_colocate_async`: rollouts that are not finished go on after the update, with its weights."""
+
+    VERL_MODE = "colocate_async"
+
+    def _take_memory(self) -> None:
+        # Rollouts for training are still being written. Going to sleep waits for them to end, so they are interrupted
+        # first, as verl does before an update (trainer_colocate_async.py:44).
+        self.checkpoint_manager.abort_replicas()
+        super()._take_memory()
+
+    def _return_memory(self) -> None:
+        super()._return_memory()
+        self.checkpoint_manager.resume_generation_replicas()
+
+
+class AvarPPOTrainerSeparateAsync(VarsMixin, PPOTrainerSeparateAsync):
+    """`avar_separate_async`: training and rollouts on processes of their own.
+
+    In decoupled mode verl computes old_log_probs with the weights of the last synchronisation, for all mini-batches of
+    a step (trainer_separate_async.py:187), so masses are those of these weights, too.
+    """
+
+    VERL_MODE = "separate_async"
+    _was_rollout = False
+
+    def _take_memory(self) -> None:
+        # Only replicas on the training processes take their memory; during validation they may be writing rollouts.
+        self._was_rollout = self.current_mode == HybridEngineMode.ROLLOUT
+        if self._was_rollout:
+            self.switch_to_trainer()
+
+    def _return_memory(self) -> None:
+        if self._was_rollout:
+            self.switch_to_rollout()
+
+
+# By their names in verl's registry.
+TRAINERS = {
+    TRAINER_NAMES[trainer.VERL_MODE]: trainer
+    for trainer in (AvarPPOTrainer, AvarPPOTrainerColocateAsync, AvarPPOTrainerSeparateAsync)
+}
 
 
 class _MeasuringBuffer:

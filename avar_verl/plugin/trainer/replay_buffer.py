@@ -5,7 +5,7 @@ import inspect
 from collections import Counter
 
 import transfer_queue as tq
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from avar_verl.plugin.config import TrainerConfig, VarsConfig
 from avar_verl.plugin.trainer.rewards import correct_answers, reward_infos
@@ -18,7 +18,8 @@ def configured_replay_buffer(buffer, vars_config: VarsConfig, trainer_config: Tr
         ValueError: a poll interval for a custom sampler that is no `ReplayBuffer` and would not read it.
     """
     if vars_config.drop_groups == "all_wrong":
-        buffer = AllWrongFilterBuffer(buffer, vars_config)
+        is_async = isinstance(buffer, ReplayBufferAsync)
+        buffer = (AllWrongFilterBufferAsync if is_async else AllWrongFilterBuffer)(buffer, vars_config)
     interval = trainer_config.poll_interval_s
     if interval is None:
         return buffer
@@ -31,8 +32,8 @@ def configured_replay_buffer(buffer, vars_config: VarsConfig, trainer_config: Tr
     return buffer
 
 
-class AllWrongFilterBuffer(ReplayBuffer):
-    """`ReplayBuffer` whose filter evicts groups without a right answer, and no others.
+class _AllWrongFilter:
+    """A filter that evicts groups without a right answer, and no others.
 
     verl's own filter (DAPO) evicts every group whose metric is the same in all rollouts, all-right groups too, in which
     r_visual is the only signal. Eviction, refill, the bound on prompts in flight and the metrics are verl's.
@@ -71,3 +72,11 @@ class AllWrongFilterBuffer(ReplayBuffer):
             cache.update({uid: None if uid in solved else max(own) for uid, own in values.items()})
         wrong = {uid: value for uid, value in cache.items() if value is not None}
         return set(wrong), Counter(wrong.values())
+
+
+class AllWrongFilterBuffer(_AllWrongFilter, ReplayBuffer):
+    """verl's buffer of the synchronous trainer with this filter."""
+
+
+class AllWrongFilterBufferAsync(_AllWrongFilter, ReplayBufferAsync):
+    """verl's buffer of the asynchronous trainers with this filter."""

@@ -46,7 +46,7 @@ def nested(matrices):
 
 
 def test_the_trainer_mode_is_compared_with_sync_in_six_places():
-    """AvarPPOTrainer answers "sync" to each of them, and nobody else may ask the configured name."""
+    """`VarsMixin` answers each of them with the name of verl's trainer; nobody else may ask the configured name."""
     text = source("trainer/ppo/v1/trainer_base.py")
     assert len(re.findall(r'trainer_mode [!=]= "sync"', text)) == 6
     assert "self.trainer_mode = self.config.trainer.v1.trainer_mode" in text

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.trainer.ppo.v1 import get_trainer_cls
+from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
@@ -16,8 +18,16 @@ from avar_verl.objectives.vars import VISUAL_FIELDS
 from avar_verl.plugin.config import DEPENDENCY_OUTPUT, MEASURE_FLAG, PARTITION, PARTNER, VISUAL_OUTPUT, VarsConfig
 from avar_verl.plugin.engine.inputs import partner_features
 from avar_verl.plugin.refusals import check_grpo_config
+from avar_verl.plugin.switch import TRAINER_NAMES
 from avar_verl.plugin.trainer.dependency import choose_partners, weigh_tokens
-from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, validation_parts, visual_metrics
+from avar_verl.plugin.trainer.ppo import (
+    TRAINERS,
+    AvarPPOTrainer,
+    AvarPPOTrainerSeparateAsync,
+    VarsMixin,
+    validation_parts,
+    visual_metrics,
+)
 from avar_verl.plugin.trainer.rewards import correct_answers, gate_if_any, reward_infos, reward_part_metrics
 
 # ---- the gate ------------------------------------------------------------------------------------------------------
@@ -172,7 +182,7 @@ def grpo_config(**algorithm):
     [
         {},
         {"rollout_correction": None, "filter_groups": None},
-        {"rollout_correction": {"bypass_mode": False}},
+        {"rollout_correction": {"bypass_mode": True}},
         {"filter_groups": {"enable": False, "metric": "reward"}},
         {"filter_groups": {"enable": True, "metric": "acc"}},
     ],
@@ -193,10 +203,6 @@ def without_engine_config(**changes):
         (without_engine_config(), r"fsdp_config.vars=null. Start from avar_grpo.yaml"),
         (without_engine_config(vars=None), r"fsdp_config.vars=null. Start from avar_grpo.yaml"),
         (
-            grpo_config(rollout_correction={"bypass_mode": True}),
-            r"bypass_mode=True, which skips that pass. Set it to False",
-        ),
-        (
             grpo_config(filter_groups={"enable": True, "metric": "reward"}),
             r"lambda_v=0.3. Filter on the gate: .*metric=acc",
         ),
@@ -211,17 +217,17 @@ def test_configs_that_cannot_be_right_are_refused(config, message):
 def test_filtering_on_the_reward_is_right_where_nothing_is_added_to_it():
     config = grpo_config(filter_groups={"enable": True, "metric": "reward"})
     check_grpo_config(config, VarsConfig(lambda_v=0, measure=True))
-    for config in (without_engine_config(), grpo_config(rollout_correction={"bypass_mode": True})):
-        with pytest.raises(ValueError, match="VARS is measured"):
-            check_grpo_config(config, VarsConfig(lambda_v=0, measure=True))
+    with pytest.raises(ValueError, match="VARS is measured"):
+        check_grpo_config(without_engine_config(), VarsConfig(lambda_v=0, measure=True))
 
 
 # ---- the trainer's own methods -------------------------------------------------------------------------------------
 
 
-def trainer_with(vars_config: VarsConfig) -> AvarPPOTrainer:
-    trainer = object.__new__(AvarPPOTrainer)
+def trainer_with(vars_config: VarsConfig, cls: type = AvarPPOTrainer, **algorithm):
+    trainer = object.__new__(cls)
     trainer.vars = vars_config
+    trainer.config = grpo_config(**algorithm)
     trainer._rise_alarm = RiseAlarm(vars_config.alarm_window)
     return trainer
 
@@ -249,23 +255,78 @@ def test_alarms_of_a_dependency_below_zero():
     assert [alarm["avar/alarm/rise_without_accuracy"] for alarm in alarms] == [0.0, 1.0, 0.0]
 
 
-def test_the_trainer_is_synchronous_whatever_its_name():
-    trainer = trainer_with(VarsConfig())
-    trainer.trainer_mode = "avar_sync"  # verl's base class assigns the configured name
-    assert trainer.trainer_mode == "sync" and isinstance(trainer, PPOTrainerSync)
+@pytest.mark.parametrize("mode", TRAINER_NAMES)
+def test_a_trainer_has_the_mode_of_verls_whatever_its_name(mode):
+    cls = TRAINERS[TRAINER_NAMES[mode]]
+    trainer = trainer_with(VarsConfig(), cls)
+    trainer.trainer_mode = TRAINER_NAMES[mode]  # verl's base class assigns the configured name
+    assert trainer.trainer_mode == mode
+    assert cls.__mro__[1] is VarsMixin and cls.__mro__[2] is get_trainer_cls(mode)
+    assert get_trainer_cls(TRAINER_NAMES[mode]) is cls
 
 
 @pytest.mark.parametrize("vars_config", [VarsConfig(), VarsConfig(lambda_v=0), VarsConfig(lambda_v=0, measure=True)])
-def test_masses_are_asked_for_in_the_old_log_prob_pass_alone(monkeypatch, vars_config):
-    seen = []
+@pytest.mark.parametrize("bypass", [False, True])
+@pytest.mark.parametrize("mode", TRAINER_NAMES)
+def test_masses_are_asked_for_in_one_pass(monkeypatch, mode, bypass, vars_config):
+    """In the pass that computes old_log_probs; where verl takes the rollouts' own, in one of ours."""
+    passes = []
 
     def old_log_prob(self, batch, metrics):
-        seen.append(batch.extra_info[MEASURE_FLAG])
+        if not bypass:
+            passes.append(batch.extra_info[MEASURE_FLAG])
         return batch
 
-    monkeypatch.setattr(PPOTrainerSync, "_compute_old_log_prob", old_log_prob)
-    batch = trainer_with(vars_config)._compute_old_log_prob(SimpleNamespace(extra_info={}), {})
-    assert seen == [vars_config.measures] and batch.extra_info[MEASURE_FLAG] is False
+    class Actor:
+        def compute_log_prob(self, batch):
+            assert batch.extra_info["compute_loss"] is batch.extra_info["calculate_entropy"] is False
+            passes.append((batch.extra_info[MEASURE_FLAG], batch.extra_info["temperature"]))
+
+    monkeypatch.setattr(get_trainer_cls(mode), "_compute_old_log_prob", old_log_prob)
+    correction = {"rollout_correction": {"bypass_mode": bypass}}
+    trainer = trainer_with(vars_config, TRAINERS[TRAINER_NAMES[mode]], **correction)
+    trainer.actor_rollout_wg = Actor()
+    trainer.config.actor_rollout_ref.rollout = {"temperature": 0.7}
+    batch = trainer._compute_old_log_prob(SimpleNamespace(extra_info={}), {})
+    expected = [vars_config.measures] if not bypass else [(True, 0.7)] if vars_config.measures else []
+    assert passes == expected and batch.extra_info[MEASURE_FLAG] is False
+
+
+class Replicas:
+    """Writes down what a checkpoint manager is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.told.append((name, *args, *kwargs.items()))
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+def test_measuring_validation_stops_the_rollout_engine_as_an_update_does(mode):
+    """What our trainer tells the replicas is what verl's tells them before and after an update."""
+    measured, updated = (trainer_with(VarsConfig(), TRAINERS[TRAINER_NAMES[mode]]) for _ in range(2))
+    for trainer in (measured, updated):
+        trainer.checkpoint_manager, trainer.global_steps = Replicas(), 3
+        trainer.curr_step_profile, trainer.timing_raw = False, {}
+    measured._take_memory(), measured._return_memory()
+    updated.on_sample_end(), updated.on_step_end()
+    told = measured.checkpoint_manager.told
+    assert told == updated.checkpoint_manager.told and ("update_weights", 3) in told
+    assert (("abort_replicas",) in told) == (mode == "colocate_async")
+
+
+@pytest.mark.parametrize("is_rollout", [False, True])
+def test_separate_replicas_go_on_while_validation_is_measured(monkeypatch, is_rollout):
+    trainer = trainer_with(VarsConfig(), AvarPPOTrainerSeparateAsync)
+    trainer.current_mode = HybridEngineMode.ROLLOUT if is_rollout else HybridEngineMode.TRAINER
+    trainer.checkpoint_manager = Replicas()
+    switched = []
+    for name in ("switch_to_trainer", "switch_to_rollout"):
+        monkeypatch.setattr(trainer, name, lambda name=name: switched.append(name))
+    trainer._take_memory(), trainer._return_memory()
+    assert switched == (["switch_to_trainer", "switch_to_rollout"] if is_rollout else [])
+    assert trainer.checkpoint_manager.told == []
 
 
 def test_the_reward_comes_before_the_advantage(monkeypatch):

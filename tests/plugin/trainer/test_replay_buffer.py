@@ -8,21 +8,21 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.plugin.refusals import check_grpo_config
-from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
-from avar_verl.plugin.trainer.replay_buffer import AllWrongFilterBuffer
+from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, AvarPPOTrainerColocateAsync, AvarPPOTrainerSeparateAsync
+from avar_verl.plugin.trainer.replay_buffer import AllWrongFilterBuffer, AllWrongFilterBufferAsync
 from tests.plugin.test_config import recipe
 
 FILTER = ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc")
 ALL_WRONG = (*FILTER, "avar.vars.drop_groups=all_wrong")
 
 
-def buffer_of(*overrides: str, refill=None):
+def buffer_of(*overrides: str, refill=None, trainer_cls: type = AvarPPOTrainer):
     """The trainer's replay buffer for a config of the recipe; `refill(number)` stands for new prompts."""
-    trainer = object.__new__(AvarPPOTrainer)
+    trainer = object.__new__(trainer_cls)
     trainer.config = recipe("avar_grpo", "machine=cpu_grpo", *overrides)
     trainer.vars = omega_conf_to_dataclass(trainer.config.avar.vars)
     trainer.settings = omega_conf_to_dataclass(trainer.config.avar.trainer)
@@ -72,11 +72,20 @@ def test_custom_samplers(tmp_path):
 
 def test_the_filter_has_every_argument_of_verls_buffer():
     """Fails if verl stops keeping an argument as an attribute of its name."""
-    verls, ours = buffer_of(*FILTER, refill=len), buffer_of(*ALL_WRONG, refill=len)
-    assert type(verls) is ReplayBuffer and type(ours) is AllWrongFilterBuffer
-    for name in inspect.signature(ReplayBuffer).parameters:
-        assert getattr(ours, name) == getattr(verls, name), name
-    assert ours.filter_groups_metric == "acc" and ours.gen_batch_size == 1 and ours.refill_fn is len
+    cases = [
+        (AvarPPOTrainer, ReplayBuffer, AllWrongFilterBuffer),
+        (AvarPPOTrainerColocateAsync, ReplayBufferAsync, AllWrongFilterBufferAsync),
+        (AvarPPOTrainerSeparateAsync, ReplayBufferAsync, AllWrongFilterBufferAsync),
+    ]
+    for trainer, stock, filtering in cases:
+        verls, ours = (buffer_of(*own, refill=len, trainer_cls=trainer) for own in (FILTER, ALL_WRONG))
+        assert type(verls) is stock and type(ours) is filtering
+        assert ours.trainer_mode == trainer.VERL_MODE
+        assert ours.trainer_config == recipe("avar_grpo", "machine=cpu_grpo").trainer.v1[trainer.VERL_MODE]
+        for name in inspect.signature(ReplayBuffer).parameters:
+            assert getattr(ours, name) == getattr(verls, name), name
+        assert ours.filter_groups_metric == "acc" and ours.refill_fn is len
+        assert ours.gen_batch_size == (1 if stock is ReplayBuffer else None)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +153,28 @@ def test_groups_are_dropped_and_replaced(queue, overrides, kept, evicted):
         assert asked == [2], "two groups in flight at most, and enough after the first refill"
         left = queue.kv_list("train")["train"]
         assert set(left) == set(batch.keys), "dropped groups leave the queue"
+    finally:
+        queue.kv_clear(keys=list(queue.kv_list("train").get("train", {})), partition_id="train")
+
+
+@pytest.mark.e2e
+def test_an_asynchronous_trainer_drops_and_replaces_groups_too(queue):
+    """One for one, and what is not taken stays in the queue."""
+    asked = []
+
+    def refill(number: int) -> int:
+        asked.append(number)
+        put_group(queue, "mixed", GROUPS["mixed"])
+        return number
+
+    buffer = buffer_of(*ALL_WRONG, refill=refill, trainer_cls=AvarPPOTrainerColocateAsync)
+    try:
+        for uid in ("right", "wrong"):
+            put_group(queue, uid, GROUPS[uid])
+        batch, metrics = buffer.sample(global_steps=1, partition_id="train", batch_size=1)
+        assert {key.split("_")[0] for key in batch.keys} <= {"right", "mixed"} and len(batch.keys) == 2
+        assert metrics["training/filter_groups/evicted_samples"] == 1 and asked == [1]
+        assert len(queue.kv_list("train")["train"]) == 5, "the batch, and the other group with its prompt"
     finally:
         queue.kv_clear(keys=list(queue.kv_list("train").get("train", {})), partition_id="train")
 
