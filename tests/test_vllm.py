@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from avar_verl.intervention.spec import InterventionSpec
@@ -213,3 +214,56 @@ def test_vllm_expands_prompts_alike_and_gives_the_same_logprobs(
     path = {"loaded": family_path, "sent": other_path}[asked](model_type)
     model = AutoModelForImageTextToText.from_pretrained(path).eval()
     compare(model, family_processor(model_type), worker.PLAIN, answered[asked])
+
+
+# Weights have the names of checkpoints in memory (the first), or are renamed when they are loaded.
+ADAPTED = ["qwen2_5_vl", "gemma3", "llava_next"]
+
+
+@pytest.fixture(scope="module")
+def adapters(other_path, tmp_path_factory):
+    """`adapters(model_type)` -> the model of `other_path` with adapters in its language model, and their folder."""
+    folder = tmp_path_factory.mktemp("adapters")
+
+    def make(model_type: str):
+        family = get_family(model_type)
+        torch.manual_seed(0)
+        settings = LoraConfig(
+            r=4,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            exclude_modules=rf"({'|'.join((family.vision_tower, *family.projectors))})\..*",
+            init_lora_weights=False,
+        )
+        model = get_peft_model(AutoModelForImageTextToText.from_pretrained(other_path(model_type)).eval(), settings)
+        model.save_pretrained(folder / model_type)
+        return model, folder / model_type
+
+    return functools.cache(make)
+
+
+@pytest.fixture(scope="module")
+def adapted(family_path, other_path, adapters, tmp_path_factory):
+    engine = {**worker.WHOLE_PROMPTS, "enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+    jobs = [
+        {
+            "model": family_path(name),
+            "other": other_path(name),
+            "adapter": adapters(name)[1],
+            "engine": engine,
+            "ask": ["adapted"],
+        }
+        for name in ADAPTED
+    ]
+    return dict(zip(ADAPTED, worker.run(jobs, tmp_path_factory.mktemp("vllm"), **worker.NO_COMPILER), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ADAPTED)
+def test_vllm_applies_the_adapters_that_it_is_sent(model_type, adapted, adapters, other_path, family_processor):
+    answered = adapted[model_type]
+    assert "adapted" in answered, answered["error"]
+    model, _ = adapters(model_type)
+    compare(model, family_processor(model_type), worker.PLAIN, answered["adapted"])
+    plain = AutoModelForImageTextToText.from_pretrained(other_path(model_type)).eval()
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        compare(plain, family_processor(model_type), worker.PLAIN, answered["adapted"])

@@ -100,9 +100,9 @@ def prompts() -> list[list[dict]]:
     ]
 
 
-def ask(llm, processor, requests, n: int = 1, **sampling) -> list[dict]:
+def ask(llm, processor, requests, n: int = 1, adapter=None, **sampling) -> list[dict]:
     """For every (number of a prompt, setting) its expanded ids, how many of them were cached, and its answers: the new
-    ids and their log-probabilities."""
+    ids and their log-probabilities. `adapter`: a LoRARequest."""
     from vllm import SamplingParams
 
     from avar_verl.intervention.vllm_hook import request_arguments
@@ -127,7 +127,7 @@ def ask(llm, processor, requests, n: int = 1, **sampling) -> list[dict]:
     asked = [make_request(processor, conversations[index]) for index, _ in requests]
     return [
         {**answer(output, completion), "num_cached": output.num_cached_tokens}
-        for output in llm.generate(asked, params, use_tqdm=False)
+        for output in llm.generate(asked, params, use_tqdm=False, lora_request=adapter)
         for completion in output.outputs
     ]
 
@@ -157,6 +157,40 @@ def sent(llm, processor, job: dict) -> list[dict]:
     llm.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
     return ask(llm, processor, PLAIN)
+
+
+def adapted(llm, processor, job: dict) -> list[dict]:
+    """After the weights of `job["other"]` and the adapter `job["adapter"]` were sent as verl sends those of its actor
+    (verl/utils/fsdp_utils.py:715, workers/rollout/vllm_rollout/utils.py:362)."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForImageTextToText
+    from verl.utils.fsdp_utils import replace_lora_wrapper
+    from verl.utils.vllm.utils import TensorLoRARequest, VLLMHijack, resolve_weight_name
+    from vllm.lora.request import LoRARequest
+
+    from avar_verl.plugin.compat.verl.weight_names import checkpoint_name, peft_name
+
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(job["other"]), job["adapter"])
+    base, config = model.get_base_model(), model.peft_config["default"]
+    name_of = peft_name(checkpoint_name(base))
+    buffers = dict(base.named_buffers())
+    weights = [
+        (name_of(replace_lora_wrapper(name.replace(".base_layer", ""), config)), value)
+        for name, value in base.state_dict().items()
+        if "lora_" not in name and name not in buffers
+    ]
+
+    def load(inner) -> None:
+        names = {name for name, _ in inner.named_parameters(remove_duplicate=False)}
+        names.update(name for name, _ in inner.named_buffers())
+        inner.load_weights((resolve_weight_name(inner, name, names), value) for name, value in weights)
+
+    llm.apply_model(load)
+    VLLMHijack.hijack()
+    named = {"lora_name": "adapter", "lora_int_id": 1, "lora_path": "none"}
+    tensors = {name_of(name): value for name, value in get_peft_model_state_dict(model).items()}
+    llm.llm_engine.add_lora(TensorLoRARequest(**named, peft_config=config.to_dict(), lora_tensors=tensors))
+    return ask(llm, processor, PLAIN, adapter=LoRARequest(**named))
 
 
 def refusal(llm, processor, spec: str) -> str:
@@ -211,7 +245,7 @@ def intervened(llm, processor, job: dict) -> dict:
     return answers
 
 
-QUESTIONS = {function.__name__: function for function in (loaded, sent, stock, default, intervened)}
+QUESTIONS = {function.__name__: function for function in (loaded, sent, adapted, stock, default, intervened)}
 
 
 def main(jobs: list[dict]) -> list[dict]:

@@ -29,6 +29,13 @@ SFT_LAUNCHERS = ("trainer/sft_trainer.py", "trainer/sft_trainer_ray.py")
 NOT_TRAINING = ("trainer/main_generation_server.py", "trainer/main_eval.py")
 # The estimators that divide by the standard deviation of the group, as r_visual's own part is.
 ESTIMATORS = ("grpo", "grpo_vectorized")
+# Estimators that read what verl's V1 trainer does not fetch (trainer_base.py:1745): it fails in the first step.
+NOT_IN_V1 = {
+    "gdpo": "prompts",
+    "remax": "reward_baselines",
+    "optimal_token_baseline": "sum_pi_squared",
+    "tir_optimal_token_baseline": "sum_pi_squared",
+}
 # What makes a stage do more than verl does, with the value that switches it off.
 AGTO_OFF = {"alpha": 0, "beta": 0, "measure": False}
 VARS_OFF = {"lambda_v": 0, "measure": False, "measure_dependency": False, "token_weights": "none"}
@@ -142,9 +149,8 @@ def _is_avar_trainer(name: str) -> bool:
         return name in TRAINER_NAMES.values()
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-    from avar_verl.plugin.trainer.ppo import VarsMixin
-
-    return name in TRAINER_REGISTRY and issubclass(TRAINER_REGISTRY[name], VarsMixin)
+    ours = tuple(TRAINER_REGISTRY[own] for own in TRAINER_NAMES.values())
+    return name in TRAINER_REGISTRY and issubclass(TRAINER_REGISTRY[name], ours)
 
 
 def _check_trainer(config: DictConfig, wanted: dict[str, tuple]) -> None:
@@ -156,7 +162,7 @@ def _check_trainer(config: DictConfig, wanted: dict[str, tuple]) -> None:
     if not _is_avar_trainer(mode):
         got = f"trainer.v1.trainer_mode={mode}, which trains without"
         ours = TRAINER_NAMES.get(mode, TRAINER_NAMES["sync"])
-        _refuse(wanted, "needs a trainer with VarsMixin", got, f"Set trainer.v1.trainer_mode={ours}.")
+        _refuse(wanted, "needs an avar trainer or a subclass of one", got, f"Set trainer.v1.trainer_mode={ours}.")
 
 
 def _check_engine(path: str, engine: DictConfig, strategy: tuple[str, str], wanted: dict[str, tuple]) -> None:
@@ -300,6 +306,15 @@ def _check_rollout_log_probs(config: DictConfig) -> None:
         )
 
 
+def _check_estimator(config: DictConfig) -> None:
+    estimator = str(config.algorithm.adv_estimator)
+    if estimator in NOT_IN_V1:
+        raise ValueError(
+            "verl's V1 trainer does not fetch what some estimators read; got "
+            f"algorithm.adv_estimator={estimator}, which reads {NOT_IN_V1[estimator]}. Set another one, such as grpo."
+        )
+
+
 def _check_reward_manager(config: DictConfig, settings: RewardManagerConfig) -> None:
     manager = config.reward.reward_manager
     changed = _wanted("avar.reward", settings, {f.name: f.default for f in fields(RewardManagerConfig)})
@@ -322,6 +337,7 @@ def check_grpo(config: DictConfig, avar: AvarConfig) -> None:
     mode = config.trainer.v1.trainer_mode
     if config.trainer.use_v1 and _is_avar_trainer(mode):
         check_grpo_config(config, avar.vars)
+        _check_estimator(config)
         _check_rollout_log_probs(config)
         # Other engines split batches in other ways.
         if "ulysses_sequence_parallel_size" in config.actor_rollout_ref.actor:

@@ -1,43 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO with VARS through verl's launcher in other modes: asynchronous trainers, bypass of old_log_probs."""
+"""GRPO with VARS through verl's launcher: other trainers, several processes, LoRA, settings of large models."""
+
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from avar_verl.tools.demo import photo_grid
+from tests.compatibility import RUNS
 from tests.e2e import launch
 
-# Two starts of Ray, vLLM and the trainer.
+# Two minutes each on two idle cores.
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-MODE = "trainer.v1.trainer_mode"
-CORRECTION = "algorithm.rollout_correction"
-# Overrides, whether old_log_probs are computed.
-MODES = {
-    "colocate_async": ([f"{MODE}=avar_colocate_async", f"{CORRECTION}.rollout_is=token"], True),
-    "bypass": ([f"{CORRECTION}.bypass_mode=true"], False),
-}
 
-
-@pytest.mark.parametrize("name", MODES)
-def test_two_steps(tmp_path, tiny_model_path, name):
+@pytest.fixture
+def run(tmp_path, tiny_model_path):
+    """`run(name)` -> metrics by step of a launch of RUNS, with validation and a checkpoint after the second one."""
     photo_grid.make_rl_parquet(tmp_path / "rl.parquet", 12, 0, "train")
     (tmp_path / "reward.py").write_text(launch.REWARD)
-    own, recomputes = MODES[name]
-    overrides = [
-        f"reward.custom_reward_function.path={tmp_path / 'reward.py'}",
-        "avar.vars.statistic=image_share",
-        "trainer.total_training_steps=2",
-        "trainer.total_epochs=2",
-        "trainer.save_freq=2",
-        "trainer.test_freq=2",
-        "data.val_batch_size=4",
-        *own,
-    ]
-    command = launch.grpo(tmp_path, tiny_model_path, tmp_path / "rl.parquet", overrides)
-    metrics = launch.run(command, tmp_path, name)
-    assert sorted(metrics) == [1, 2]
+
+    def start(name: str, *more: str, model=tiny_model_path) -> dict[int, dict]:
+        overrides = [
+            f"reward.custom_reward_function.path={tmp_path / 'reward.py'}",
+            "avar.vars.statistic=image_share",
+            "trainer.total_training_steps=2",
+            "trainer.total_epochs=2",
+            "trainer.save_freq=2",
+            "trainer.test_freq=2",
+            "data.val_batch_size=4",
+            *RUNS[name],
+            *more,
+        ]
+        metrics = launch.run(launch.grpo(tmp_path, model, tmp_path / "rl.parquet", overrides), tmp_path, name)
+        assert sorted(metrics) == [1, 2]
+        check_rewards(metrics)
+        return metrics
+
+    return start
+
+
+def check_rewards(metrics: dict[int, dict], kl_in_reward: bool = False) -> None:
     for record in metrics.values():
         assert record["avar/measured_rollouts"] == 16
         assert 0 < record["avar/image_share"] < 1
@@ -46,14 +53,75 @@ def test_two_steps(tmp_path, tiny_model_path, name):
         total = record["avar/reward/score"] + record["avar/r_visual/weighted"]
         assert record["critic/score/mean"] == pytest.approx(total, rel=1e-5)
         assert record["actor/grad_norm"] > 0
-        assert ("actor/entropy" in record) == recomputes
-        assert ("rollout_corr/rollout_is_mean" in record) == recomputes
-    # Validation is measured between two batches of rollouts, and training goes on after it.
+    # Validation is measured between two batches of rollouts.
     last = metrics[2]
     assert 0 < last["val-aux/avar/photo_grid/image_share/mean@1"] < 1
     weighted, gated = (last[f"val-aux/avar/photo_grid/r_visual_{part}/mean@1"] for part in ("weighted", "gated"))
     assert weighted == pytest.approx(0.3 * gated)
-    before = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).state_dict()
-    folder = tmp_path / "checkpoints" / "global_step_2" / "actor" / "huggingface"
-    after = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def check_all_moved(tmp_path, tiny_model_path) -> None:
+    before = weights(tiny_model_path)
+    after = weights(tmp_path / "checkpoints" / "global_step_2" / "actor" / "huggingface")
     assert all(not torch.equal(tensor, after[key].to(tensor.dtype)) for key, tensor in before.items())
+
+
+def test_colocate_async(run, tmp_path, tiny_model_path):
+    """Rollouts of the second step were begun before the first update, so they are corrected for."""
+    metrics = run("colocate_async")
+    assert all("actor/entropy" in record and "rollout_corr/rollout_is_mean" in record for record in metrics.values())
+    check_all_moved(tmp_path, tiny_model_path)
+
+
+def test_bypass(run, tmp_path, tiny_model_path):
+    metrics = run("bypass")
+    assert not any("actor/entropy" in record or "rollout_corr/rollout_is_mean" in record for record in metrics.values())
+    check_all_moved(tmp_path, tiny_model_path)
+
+
+def test_two_processes_and_two_rollout_servers(run, tmp_path, tiny_model_path):
+    """With every setting of verl's scripts for large models that does not exclude another one."""
+    metrics = run("two_processes")
+    for record in metrics.values():
+        assert record["training/rollout_actor_probs_pearson_corr"] > 0.99
+        assert "actor/entropy_loss" in record
+    check_all_moved(tmp_path, tiny_model_path)
+    # The merger puts the shards of both processes together as the trainer does.
+    actor = tmp_path / "checkpoints" / "global_step_2" / "actor"
+    merge(actor, tmp_path / "merged")
+    merged, written = weights(tmp_path / "merged"), weights(actor / "huggingface")
+    assert merged.keys() == written.keys()
+    for name, tensor in written.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-2, atol=1e-3)  # bfloat16
+
+
+def merge(actor, target) -> None:
+    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    command += ["--local_dir", str(actor), "--target_dir", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=launch.environment(target / "x"))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_merged"])
+def test_lora(run, tmp_path, tiny_model_path, name):
+    """vLLM samples with the adapters; only they move; the merger writes them beside the model they belong to."""
+    # So large a step that rollouts without the adapter would be another policy's.
+    metrics = run(name, "actor_rollout_ref.actor.optim.lr=1e-2")
+    for record in metrics.values():
+        assert record["training/rollout_actor_probs_pearson_corr"] > 0.99
+    if name == "lora":
+        assert metrics[2]["actor/kl_loss"] > 0 and "actor/reward_kl_penalty" in metrics[2]
+    actor = tmp_path / "checkpoints" / "global_step_2" / "actor"
+    merge(actor, tmp_path / "merged")
+    before, after = weights(tiny_model_path), weights(tmp_path / "merged")
+    for key, tensor in before.items():
+        torch.testing.assert_close(after[key], tensor, rtol=1e-2, atol=1e-3)  # bfloat16
+    adapter = load_file(tmp_path / "merged" / "lora_adapter" / "adapter_model.safetensors")
+    assert {key.rpartition(".lora_")[2] for key in adapter} == {"A.weight", "B.weight"}
+    assert all(bool(tensor.abs().max() > 1e-4) for key, tensor in adapter.items())
+    config = json.loads((tmp_path / "merged" / "lora_adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 8 and sorted(config["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]

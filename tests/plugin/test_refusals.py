@@ -96,7 +96,7 @@ def test_every_switch_asks_for_our_trainer(asked, shown):
 
 
 def test_a_setting_of_the_trainer_or_the_reward_manager_needs_it():
-    with pytest.raises(ValueError, match="avar.trainer.poll_interval_s=1.0 needs a trainer with VarsMixin"):
+    with pytest.raises(ValueError, match="avar.trainer.poll_interval_s=1.0 needs an avar trainer or a subclass of one"):
         grpo("trainer.v1.trainer_mode=sync", OFF, "avar.trainer.poll_interval_s=1.0")
     with pytest.raises(ValueError, match="avar.reward.max_failures=3 is read by the reward manager avar; got .*naive"):
         grpo("reward.reward_manager.name=naive", "avar.reward.max_failures=3")
@@ -141,18 +141,19 @@ def test_the_recipes_themselves_pass():
 
 
 def test_a_trainer_of_somebodys_own():
-    """A subclass of ours and one with the mixin pass, another class does not."""
+    """A subclass of ours passes, another class does not."""
     from verl.trainer.ppo.v1 import PPOTrainerSync
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-    from avar_verl.plugin.trainer.ppo import AvarPPOTrainer, VarsMixin
+    from avar_verl.plugin.trainer.ppo import AvarPPOTrainerColocateAsync
 
-    own = {"own_avar": type("Own", (AvarPPOTrainer,), {}), "own_sync": type("Other", (PPOTrainerSync,), {})}
-    own["own_mixed"] = type("Mixed", (VarsMixin, PPOTrainerSync), {})
+    own = {
+        "own_avar": type("Own", (AvarPPOTrainerColocateAsync,), {}),
+        "own_sync": type("Other", (PPOTrainerSync,), {}),
+    }
     TRAINER_REGISTRY.update(own)
     try:
         grpo("trainer.v1.trainer_mode=own_avar")
-        grpo("trainer.v1.trainer_mode=own_mixed")
         with pytest.raises(ValueError, match="got trainer.v1.trainer_mode=own_sync"):
             grpo("trainer.v1.trainer_mode=own_sync")
     finally:
@@ -177,7 +178,7 @@ def test_another_engine_would_not_freeze(name):
 def test_the_node_alone_is_checked():
     """A stock config with `avar` and nothing else of the recipe; the node must be the recipe's."""
     overrides = ["+avar=avar", "actor_rollout_ref.rollout.name=vllm"]
-    with pytest.raises(ValueError, match="avar.vars.lambda_v=0.3 needs a trainer with VarsMixin"):
+    with pytest.raises(ValueError, match="avar.vars.lambda_v=0.3 needs an avar trainer or a subclass of one"):
         check_run(recipe("ppo_trainer", *overrides), MAIN_PPO, overrides)
     with pytest.raises(ValueError, match="avar.agto.alpha=0.15, avar.agto.beta=0.15 is read from AvarFSDPEngineConfig"):
         check_run(recipe("sft_trainer_engine", "+avar=avar", "engine.strategy=fsdp2"), SFT)
@@ -414,11 +415,11 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
     [
         (
             ["-m", "verl.trainer.main_ppo", *CONFIG, "avar_grpo", "machine=cpu_grpo", "trainer.v1.trainer_mode=sync"],
-            "avar.vars.lambda_v=0.3 needs a trainer with VarsMixin; got trainer.v1.trainer_mode=sync",
+            "avar.vars.lambda_v=0.3 needs an avar trainer or a subclass of one; got trainer.v1.trainer_mode=sync",
         ),
         (
             ["-m", "verl.trainer.main_ppo", "+avar=avar"],
-            "avar.vars.lambda_v=0.3 needs a trainer with VarsMixin; got trainer.v1.trainer_mode=",
+            "avar.vars.lambda_v=0.3 needs an avar trainer or a subclass of one; got trainer.v1.trainer_mode=",
         ),
         (
             [*TORCHRUN, *CONFIG, "avar_sft", "machine=cpu_sft", "engine.strategy=fsdp_turbo"],

@@ -37,7 +37,7 @@ from avar_verl.objectives.alarms import system_mass_alarm
 from avar_verl.objectives.dependency import mean_dependency, token_dependency
 from avar_verl.objectives.vars import MASS_FIELDS, VISUAL_ROLES, VisualReduction, visual_fields
 from avar_verl.plugin.compat.cpu.detect import PLATFORM
-from avar_verl.plugin.compat.verl.weight_names import checkpoint_name
+from avar_verl.plugin.compat.verl.weight_names import checkpoint_name, peft_name
 from avar_verl.plugin.config import (
     DEPENDENCY_OUTPUT,
     MEASURE_FLAG,
@@ -467,10 +467,33 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
         params, peft_config = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
         module = getattr(self.module, "_fsdp_wrapped_module", self.module)
-        if hasattr(module, "peft_config"):
-            return params, peft_config
-        name_of = checkpoint_name(module)
+        is_peft = hasattr(module, "peft_config")
+        name_of = checkpoint_name(module.get_base_model() if is_peft else module)
+        if is_peft:
+            name_of = peft_name(name_of)
+        if peft_config is not None and base_sync_done:
+            params = list(params)
+            self._check_adapters([name for name, _ in params])
         return ((name_of(name), param) for name, param in params), peft_config
+
+    def _check_adapters(self, names: list[str]) -> None:
+        """Refuse adapters that vLLM would ignore, so that it would roll out with another policy than the trained one.
+
+        vLLM puts adapters into the language model alone (unless its `enable_tower_connector_lora` is set, which verl
+        does not do), and says nothing about the tensors of others.
+        """
+        if self._family is None:
+            return
+        outside = ("base_model.model." + self._family.vision_tower + ".",)
+        outside += tuple(f"base_model.model.{prefix}." for prefix in self._family.projectors)
+        ignored = sorted(name for name in names if name.startswith(outside))
+        if ignored:
+            raise ValueError(
+                "vLLM applies adapters to the language model alone; got "
+                f"{len(ignored)} tensors of adapters in the vision tower or the projector, such as {ignored[0]!r}. Set "
+                "actor_rollout_ref.actor.freeze_vision_tower=true and fsdp_config.freeze_projector=true, leave them "
+                "out with actor_rollout_ref.model.exclude_modules, or set actor_rollout_ref.model.lora.merge=true."
+            )
 
 
 # (device, vendor) keys that win over the device keys of verl's own FSDP engines.
