@@ -97,8 +97,7 @@ SECTIONS = {
         refused("verl's old trainer", "trainer.use_v1=false"),
     ],
     "Memory and speed of the actor": [
-        engine("fused kernels, packed", f"{MODEL}.use_fused_kernels=true", with_=(PACKED,), note="backend `torch`"),
-        engine("fused kernels, padded", f"{MODEL}.use_fused_kernels=true", note="backend `torch`"),
+        engine("fused kernels", f"{MODEL}.use_fused_kernels=true", with_=(PACKED,), note="backend `torch`"),
         engine("entropy checkpointing", CHECKPOINTED, with_=(ENTROPY,)),
         engine(
             "entropy in chunks",

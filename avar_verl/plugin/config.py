@@ -236,7 +236,8 @@ class VarsConfig:
     (`attention.mass.choose_implementation`)."""
 
     alarm_window: int = 20
-    """Number of steps over which avar/alarm/rise_without_accuracy compares statistic and accuracy, >= 2; 0 disables it.
+    """Number of steps (of mini-batches with avar_separate_async) over which avar/alarm/rise_without_accuracy compares
+    statistic and accuracy, >= 2; 0 disables it.
     """
 
     def __post_init__(self):
@@ -346,7 +347,7 @@ class RewardManagerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """The trainer `avar_sync` (`plugin.trainer`), whatever is rewarded."""
+    """Every trainer of `plugin.trainer`, whatever is rewarded."""
 
     poll_interval_s: float | None = 0.1
     """Seconds between two looks of verl's replay buffer at the rollouts, > 0; null keeps the buffer's own interval

@@ -117,7 +117,8 @@ def run(scenario: dict, model_path: str, rows: list[dict]) -> dict:
         object.__setattr__(loss_config, "loss_mode", loss)
         output = worker.update_actor(data.copy())
         if output is not None:
-            metrics = {key: value for key, value in tu.get(output, "metrics").items() if "/mfu" not in key}
+            metrics = tu.get(output, "metrics").items()
+            metrics = {key: value for key, value in metrics if key != "mfu" and not key.startswith("perf/")}
             out["metrics"].append({"name": loss, **metrics})
     out["parameters"] = {name: p.full_tensor().clone() for name, p in worker.actor.engine.module.named_parameters()}
     return out

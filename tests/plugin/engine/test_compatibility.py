@@ -13,7 +13,8 @@ from avar_verl.objectives.vars import VISUAL_FIELDS
 from avar_verl.tools.demo import photo_grid
 from tests.compatibility import ACTOR, ROWS
 
-pytestmark = pytest.mark.e2e
+# A minute of CPU.
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SCRIPT = Path(__file__).parent / "grpo_scenarios.py"
 ENGINE_ROWS = [row for row in ROWS if row.test == "engine"]
@@ -50,7 +51,7 @@ def results(tmp_path_factory, tiny_model_path) -> dict:
     spec["scenarios"] = [{"name": name, **scenarios[name]} for name in order]
     (work / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(SCRIPT)]
-    done = subprocess.run([*command, str(work)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*command, str(work)], capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(work / "result.pt", weights_only=False)
 

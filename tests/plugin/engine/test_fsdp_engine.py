@@ -142,6 +142,8 @@ def two(tmp_path_factory, tiny_model_path, data_file) -> dict:
         "dependency": {"vars": DEPENDENCY},
         "dependency_micro": {"vars": DEPENDENCY, "micro": 1},
         "swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, "micro": 1},
+        "hsdp": {"agto": GUIDED, "engine": {"fsdp_size": 1}},
+        "hsdp_dependency": {"vars": DEPENDENCY, "engine": {"fsdp_size": 1}},
         "ulysses": {"agto": GUIDED, **ulysses},
         "ulysses_micro": {"agto": GUIDED, "micro": 2, "checkpointing": True, **ulysses},
         "ulysses_visual": {"vars": {}, **ulysses},
@@ -254,7 +256,7 @@ def test_a_subset_of_heads_is_refused_under_sequence_parallelism(two):
     assert "a subset of heads cannot be guided under sequence parallelism" in two["ulysses_heads"]["error"]
 
 
-@pytest.mark.parametrize("scenario", ["guided", "guided_micro", "ulysses", "ulysses_micro"])
+@pytest.mark.parametrize("scenario", ["guided", "guided_micro", "hsdp", "ulysses", "ulysses_micro"])
 def test_data_and_sequence_parallel_size_change_nothing(one, two, scenario):
     assert_same_training(one["guided"], two[scenario], **TOLERANCE)
 
@@ -412,7 +414,7 @@ def test_dependency_does_not_depend_on_the_layout(one, scenario):
     assert dependencies(one[scenario])[3] == 0
 
 
-@pytest.mark.parametrize("scenario", ["dependency", "dependency_micro", "ulysses_dependency"])
+@pytest.mark.parametrize("scenario", ["dependency", "dependency_micro", "hsdp_dependency", "ulysses_dependency"])
 def test_dependency_does_not_depend_on_the_number_of_processes(one, two, scenario):
     """The first process has every other sample, or under sequence parallelism all. The one without an image is the
     other's: in micro-batches of one, its own forward pass has no image while the first's has one.

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of recipes/avar/cluster: what they start, on which node; two nodes of a Ray cluster on this machine."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+CLUSTER = Path(__file__).parents[1] / "recipes" / "avar" / "cluster"
+# Stands for srun, which runs a command on every node, and for scontrol, which lists them.
+SRUN = """#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+for SLURM_NODEID in 0 1; do SLURM_NODEID=$SLURM_NODEID "$@"; done
+"""
+SCONTROL = '#!/usr/bin/env bash\n[ "$*" = "show hostnames n[0-1]" ] && printf "n0\\nn1\\n"\n'
+# Stands for the script of the stage.
+STAGE = '#!/usr/bin/env bash\necho "$(basename "$0") $NODE_RANK $NNODES $GPUS $HEAD $MASTER_ADDR $*"\n'
+
+
+@pytest.mark.parametrize("stage, script", [("sft", "run_sft_qwen2_5_vl_7b.sh"), ("grpo", "on_every_node.sh")])
+def test_slurm_runs_the_stage_on_every_node(tmp_path, stage, script):
+    recipe = tmp_path / "recipe"
+    (recipe / "cluster").mkdir(parents=True)
+    python = f'#!/usr/bin/env bash\n[ "$*" = "-m recipes.avar" ] && echo {recipe}\n'
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", python)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (recipe / ("cluster" if stage == "grpo" else "") / script).write_text(STAGE)
+    slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[0-1]"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STAGE": stage, **slurm}
+    command = ["bash", CLUSTER / "slurm.sh", "a=1", "b=2 3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{script} {rank} 2 4 n0 n0 a=1 b=2 3" for rank in (0, 1)], done.stderr
+    refused = subprocess.run(command, env={**environment, "STAGE": "rl"}, capture_output=True, text=True)
+    assert refused.returncode == 2 and "STAGE must be sft or grpo; got rl" in refused.stderr
+
+
+def test_skypilot_runs_the_same_script():
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "num_nodes", "workdir", "resources", "envs", "file_mounts", "setup", "run"}
+    assert task["envs"]["OUT"].startswith(tuple(task["file_mounts"]))
+    script = task["run"].split()[-1]
+    assert (CLUSTER.parents[2] / script).exists()
+    for variable in ("HEAD", "NODE_RANK", "NNODES", "GPUS", "PORT"):
+        assert f"{variable}=" in task["run"] and variable in (CLUSTER / "on_every_node.sh").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_nodes_find_each_other_and_end_together(tmp_path):
+    """Two nodes on this machine; what they would train prints the nodes that it sees."""
+    (tmp_path / "job.py").write_text(
+        "import ray, sys\n"
+        "ray.init(log_to_driver=False)\n"
+        "print('ran on', sum(node['Alive'] for node in ray.nodes()), 'nodes with', sys.argv[1])\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"HEAD": "127.0.0.1", "PORT": str(port), "NNODES": "2", "GPUS": "1"}
+    settings["RUN"] = f"python {tmp_path / 'job.py'}"
+    nodes = [
+        subprocess.Popen(
+            ["bash", CLUSTER / "on_every_node.sh", "x=1"],
+            env={**os.environ, **settings, "NODE_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("1", "0")
+    ]
+    other, head = (node.communicate(timeout=300)[0] for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], head + other
+    assert "ran on 2 nodes with x=1" in head
