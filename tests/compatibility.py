@@ -25,9 +25,10 @@ TESTS = {
     "advantage": "the trainer's advantages; they are those that verl's trainer computes from the sum of both rewards",
     "filter": "the trainer's replay buffer on a real TransferQueue",
     "run": "two steps through verl's launcher with vLLM",
-    "sequence": "training and masses on two processes; they are those of one",
+    "processes": "training and masses on two processes; they are those of one",
 }
 
+TWO = ("trainer.n_gpus_per_node=2",)
 DYNAMIC = (
     f"{ACTOR}.use_dynamic_bsz=true",
     f"{ROLLOUT}.log_prob_use_dynamic_bsz=true",
@@ -46,7 +47,7 @@ RUNS = {
     "colocate_async": ["trainer.v1.trainer_mode=avar_colocate_async", f"{CORRECTION}.rollout_is=token"],
     "bypass": [f"{CORRECTION}.bypass_mode=true"],
     "two_processes": [
-        "trainer.n_gpus_per_node=2",
+        *TWO,
         *DYNAMIC,
         ENTROPY,
         CHECKPOINTED,
@@ -90,7 +91,7 @@ SECTIONS = {
     "Trainers": [
         Row("asynchronous, colocated", ("trainer.v1.trainer_mode=avar_colocate_async",), "run"),
         Row("bypass mode", (f"{CORRECTION}.bypass_mode=true",), "run", "one pass more, to measure"),
-        Row("several processes and rollout servers", ("trainer.n_gpus_per_node=2",), "run"),
+        Row("several processes and rollout servers", TWO, "run"),
         refused("verl's own trainers", "trainer.v1.trainer_mode=sync"),
         refused("", "trainer.v1.trainer_mode=colocate_async"),
         refused("", "trainer.v1.trainer_mode=separate_async"),
@@ -115,8 +116,8 @@ SECTIONS = {
             f"{ENGINE}.pad_to_length_bucket=512",
             with_=(PACKED,),
         ),
-        Row("HSDP", (f"{ENGINE}.fsdp_size=1",), "sequence", "two replicas of one shard"),
-        Row("sequence parallelism", (f"{ENGINE}.ulysses_sequence_parallel_size=2",), "sequence"),
+        Row("HSDP", (f"{ENGINE}.fsdp_size=1",), "processes", "two replicas of one shard", TWO),
+        Row("sequence parallelism", (f"{ENGINE}.ulysses_sequence_parallel_size=2",), "processes", with_=TWO),
         Row("LoRA, sent to vLLM as adapters", (f"{MODEL}.lora_rank=8",), "run", "in the language model"),
         Row("LoRA, merged", (f"{MODEL}.lora_rank=8", f"{MODEL}.lora.merge=true"), "run"),
         refused("FSDP turbo", f"{ACTOR}.strategy=fsdp_turbo"),

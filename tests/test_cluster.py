@@ -2,8 +2,11 @@
 """The scripts of recipes/avar/cluster: what they start, on which node; two nodes of a Ray cluster on this machine."""
 
 import os
+import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,7 @@ def test_slurm_runs_the_stage_on_every_node(tmp_path, stage, script):
 
 def test_skypilot_runs_the_same_script():
     task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
-    assert set(task) == {"name", "num_nodes", "workdir", "resources", "envs", "file_mounts", "setup", "run"}
+    assert set(task) == {"name", "num_nodes", "workdir", "resources", "envs", "secrets", "file_mounts", "setup", "run"}
     assert task["envs"]["OUT"].startswith(tuple(task["file_mounts"]))
     script = task["run"].split()[-1]
     assert (CLUSTER.parents[2] / script).exists()
@@ -62,16 +65,29 @@ def test_nodes_find_each_other_and_end_together(tmp_path):
         port = free.getsockname()[1]
     settings = {"HEAD": "127.0.0.1", "PORT": str(port), "NNODES": "2", "GPUS": "1"}
     settings["RUN"] = f"python {tmp_path / 'job.py'}"
+    # `ray start` leaves the address of its cluster where every other program of this machine that starts a Ray would
+    # join it. A short folder: the paths of sockets have at most 107 characters.
+    settings["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     nodes = [
         subprocess.Popen(
             ["bash", CLUSTER / "on_every_node.sh", "x=1"],
-            env={**os.environ, **settings, "NODE_RANK": rank},
+            env={
+                **os.environ,
+                **settings,
+                "NODE_RANK": rank,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for rank in ("1", "0")
     ]
-    other, head = (node.communicate(timeout=300)[0] for node in nodes)
+    try:
+        other, head = (node.communicate(timeout=300)[0] for node in nodes)
+    finally:
+        for node in nodes:
+            node.terminate()
+        shutil.rmtree(settings["RAY_TMPDIR"], ignore_errors=True)
     assert [node.returncode for node in nodes] == [0, 0], head + other
     assert "ran on 2 nodes with x=1" in head

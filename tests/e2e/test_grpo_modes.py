@@ -74,6 +74,7 @@ def test_colocate_async(run, tmp_path, tiny_model_path):
     """Rollouts of the second step were begun before the first update, so they are corrected for."""
     metrics = run("colocate_async")
     assert all("actor/entropy" in record and "rollout_corr/rollout_is_mean" in record for record in metrics.values())
+    assert metrics[2]["training/off_policy/trajectory_staleness_worst/max"] == 1
     check_all_moved(tmp_path, tiny_model_path)
 
 

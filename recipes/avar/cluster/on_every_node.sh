@@ -4,8 +4,9 @@
 #
 #   HEAD=node0 NNODES=2 GPUS=8 NODE_RANK=0 MODEL=... bash recipes/avar/cluster/on_every_node.sh [overrides]
 #
-# The package must be installed on every node, and checkpoints need a file system that all of them share. RUN is what
-# the first node runs, by default the recipe's GRPO.
+# The package must be installed on every node, and checkpoints need a file system that all of them share. Ray keeps its
+# token in the home folder; where nodes do not share that, set the same RAY_AUTH_TOKEN on all. RUN is what the first
+# node runs, by default the recipe's GRPO.
 set -euo pipefail
 
 : "${HEAD:?host name or address of the first node}" "${NODE_RANK:?0 on the first node, 1 .. NNODES-1 on the others}"
@@ -14,7 +15,7 @@ PORT=${PORT:-6379}
 export RAY_ADDRESS=$HEAD:$PORT
 RUN=${RUN:-bash $(dirname "$0")/../run_grpo_qwen2_5_vl_7b.sh}
 
-wait_for_head() { until ray health-check --address "$RAY_ADDRESS" > /dev/null 2>&1; do sleep 1; done; }
+wait_for_head() { until (exec 3<> "/dev/tcp/$HEAD/$PORT") 2> /dev/null; do sleep 1; done; }
 
 if [ "$NODE_RANK" -ne 0 ]; then
     wait_for_head
@@ -22,8 +23,8 @@ if [ "$NODE_RANK" -ne 0 ]; then
     exit 0
 fi
 
-# Here RAY_ADDRESS would make it join a cluster that is not there yet. Killed at the end by its id: `ray stop` would stop
-# every Ray of the machine.
+# Here RAY_ADDRESS would make it join a cluster that is not there yet. Ended by its id: `ray stop` would stop all Rays of
+# the machine.
 env -u RAY_ADDRESS ray start --head --port="$PORT" --num-gpus="$GPUS" --include-dashboard=false \
     --disable-usage-stats --block &
 HEAD_ID=$!
