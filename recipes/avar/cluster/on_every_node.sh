@@ -23,8 +23,8 @@ if [ "$NODE_RANK" -ne 0 ]; then
     exit 0
 fi
 
-# Here RAY_ADDRESS would make it join a cluster that is not there yet. Ended by its id: `ray stop` would stop all Rays of
-# the machine.
+# Here RAY_ADDRESS would make it join a cluster that is not there yet. Ended by its id: `ray stop` would stop every
+# Ray of the machine.
 env -u RAY_ADDRESS ray start --head --port="$PORT" --num-gpus="$GPUS" --include-dashboard=false \
     --disable-usage-stats --block &
 HEAD_ID=$!
