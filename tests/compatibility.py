@@ -45,6 +45,17 @@ DR_GRPO = "algorithm.norm_adv_by_std_in_grpo=false"
 # Launches of two steps (tests/e2e/test_grpo_modes.py), by name. Settings that do not depend on each other share one.
 RUNS = {
     "colocate_async": ["trainer.v1.trainer_mode=avar_colocate_async", f"{CORRECTION}.rollout_is=token"],
+    "separate_async": [
+        "trainer.v1.trainer_mode=avar_separate_async",
+        "trainer.v1.separate_async.parameter_sync_step=2",
+        f"{ACTOR}.ppo_mini_batch_size=2",
+        "actor_rollout_ref.hybrid_engine=false",
+        f"{ROLLOUT}.nnodes=1",
+        f"{ROLLOUT}.n_gpus_per_node=1",
+        f"{ROLLOUT}.checkpoint_engine.backend=gloo",
+        f"{ROLLOUT}.checkpoint_engine.custom_backend_module=avar_verl.plugin.compat.cpu.checkpoint_engine",
+        "ray_kwargs.ray_init.num_gpus=2",
+    ],
     "bypass": [f"{CORRECTION}.bypass_mode=true"],
     "two_processes": [
         *TWO,
@@ -58,6 +69,9 @@ RUNS = {
     "lora": [*ADAPTERS, *KL_LOSS, KL_REWARD, f"{ACTOR}.policy_loss.loss_mode=cispo"],
     "lora_merged": [*ADAPTERS, f"{MODEL}.lora.merge=true"],
 }
+
+
+FUSED_NOTE = "backend `torch`; Qwen and GLM-4.1V, refused for other families, whose images verl would drop"
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,12 @@ def refused(what: str, *settings: str) -> Row:
 SECTIONS = {
     "Trainers": [
         Row("asynchronous, colocated", ("trainer.v1.trainer_mode=avar_colocate_async",), "run"),
+        Row(
+            "asynchronous, separate",
+            ("trainer.v1.trainer_mode=avar_separate_async", "actor_rollout_ref.hybrid_engine=false"),
+            "run",
+            "weights over gloo; without replicas on the training processes",
+        ),
         Row("bypass mode", (f"{CORRECTION}.bypass_mode=true",), "run", "one pass more, to measure"),
         Row("several processes and rollout servers", TWO, "run"),
         refused("verl's own trainers", "trainer.v1.trainer_mode=sync"),
@@ -98,7 +118,7 @@ SECTIONS = {
         refused("verl's old trainer", "trainer.use_v1=false"),
     ],
     "Memory and speed of the actor": [
-        engine("fused kernels", f"{MODEL}.use_fused_kernels=true", with_=(PACKED,), note="backend `torch`"),
+        engine("fused kernels", f"{MODEL}.use_fused_kernels=true", with_=(PACKED,), note=FUSED_NOTE),
         engine("entropy checkpointing", CHECKPOINTED, with_=(ENTROPY,)),
         engine(
             "entropy in chunks",
@@ -183,7 +203,8 @@ SECTIONS = {
 UNTESTED = {
     "offload policy": (f"{ENGINE}.offload_policy=true", "pins memory, which needs an accelerator"),
     "fused kernels of Triton and Liger": (f"{MODEL}.fused_kernel_options.impl_backend", "need an accelerator"),
-    "separate trainers": ("trainer.v1.trainer_mode=avar_separate_async", "verl's checkpoint engines need accelerators"),
+    "asynchronous, separate, with hybrid replicas": ("actor_rollout_ref.hybrid_engine=true", "two vLLM servers"),
+    "checkpoint engines": (f"{ROLLOUT}.checkpoint_engine.backend", "all of verl's but `naive` need an accelerator"),
     "GAE": ("algorithm.adv_estimator=gae", "r_visual reaches the reward as in GRPO; the critic's engine is verl's own"),
     "FSDP1": (f"{ACTOR}.strategy=fsdp", "needs an accelerator"),
     "SGLang, TensorRT-LLM": (f"{ROLLOUT}.name", "need an accelerator"),

@@ -80,7 +80,7 @@ def _register_cpu_engines(_module: ModuleType) -> None:
 
 
 def _run_on_cpu() -> None:
-    from avar_verl.plugin.compat.cpu import flash, process_group, vllm
+    from avar_verl.plugin.compat.cpu import flash, process_group, saved_policy, vllm
 
     if SAID not in os.environ:
         os.environ[SAID] = "1"
@@ -88,6 +88,7 @@ def _run_on_cpu() -> None:
     process_group.apply()
     vllm.alias_distribution()
     wrapt.register_post_import_hook(flash.apply, "verl.models.transformers.qwen2_vl")
+    wrapt.register_post_import_hook(saved_policy.apply, "verl.utils.fsdp_utils")
     wrapt.register_post_import_hook(_register_cpu_engines, "verl.workers.engine")
 
 

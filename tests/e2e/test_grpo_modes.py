@@ -38,15 +38,16 @@ def run(tmp_path, tiny_model_path):
         ]
         metrics = launch.run(launch.grpo(tmp_path, model, tmp_path / "rl.parquet", overrides), tmp_path, name)
         assert sorted(metrics) == [1, 2]
-        check_rewards(metrics)
+        check_rewards(metrics, 8 if name == "separate_async" else 16)
         return metrics
 
     return start
 
 
-def check_rewards(metrics: dict[int, dict], kl_in_reward: bool = False) -> None:
+def check_rewards(metrics: dict[int, dict], num_rollouts: int) -> None:
+    """`num_rollouts` of a batch, or of a mini-batch where a step takes them one by one."""
     for record in metrics.values():
-        assert record["avar/measured_rollouts"] == 16
+        assert record["avar/measured_rollouts"] == num_rollouts
         assert 0 < record["avar/image_share"] < 1
         assert 0 < record["avar/r_visual/gated"] <= record["avar/correct"]
         assert record["avar/r_visual/weighted"] == pytest.approx(0.3 * record["avar/r_visual/gated"], rel=1e-5)
@@ -75,6 +76,14 @@ def test_colocate_async(run, tmp_path, tiny_model_path):
     metrics = run("colocate_async")
     assert all("actor/entropy" in record and "rollout_corr/rollout_is_mean" in record for record in metrics.values())
     assert metrics[2]["training/off_policy/trajectory_staleness_worst/max"] == 1
+    check_all_moved(tmp_path, tiny_model_path)
+
+
+def test_separate_async(run, tmp_path, tiny_model_path):
+    """Two mini-batches of eight rollouts a step; weights reach the rollout process after it."""
+    metrics = run("separate_async")
+    for record in metrics.values():
+        assert record["training/rollout_actor_probs_pearson_corr"] > 0.9
     check_all_moved(tmp_path, tiny_model_path)
 
 

@@ -62,6 +62,11 @@ def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:
     return mean_over_own_heads + (mean - mean_over_own_heads.detach())
 
 
+# Models whose images reach verl's fused forward pass (verl/models/transformers/monkey_patch.py:254-277). That of all
+# others (dense_common.py:30) is for text: it takes pixel features as arguments of the loss, and drops them.
+FUSED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
+
+
 class _Guidance:
     """State of one optimizer step: how many samples of the global batch have each term, and sums for the log."""
 
@@ -156,6 +161,12 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 "freeze_vision_tower or freeze_projector with use_orig_params=False. Set use_orig_params=True, or "
                 "strategy=fsdp2."
             )
+        model_type = model_config.hf_config.model_type
+        if model_config.use_fused_kernels and model_type in FAMILIES and model_type not in FUSED:
+            raise ValueError(
+                f"verl's fused kernels pass images on in {FUSED} alone, and drop them in any other model without a "
+                f"word; got use_fused_kernels=True with model_type={model_type!r}. Set model.use_fused_kernels=False."
+            )
         capturing = cls._capturing(engine_config)
         vars_ = engine_config.vars if isinstance(engine_config, AvarFSDPEngineConfig) else None
         measures_dependency = vars_ is not None and vars_.measures_dependency
@@ -172,7 +183,6 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 "sequence parallelism needs packed micro-batches; got use_remove_padding=False with "
                 f"ulysses_sequence_parallel_size={sp_size}. Set model.use_remove_padding=True."
             )
-        model_type = model_config.hf_config.model_type
         family = get_family(model_type)
         if model_config.use_remove_padding and family.unpackable:
             raise ValueError(

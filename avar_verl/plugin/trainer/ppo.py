@@ -4,6 +4,7 @@
 Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import trainer_separate_async
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -262,6 +264,13 @@ class AvarPPOTrainerSeparateAsync(VarsMixin, PPOTrainerSeparateAsync):
 
     VERL_MODE = "separate_async"
     _was_rollout = False
+
+    def _setup(self) -> None:
+        if not self._enable_hybrid_replicas:
+            # Without replicas on the training processes, verl passes its logger an argument that loggers do not have
+            # (trainer_separate_async.py:181): a TypeError, unless the message is not wanted.
+            trainer_separate_async.logger.setLevel(logging.WARNING)
+        super()._setup()
 
     def _take_memory(self) -> None:
         # Only replicas on the training processes take their memory; during validation they may be writing rollouts.

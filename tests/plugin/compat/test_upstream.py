@@ -101,6 +101,10 @@ def maybe_fix_3d_position_ids(data: TensorDict):
             "            Qwen2_5_VLAttention.forward = qwen2_vl_attn_forward",
             1,
         ),
+        # plugin.trainer.ppo, AvarPPOTrainerSeparateAsync: delete its `_setup` when this is gone
+        ("trainer/ppo/v1/trainer_separate_async.py", "PPOTrainerSeparateAsync._setup", "flush=True,", 1),
+        # compat.cpu.saved_policy
+        ("utils/fsdp_utils.py", "fsdp2_sharded_save_to_cpu", "local_gpu_tensor.detach().cpu()\n", 1),
         # compat.cpu.flash
         ("models/transformers/qwen2_vl.py", "_custom_flash_attention_forward", "= fa_peft_integration_check(", 1),
         ("models/transformers/qwen2_vl.py", None, "    _flash_use_top_left_mask = not is_flash_attn", 1),

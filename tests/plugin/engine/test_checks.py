@@ -1,23 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs that the engine refuses before it loads a model, where they need a device or a family that is not here."""
 
+import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
+from verl.models.transformers.monkey_patch import patch_forward_with_backends
 
+from avar_verl.model.families import FAMILIES
 from avar_verl.plugin.config import AgtoConfig, VarsConfig
 from avar_verl.plugin.engine import fsdp
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
 
 
-def check(monkeypatch, model_type="qwen2_5_vl", use_remove_padding=True, processor="a processor", text=(), **engine):
+def check(
+    monkeypatch,
+    model_type="qwen2_5_vl",
+    use_remove_padding=True,
+    processor="a processor",
+    text=(),
+    use_fused_kernels=False,
+    **engine,
+):
     monkeypatch.setattr(fsdp, "get_device_name", lambda: "cuda")
     text = SimpleNamespace(num_hidden_layers=4, num_attention_heads=4, hidden_size=128, **dict(text))
     config = SimpleNamespace(model_type=model_type, get_text_config=lambda: text)
     model = SimpleNamespace(
-        processor=processor, tokenizer_path="folder", use_remove_padding=use_remove_padding, hf_config=config
+        processor=processor,
+        tokenizer_path="folder",
+        use_remove_padding=use_remove_padding,
+        use_fused_kernels=use_fused_kernels,
+        hf_config=config,
     )
     fsdp.AvarFSDPEngine._check(model, AvarFSDPEngineConfig(**engine))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_fused_kernels_that_would_leave_images_out_are_refused(monkeypatch, model_type):
+    common = dict(model_type=model_type, strategy="fsdp2")
+    check(monkeypatch, **common)
+    if model_type in fsdp.FUSED:
+        check(monkeypatch, **common, use_fused_kernels=True)
+        return
+    with pytest.raises(ValueError, match=f"got use_fused_kernels=True with model_type='{model_type}'. Set"):
+        check(monkeypatch, **common, use_fused_kernels=True)
+
+
+def test_verls_fused_forward_of_other_models_drops_images():
+    """And that of those that are allowed takes them."""
+    from verl.models.transformers import dense_common, glm4v, qwen2_vl, qwen3_vl
+
+    assert "pixel_values" not in inspect.signature(dense_common.forward_base_model).parameters
+    assert "loss_kwargs" not in inspect.getsource(dense_common.forward_with_torch_backend).split("**loss_kwargs")[1]
+    for module in (qwen2_vl, qwen3_vl, glm4v):
+        assert "**kwargs" in inspect.getsource(module.forward_with_torch_backend).split(") ->")[1]
+    source = inspect.getsource(patch_forward_with_backends)
+    named = re.findall(r'"(qwen2\w*|qwen3_vl\w*|glm\w*)"', source)
+    assert sorted(named) == sorted(fsdp.FUSED)
 
 
 @pytest.mark.parametrize("part", ["freeze_vision_tower", "freeze_projector"])
