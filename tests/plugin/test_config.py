@@ -343,7 +343,6 @@ def test_recipes_compose_from_their_own_folder(name, machine):
     "overrides, message",
     [
         (["actor_rollout_ref.actor.fsdp_config.vars=null"], "measured by the actor's engine"),
-        (["algorithm.rollout_correction.bypass_mode=true"], "which skips that pass"),
         (["algorithm.filter_groups.enable=true"], "filtering happens before r_visual is known"),
     ],
 )
