@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts of recipes/avar/cluster: what they start, on which node; two nodes of a Ray cluster on this machine."""
+"""The scripts of recipes/avar/cluster: what they start, on which node."""
 
 import os
-import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,45 +45,3 @@ def test_skypilot_runs_the_same_script():
     assert (CLUSTER.parents[2] / script).exists()
     for variable in ("HEAD", "NODE_RANK", "NNODES", "GPUS", "PORT"):
         assert f"{variable}=" in task["run"] and variable in (CLUSTER / "on_every_node.sh").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.e2e
-def test_nodes_find_each_other_and_end_together(tmp_path):
-    """Two nodes on this machine; what they would train prints the nodes that it sees."""
-    (tmp_path / "job.py").write_text(
-        "import ray, sys\n"
-        "ray.init(log_to_driver=False)\n"
-        "print('ran on', sum(node['Alive'] for node in ray.nodes()), 'nodes with', sys.argv[1])\n"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"HEAD": "127.0.0.1", "PORT": str(port), "NNODES": "2", "GPUS": "1"}
-    settings["RUN"] = f"python {tmp_path / 'job.py'}"
-    # `ray start` leaves the address of its cluster where every other program of this machine that starts a Ray would
-    # join it. A short folder: the paths of sockets have at most 107 characters.
-    settings["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    nodes = [
-        subprocess.Popen(
-            ["bash", CLUSTER / "on_every_node.sh", "x=1"],
-            env={
-                **os.environ,
-                **settings,
-                "NODE_RANK": rank,
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("1", "0")
-    ]
-    try:
-        other, head = (node.communicate(timeout=300)[0] for node in nodes)
-    finally:
-        for node in nodes:
-            node.terminate()
-        shutil.rmtree(settings["RAY_TMPDIR"], ignore_errors=True)
-    assert [node.returncode for node in nodes] == [0, 0], head + other
-    assert "ran on 2 nodes with x=1" in head
