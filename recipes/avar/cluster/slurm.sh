@@ -16,7 +16,7 @@ set -euo pipefail
 : "${STAGE:?sft or grpo}"
 RECIPE=$(python -m recipes.avar) # sbatch runs a copy of this file.
 export NNODES=$SLURM_JOB_NUM_NODES GPUS=$SLURM_GPUS_ON_NODE
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export HEAD MASTER_ADDR=$HEAD
 
 case $STAGE in
