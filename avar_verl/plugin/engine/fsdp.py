@@ -64,7 +64,7 @@ def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:
 
 # Models whose images reach verl's fused forward pass (verl/models/transformers/monkey_patch.py:254-277). That of all
 # others (dense_common.py:30) is for text: it takes pixel features as arguments of the loss, and drops them.
-FUSED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
+FUSED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v")
 
 
 class _Guidance:
@@ -162,7 +162,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 "strategy=fsdp2."
             )
         model_type = model_config.hf_config.model_type
-        if model_config.use_fused_kernels and model_type in FAMILIES and model_type not in FUSED:
+        if model_config.use_fused_kernels and model_type in known_families() and model_type not in FUSED:
             raise ValueError(
                 f"verl's fused kernels pass images on in {FUSED} alone, and drop them in any other model without a "
                 f"word; got use_fused_kernels=True with model_type={model_type!r}. Set model.use_fused_kernels=False."

@@ -49,14 +49,14 @@ def test_fused_kernels_that_would_leave_images_out_are_refused(monkeypatch, mode
 
 def test_verls_fused_forward_of_other_models_drops_images():
     """And that of those that are allowed takes them."""
-    from verl.models.transformers import dense_common, glm4v, qwen2_vl, qwen3_vl
+    from verl.models.transformers import dense_common, glm4v, qwen2_vl, qwen3_5, qwen3_vl
 
     assert "pixel_values" not in inspect.signature(dense_common.forward_base_model).parameters
     assert "loss_kwargs" not in inspect.getsource(dense_common.forward_with_torch_backend).split("**loss_kwargs")[1]
-    for module in (qwen2_vl, qwen3_vl, glm4v):
+    for module in (qwen2_vl, qwen3_vl, qwen3_5, glm4v):
         assert "**kwargs" in inspect.getsource(module.forward_with_torch_backend).split(") ->")[1]
     source = inspect.getsource(patch_forward_with_backends)
-    named = re.findall(r'"(qwen2\w*|qwen3_vl\w*|glm\w*)"', source)
+    named = re.findall(r'"(qwen\w*|glm\w*)"', source)
     assert sorted(named) == sorted(fsdp.FUSED)
 
 
