@@ -28,7 +28,7 @@ SINKS = ("gpt_oss",)
 def layer_kinds(text_config: Any) -> list[str]:
     """For every layer its name in `layer_types`, or "cross_attention"."""
     count = text_config.num_hidden_layers
-    kinds = list(getattr(text_config, "layer_types", None) or ())
+    kinds: list[str] = list(getattr(text_config, "layer_types", None) or ())
     if not kinds:  # Mistral and its like have a window in every layer, or in none.
         windowed = getattr(text_config, "sliding_window", None) is not None
         kinds = ["sliding_attention" if windowed else "full_attention"] * count

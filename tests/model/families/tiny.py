@@ -512,7 +512,7 @@ MISTRAL3 = Spec(
             "original_max_position_embeddings": 32,
         },
     },
-    vision={**TOWER, "model_type": "pixtral", "image_size": 224, "initializer_range": 0.1},
+    vision={**TOWER, "model_type": "pixtral", "image_size": 168, "initializer_range": 0.1},
     top={"spatial_merge_size": 2},
     ids={"image_token_index": "[IMG]"},
     image_processor="PixtralImageProcessor",
