@@ -51,15 +51,13 @@ def test_a_run_of_verl_alone_composes_what_it_composed_before(without, name):
 
 
 def test_the_chosen_family_is_that_of_every_process(monkeypatch, tmp_path):
-    """Of this one and of those that it starts by the environment, of Ray's workers by their runtime_env."""
+    """Of this one and of those that it starts, Ray's workers among them, by the environment."""
     (tmp_path / "other_hydra.py").write_text("from avar_verl.model.families.qwen2_vl import FAMILY\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setenv(families.VARIABLE, "")
     with initialize_config_module("recipes.avar.config", version_base=None):
         config = compose("avar_grpo", overrides=["avar.family=other_hydra:FAMILY"], return_hydra_config=True)
         wrong = compose("avar_grpo", overrides=["avar.family=other_hydra:NONE"], return_hydra_config=True)
-        assert compose("avar_grpo").ray_kwargs.ray_init.runtime_env.env_vars.AVAR_FAMILY == ""
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars.AVAR_FAMILY == "other_hydra:FAMILY"
     with pytest.raises(SystemExit, match="has no attribute 'NONE'"):
         SwitchOn().on_job_start(wrong, task_function=compose)
     monkeypatch.setattr(plugin_hydra, "switch_on", lambda: None)

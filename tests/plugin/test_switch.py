@@ -154,6 +154,17 @@ def test_the_trainer_refuses_workers_that_are_off(monkeypatch):
         AvarPPOTrainer(None)
 
 
+def test_the_trainer_refuses_workers_that_do_not_know_the_family(monkeypatch):
+    from avar_verl.plugin.trainer.ppo import check_workers_know
+
+    monkeypatch.setenv("AVAR_FAMILY", "")
+    check_workers_know("")
+    with pytest.raises(ValueError, match="got avar.family='mine:FAMILY' with AVAR_FAMILY=''.*runtime_env.env_vars"):
+        check_workers_know("mine:FAMILY")
+    monkeypatch.setenv("AVAR_FAMILY", "mine:FAMILY")
+    check_workers_know("mine:FAMILY")
+
+
 @pytest.mark.parametrize(
     "wanted, hook, verl, marked, expected",
     [

@@ -5,6 +5,7 @@ Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
 """
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 
+from avar_verl.model import families
 from avar_verl.objectives.alarms import RiseAlarm, system_mass_alarm
 from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
 from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, AvarConfig, TrainerConfig, VarsConfig
@@ -45,6 +47,21 @@ def check_workers_are_on() -> None:
         )
 
 
+def check_workers_know(family: str) -> None:
+    """Refuse a Ray job whose workers would look for another family than `avar.family`.
+
+    Raises:
+        ValueError: the environment of this process, which Ray gives to the workers too, names another one.
+    """
+    named = os.environ.get(families.VARIABLE, "")
+    if named != family:
+        raise ValueError(
+            f"every Ray worker finds the family of a run in its environment; got avar.family={family!r} with "
+            f"{families.VARIABLE}={named!r}. A Ray that the run starts inherits it; for one that was there before, set "
+            f"ray_kwargs.ray_init.runtime_env.env_vars.{families.VARIABLE} too."
+        )
+
+
 class VarsMixin:
     """All of VARS, over any of verl's V1 trainers: `lambda_v * r_visual` on the last response token of correct answers.
 
@@ -63,6 +80,7 @@ class VarsMixin:
 
     def __init__(self, config: DictConfig):
         check_workers_are_on()
+        check_workers_know(config.avar.get("family") or "")
         switch_on()
         self.vars: VarsConfig = omega_conf_to_dataclass(config.avar.vars)
         self.settings: TrainerConfig = omega_conf_to_dataclass(config.avar.trainer)
