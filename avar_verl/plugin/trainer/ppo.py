@@ -32,6 +32,7 @@ from avar_verl.plugin.trainer.dependency import choose_partners, weigh_tokens
 from avar_verl.plugin.trainer.replay_buffer import configured_replay_buffer
 from avar_verl.plugin.trainer.rewards import gate_if_any, reward_infos, reward_part_metrics, validation_parts
 from avar_verl.plugin.trainer.rollouts import IMAGES, rollout_columns, write_images
+from avar_verl.plugin.trainer.validation import ValidationSamples
 
 
 def check_workers_are_on() -> None:
@@ -128,15 +129,15 @@ class VarsMixin:
         self.checkpoint_manager.update_weights(self.global_steps)
 
     def _validate(self) -> dict[str, float]:
-        """verl's validation, which also logs masses and r_visual of its rollouts, by data source.
+        """verl's validation, which also logs masses and r_visual of its rollouts, by data source, and some with images.
 
         verl has no hook between the rollouts of a validation batch and its metrics, so the replay buffer that passes
         them on is wrapped during validation (trainer_base.py:1076).
         """
-        if not self.vars.measures:
-            return super()._validate()
+        self._samples = ValidationSamples(self.config.trainer.log_val_generations, self.tokenizer)
+        looks = [self._measure_validation] if self.vars.measures else []
         buffer = self.replay_buffer
-        self.replay_buffer = _MeasuringBuffer(buffer, self._measure_validation)
+        self.replay_buffer = _WatchedBuffer(buffer, [*looks, self._samples.add])
         try:
             return super()._validate()
         finally:
@@ -241,6 +242,12 @@ class VarsMixin:
             alarms["avar/alarm/rise_without_accuracy"] = float(rises)
         return alarms
 
+    def _maybe_log_val_generations(self, inputs: list, outputs: list, scores: list) -> None:
+        """verl's text of `trainer.log_val_generations` rollouts, and as many with images and parts."""
+        super()._maybe_log_val_generations(inputs, outputs, scores)
+        if self.config.trainer.log_val_generations:
+            self._samples.log(self.config.trainer.logger, self.global_steps, self.validation_generations_logger)
+
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
         """verl's dump of text and score, with what `rollout_columns` adds, and the prompts' images beside it."""
         with marked_timer("dump_rollout_generations", timing_raw, color="green"):
@@ -308,18 +315,19 @@ TRAINERS = {
 }
 
 
-class _MeasuringBuffer:
-    """A replay buffer that passes every batch to `measure` before returning it."""
+class _WatchedBuffer:
+    """A replay buffer that shows every batch to `looks`, in order, before returning it."""
 
-    def __init__(self, buffer, measure):
-        self._buffer, self._measure = buffer, measure
+    def __init__(self, buffer, looks):
+        self._buffer, self._looks = buffer, looks
 
     def __getattr__(self, name):
         return getattr(self._buffer, name)
 
     def sample(self, *args, **kwargs):
         batch, metrics = self._buffer.sample(*args, **kwargs)
-        self._measure(batch)
+        for look in self._looks:
+            look(batch)
         return batch, metrics
 
 
