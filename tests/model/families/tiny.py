@@ -542,6 +542,10 @@ LFM2_VL = Spec(
         "model_type": "lfm2",
         "layer_types": ["conv", "full_attention"],
         "block_auto_adjust_ff_dim": False,
+        # As the checkpoint's config; vLLM reads them, transformers has no use for them.
+        "block_dim": 128,
+        "conv_dim": 128,
+        "conv_dim_out": 128,
         "tie_word_embeddings": True,
     },
     vision={
