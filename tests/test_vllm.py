@@ -218,7 +218,7 @@ def test_vllm_expands_prompts_alike_and_gives_the_same_logprobs(
 
 
 # Weights have the names of checkpoints in memory (the first), or are renamed when they are loaded.
-ADAPTED = ["qwen2_5_vl", "gemma3", "llava_next"]
+ADAPTED = ["qwen2_5_vl", "gemma3"]
 
 
 @pytest.fixture(scope="module")
