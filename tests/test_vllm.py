@@ -17,7 +17,7 @@ from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import collate, render
 from avar_verl.roles import RoleMap
 from tests import vllm_worker as worker
-from tests.e2e.family_data import BFLOAT16_ROLLOUTS, UNSCALED_ROLLOUTS
+from tests.e2e.family_data import BFLOAT16_ROLLOUTS, GPU_ROLLOUTS, UNSCALED_ROLLOUTS
 from tests.model.families.tiny import build_tiny
 
 pytest.importorskip("vllm")
@@ -143,7 +143,7 @@ def test_what_cannot_be_done_is_refused_where_it_is_asked(answers):
 # ---- `make slow` -----------------------------------------------------------------------------------------------
 
 # Half of their layers have states instead of keys, which the hook refuses; see below for another reason.
-HYBRID = (*BFLOAT16_ROLLOUTS, "lfm2_vl")
+HYBRID = (*BFLOAT16_ROLLOUTS, *GPU_ROLLOUTS)
 NOT_HERE = (*MODELS, *HYBRID, *UNSCALED_ROLLOUTS)
 OTHERS = [name for name in FAMILIES if name not in NOT_HERE and not get_family(name).cross_attention]
 
@@ -185,7 +185,7 @@ def test_engines_in_processes_of_their_own(engine, family_path, tmp_path, check)
 
 
 # vLLM has had no Llama 3.2 Vision since 0.10.2; in bfloat16 log-probabilities are not equal to 1e-3.
-ROLLOUTS = [name for name in FAMILIES if name not in ("mllama", *BFLOAT16_ROLLOUTS, *UNSCALED_ROLLOUTS)]
+ROLLOUTS = [name for name in FAMILIES if name not in ("mllama", *HYBRID, *UNSCALED_ROLLOUTS)]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ BFLOAT16_ROLLOUTS = ("qwen3_5", "qwen3_5_moe")
 # vLLM does not read the scaling of queries from a Hugging Face folder (vllm/model_executor/models/mistral.py:106): in
 # the tiny model from position 32 on, in the checkpoints from 16384 on.
 UNSCALED_ROLLOUTS = ("mistral3",)
+# vLLM's short convolution needs Triton (vllm/model_executor/layers/mamba/ops/causal_conv1d.py:567), which no CPU has.
+GPU_ROLLOUTS = ("lfm2_vl",)
 
 
 def guidance(model_type: str) -> list[str]:

@@ -54,9 +54,10 @@ def test_parts_are_in_the_training_and_the_validation_log(tmp_path, tiny_model_p
 
 
 # Llama 3.2 Vision is not in vLLM 0.24.
-@pytest.mark.parametrize(
-    "model_type", [name for name in sorted(FAMILIES) if name not in ("mllama", *family_data.UNSCALED_ROLLOUTS)]
-)
+NOT_HERE = ("mllama", *family_data.UNSCALED_ROLLOUTS, *family_data.GPU_ROLLOUTS)
+
+
+@pytest.mark.parametrize("model_type", [name for name in sorted(FAMILIES) if name not in NOT_HERE])
 def test_grpo_with_vllm_rollouts(family_path, tmp_path, model_type):
     family_data.make_rl(tmp_path / "rl.parquet", 4, model_type)
     (tmp_path / "reward.py").write_text(launch.REWARD)
