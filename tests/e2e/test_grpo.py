@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO with VARS through `python -m verl.trainer.main_ppo`: Ray, real vLLM rollouts, weight sync, kill and resume."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from avar_verl.tools.demo import photo_grid
+from avar_verl.tools.rollouts.command import Show
+from avar_verl.tools.rollouts.show import write_page
 from tests.e2e import launch
 
 # Two starts of Ray, vLLM and the trainer, up to five minutes each.
@@ -28,6 +33,7 @@ def killed_and_resumed(tmp_path_factory, tiny_model_path):
         "trainer.total_training_steps=3",
         "trainer.total_epochs=1",
         "trainer.save_freq=1",
+        f"trainer.rollout_data_dir={work / 'rollouts'}",
     ]
     command = launch.grpo(work, tiny_model_path, work / "rl.parquet", overrides)
     before = launch.run_and_kill(command, work, "killed", after_step=2)
@@ -92,6 +98,33 @@ def test_validation_logs_parts_and_masses_by_data_source(all_steps):
     assert 0 < record["val-aux/avar/photo_grid/image_share/mean@1"] < 1
     weighted, gated = (record[f"val-aux/avar/photo_grid/r_visual_{name}/mean@1"] for name in ("weighted", "gated"))
     assert weighted == pytest.approx(0.3 * gated)
+
+
+def test_rollouts_are_written_with_parts_masses_and_images(killed_and_resumed, all_steps):
+    """Sixteen a step, four a prompt; their means are those of the log."""
+    folder = killed_and_resumed[0] / "rollouts"
+    seen = set()
+    for step in (1, 2, 3):
+        rows = [json.loads(line) for line in (folder / f"{step}.jsonl").read_text().splitlines()]
+        assert len(rows) == 16 and len({row["uid"].rsplit("_", 2)[0] for row in rows}) == 4
+        record = all_steps[step]
+        for where, name, key in (
+            ("parts", "score", "avar/reward/score"),
+            ("visual", "image_share", "avar/image_share"),
+            ("visual", "r_visual_weighted", "avar/r_visual/weighted"),
+        ):
+            mean = sum(row[where][name] for row in rows) / 16
+            assert mean == pytest.approx(record[key], rel=1e-4, abs=1e-6), (step, name)
+        assert sum(row["score"] for row in rows) / 16 == pytest.approx(record["critic/score/mean"], rel=1e-5)
+        assert sum(row["correct"] for row in rows) / 16 == pytest.approx(record["avar/correct"])
+        assert ("dependency" in rows[0]["visual"]) == (step == 3)
+        for row in rows:
+            (image,) = row["images"]
+            seen.add(image)
+            with Image.open(folder / image) as stored:
+                assert [list(stored.size)] == row["extra_info"]["image_sizes"]
+    assert len(list((folder / "images").iterdir())) == len(seen) <= 12
+    assert write_page(Show(data=folder)).startswith(f"48 rollouts of 3 steps, {len(seen)} images")
 
 
 def test_rollouts_follow_the_trained_weights(all_steps):
