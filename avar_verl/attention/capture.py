@@ -95,7 +95,7 @@ class _Request:
         reduction=None,
         key_groups=None,
         num_groups: Any = None,
-        offsets=None,
+        offsets: Any = None,
         columns: Any = None,
         implementation="auto",
     ):

@@ -51,9 +51,8 @@ class LseTap(TorchDispatchMode):
         self.found: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in _ON_REQUEST:
-            args = (*args[:4], True, *args[5:])
-        out = func(*args, **(kwargs or {}))
+        given = (*args[:4], True, *args[5:]) if func in _ON_REQUEST else args
+        out = func(*given, **(kwargs or {}))
         if func in _ATTENTIONS or func in _ON_REQUEST:
             lse = out[1].squeeze(-1) if out[1].dim() == 4 else out[1]
             self.found.append(lse[..., : args[0].shape[2]])

@@ -139,7 +139,7 @@ def _quantities_equal(prediction: str, gold: str, rounding: bool) -> bool:
     if not _EQUALS.search(gold) and not _LIST.search(join_thousands(prediction)):
         prediction = _EQUALS.split(prediction)[-1].strip()
     readings = [[text, longer] if (longer := with_suffix(text)) else [text] for text in (prediction, gold)]
-    return any(_readings_equal(*pair, rounding) for pair in itertools.product(*readings))
+    return any(_readings_equal(left, right, rounding) for left, right in itertools.product(readings[0], readings[1]))
 
 
 def _readings_equal(prediction: str, gold: str, rounding: bool) -> bool:
