@@ -36,7 +36,7 @@ COMMON = [
     "actor_rollout_ref.rollout.n=1",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
-    "actor_rollout_ref.actor.optim.lr=1e-3",
+    "actor_rollout_ref.actor.optim.lr=1e-4",
     "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
     # Adam divides a gradient by its own size: without this, rounding of one near zero would be a whole step.
     "+actor_rollout_ref.actor.optim.override_optimizer_config.eps=1e-6",
