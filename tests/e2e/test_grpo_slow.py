@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO through verl's launcher with every shipped reward, chosen by one override, and with every family."""
+"""GRPO through verl's launcher: every shipped reward, chosen by one override; every family; the engine's own guard."""
+
+import os
+import subprocess
 
 import pandas as pd
 import pytest
@@ -88,3 +91,41 @@ def test_grpo_with_vllm_rollouts(family_path, tmp_path, model_type):
     folder = tmp_path / "checkpoints" / "global_step_2" / "actor" / "huggingface"
     after = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert any(not torch.equal(tensor, after[name].to(tensor.dtype)) for name, tensor in before.items())
+
+
+# A trainer that the refusals before the start let through: its log-prob pass and its advantage are verl's.
+FORGETFUL = """
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
+
+@register_trainer("forgetful")
+class Forgetful(AvarPPOTrainer):
+    _compute_old_log_prob = PPOTrainerSync._compute_old_log_prob
+    _compute_advantage = PPOTrainerSync._compute_advantage
+"""
+
+
+def test_a_trainer_that_does_not_measure_ends_at_its_first_update(tmp_path, tiny_model_path):
+    photo_grid.make_rl_parquet(tmp_path / "rl.parquet", 4, 0, "train")
+    (tmp_path / "forgetful.py").write_text(FORGETFUL)
+    (tmp_path / "reward.py").write_text(launch.REWARD)
+    overrides = [
+        "trainer.v1.trainer_mode=forgetful",
+        f"{REWARD}.path={tmp_path / 'reward.py'}",
+        "trainer.total_training_steps=1",
+        "trainer.total_epochs=1",
+        "trainer.save_freq=-1",
+    ]
+    command = launch.grpo(tmp_path, tiny_model_path, tmp_path / "rl.parquet", overrides)
+    environment = launch.environment(tmp_path / "metrics.jsonl")
+    environment |= {
+        "VERL_USE_EXTERNAL_MODULES": "forgetful",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))),
+    }
+    with (tmp_path / "log").open("w") as log:
+        ended = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=600)
+    text = (tmp_path / "log").read_text(errors="replace")
+    assert ended.returncode != 0
+    assert "avar.vars needs the measurements of a log-prob pass before the first update" in text, text[-6000:]
+    assert launch.steps(tmp_path / "metrics.jsonl") == {}
