@@ -95,6 +95,8 @@ def test_grpo_with_vllm_rollouts(family_path, tmp_path, model_type):
 
 # A trainer that the refusals before the start let through: its log-prob pass and its advantage are verl's.
 FORGETFUL = """
+import avar_verl.plugin.register  # verl loads external modules before its plugins, and with them the platform
+
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
