@@ -97,7 +97,7 @@ def fresh_qwen3_5():
 
 def test_packed_samples_of_qwen3_5_do_not_leak_into_each_other(family_model):
     """The outputs of gated DeltaNet for two packed samples are those of each by itself. As verl has it they are not: if
-    this fails, verl has mended it.
+    this fails, verl separates the samples itself, and the patch can go.
     """
     layer = find_decoder(family_model("qwen3_5")).layers[0].linear_attn
     assert layer.chunk_gated_delta_rule.__module__.startswith("transformers."), "flash-linear-attention is installed"

@@ -200,7 +200,7 @@ def test_a_step_that_is_not_there_is_refused(tmp_path):
         write_page(Show(data=tmp_path, steps=(2,)))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="the optional package chromium is not installed")
 def test_a_browser_draws_it(tmp_path):
     """65 rollouts, the first of hostile text: the cards of the first screen, the box, and no script but the page's."""
     image = store(tmp_path, Image.new("RGB", (80, 40), "red"))
