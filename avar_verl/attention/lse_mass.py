@@ -8,8 +8,8 @@ cheapest implementation if the log-sum-exp is available and no gradient is neede
 again, as in the other implementations.)
 
 The log-sum-exp is the second output of torch's fused attentions, which `scaled_dot_product_attention` drops. `LseTap`
-reads it during the model's own call. On the CPU that call stays bit-identical. On a GPU, two of the three attentions
-compute it only if asked, which they are. There the masses are those of `triton_mass.triton_lse_mass`.
+reads it during the model's own call, which stays bit-identical. On a GPU, two of the three attentions compute it only
+if asked, and `LseTap` asks; there the masses are those of `triton_mass.triton_lse_mass`.
 
 Shape suffixes:
     B = samples, S = key positions, Q = selected queries, C = queries of one chunk, H = query heads, K = key/value

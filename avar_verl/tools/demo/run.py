@@ -230,9 +230,8 @@ class Demo:
         lines = {}
         for part in (path.with_suffix(".earlier"), path):
             for line in part.read_text().splitlines() if part.exists() else ():
-                with contextlib.suppress(
-                    json.JSONDecodeError
-                ):  # A line that was being written when the run was killed.
+                # A run may be killed while it writes a line.
+                with contextlib.suppress(json.JSONDecodeError):
                     lines[json.loads(line)["step"]] = line
         path.write_text("".join(f"{lines[step]}\n" for step in sorted(lines)))
         path.with_suffix(".earlier").unlink(missing_ok=True)
