@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def compare(setting: Setting, variants: dict[str, Callable], repeats: int, budge
 def kernels(setting: Setting) -> list[dict]:
     """The tests of the Triton kernels, and their errors at production sizes and blocks."""
     require("triton", "pytest")
-    row = _pytest("tests/attention/test_triton_mass.py", "full_matrix" if setting.small else "")
+    row = _pytest("tests/attention/test_triton_mass.py", "full_matrix and (causal or packed)" if setting.small else "")
     row["variant"] += ", compiled" if setting.gpu else ", interpreted"
     return [row] + (_errors(setting) if setting.gpu else [])
 
@@ -156,7 +157,7 @@ def kernels(setting: Setting) -> list[dict]:
 def _pytest(path: str, chosen: str = "") -> dict:
     """A row with the summary line of a test file; `chosen` is a pytest expression."""
     command = [sys.executable, "-m", "pytest", path, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", chosen]
-    if importlib.util.find_spec("xdist"):  # Compilers of Triton run side by side.
+    if not chosen and importlib.util.find_spec("xdist"):  # Compilers of Triton run side by side.
         command += ["-n", str(min(8, os.cpu_count()))]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     summary = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", line)]
@@ -389,6 +390,8 @@ CANDIDATES = [
 
 def blocks(setting: Setting) -> list[dict]:
     """Every kernel with other block sizes, 8192 keys: milliseconds of the whole operation, the fastest first."""
+    if not setting.gpu:
+        raise Skip("needs a CUDA device")
     import torch
 
     from avar_verl.attention import triton_mass as kernels
@@ -396,8 +399,6 @@ def blocks(setting: Setting) -> list[dict]:
     from avar_verl.attention.visibility import Visibility
     from avar_verl.objectives.vars import VISUAL_ROLES
 
-    if not setting.gpu:
-        raise Skip("needs a CUDA device")
     S, rows = 8192, []
     roles = layer_roles(S, setting.device)
     keys = KeysByRole(roles, VISUAL_ROLES)
@@ -571,6 +572,8 @@ def models(setting: Setting) -> list[dict]:
 
 def packed(setting: Setting) -> list[dict]:
     """Three samples in one row, with torch's variable-length flash attention, against each sample alone with sdpa."""
+    if not setting.gpu:
+        raise Skip("needs a CUDA device; tests/attention/test_capture.py packs on the CPU")
     import torch
     from transformers.modeling_utils import AttentionInterface
 
@@ -578,8 +581,6 @@ def packed(setting: Setting) -> list[dict]:
     from avar_verl.objectives.vars import VISUAL_ROLES, VisualReduction, visual_fields
     from avar_verl.roles import TokenRole
 
-    if not setting.gpu:
-        raise Skip("needs a CUDA device; tests/attention/test_capture.py packs on the CPU")
     require("torch.nn.attention.varlen")
     from torch.nn.attention.varlen import varlen_attn
 
@@ -628,10 +629,10 @@ def packed(setting: Setting) -> list[dict]:
 
 def profile(setting: Setting) -> list[dict]:
     """Device time that VARS adds to a log-prob pass at 8192 positions, by kernel, of four layers; the ten largest."""
-    import torch
-
     if not setting.gpu:
         raise Skip("needs a CUDA device")
+    import torch
+
     TEXT_7B["qwen2_5_vl"]["num_hidden_layers"] = 4
     _, variants = decoder_steps(build_decoder("qwen2_5_vl", setting), 8192, setting)
     found = {}
@@ -722,27 +723,25 @@ def engine(setting: Setting) -> list[dict]:
     """verl's SFT engine with guidance in float32: losses on this device and the CPU, packed and padded."""
     require("verl", "skimage", "pooch")
     rows = []
-    results = {"cpu": _engine_process(setting, "cpu", packed=False)}
     if setting.gpu:
-        results["gpu"] = _engine_process(setting, setting.device, packed=False)
+        results = _engine_process(setting, "cpu", "padded") | _engine_process(setting, setting.device, "padded")
         if importlib.util.find_spec("flash_attn") is None:
-            rows.append({"variant": "GPU, packed", "skipped": "flash_attn is not installed"})
+            rows.append({"variant": f"{setting.device}, packed", "skipped": "flash_attn is not installed"})
         else:
-            results["gpu, packed, bf16"] = _engine_process(setting, setting.device, packed=True)
+            results |= _engine_process(setting, setting.device, "packed")
     else:
-        results["cpu, packed"] = _engine_process(setting, "cpu", packed=True)
+        results = _engine_process(setting, "cpu", "padded", "packed")
+    expected = results["cpu, padded"]
     for name, result in results.items():
         difference = max(
             abs(a - b) / max(abs(b), 1e-12)
-            for mine, theirs in zip(result["losses"], results["cpu"]["losses"], strict=True)
+            for mine, theirs in zip(result["losses"], expected["losses"], strict=True)
             for a, b in zip(mine, theirs, strict=True)
         )
-        visual = max(
-            abs(a - b) / max(abs(b), 1e-12) for a, b in zip(result["visual"], results["cpu"]["visual"], strict=True)
-        )
+        visual = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(result["visual"], expected["visual"], strict=True))
         rows.append(
             {
-                "variant": name,
+                "variant": f"{name}, {result['dtype']}",
                 "losses": [round(loss[0], 6) for loss in result["losses"]],
                 "loss_difference": difference,
                 "r_visual_difference": visual,
@@ -751,19 +750,20 @@ def engine(setting: Setting) -> list[dict]:
     return rows
 
 
-def _engine_process(setting: Setting, device: str, packed: bool) -> dict:
-    file = setting.out / f"engine_{device}_{'packed' if packed else 'padded'}.json"
+def _engine_process(setting: Setting, device: str, *layouts: str) -> dict[str, dict]:
+    """Results by device and layout of the batch, from a process that sees only this device."""
+    file = setting.out / f"engine_{device}_{'_'.join(layouts)}.json"
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     environment |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     # Also where the package is a folder on the path and has no entry point.
     environment["VERL_USE_EXTERNAL_MODULES"] = "avar_verl.plugin.register"
     if device == "cpu":
         environment |= dict(VERL_PLATFORM="cpu", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "benchmarks.gpu_engine", str(file), "packed" if packed else "padded"]
+    command = [sys.executable, "-m", "benchmarks.gpu_engine", str(file), *layouts]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the engine on {device} ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(file.read_text())
+    return {f"{device}, {layout}": result for layout, result in json.loads(file.read_text()).items()}
 
 
 # ---- (e) vLLM ------------------------------------------------------------------------------------------------------
@@ -795,8 +795,8 @@ PARTS = (
     Part("synchronisations", synchronisations, 0.3),
     Part("kernels", kernels, 2.5),
     Part("compiled", compiled, 0.7),
-    Part("engine", engine, 1.0),
     Part("intervention", intervention, 1.0),
+    Part("engine", engine, 1.0),
     Part("blocks", blocks, 1.2),
 )
 NUMBERS = {"ms": "{:.3f}", "ratio": "{:.3f} x", "peak_mib": "{:.0f}"}
@@ -908,20 +908,24 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    # Toy sizes say nothing about time, so two parts share the cores of a CPU.
+    at_once = 2 if arguments.small and arguments.device == "cpu" else 1
     report = {"card": card(arguments.device), "versions": versions(), "small": arguments.small, "parts": []}
-    for name in names:
+
+    def measure(name: str) -> dict:
         left = 60 * arguments.minutes - (time.perf_counter() - start)
         if left < 60 * by_name[name].minutes and not arguments.small:
             about = by_name[name].run.__doc__
-            row = {"name": name, "status": f"skipped, {left:.0f} s left", "about": about, "seconds": 0.0, "rows": []}
-            report["parts"].append(row)
-        else:
-            report["parts"].append(run_part(by_name[name], arguments, arguments.out))
-        last = report["parts"][-1]
-        print(f"{name}: {last['status']} ({last['seconds']:.0f} s)", file=sys.stderr, flush=True)
-        report["seconds"] = time.perf_counter() - start
-        (arguments.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-        (arguments.out / "gpu.md").write_text(markdown(report) + "\n")
+            return {"name": name, "status": f"skipped, {left:.0f} s left", "about": about, "seconds": 0.0, "rows": []}
+        return run_part(by_name[name], arguments, arguments.out)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for part in pool.map(measure, names):
+            report["parts"].append(part)
+            print(f"{part['name']}: {part['status']} ({part['seconds']:.0f} s)", file=sys.stderr, flush=True)
+            report["seconds"] = time.perf_counter() - start
+            (arguments.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+            (arguments.out / "gpu.md").write_text(markdown(report) + "\n")
     report["seconds"] = time.perf_counter() - start
     print(markdown(report))
     if any(part["status"].startswith("failed") for part in report["parts"]):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker of `benchmarks/gpu.py`: three guided steps of verl's SFT engine and one measured log-prob pass, in float32.
 
-    python -m benchmarks.gpu_engine RESULT.json padded|packed
+    python -m benchmarks.gpu_engine RESULT.json padded|packed ...
 
 The demo's tiny Qwen2.5-VL on 24 samples of the photo grid. Packed on a GPU goes through flash-attn, which has no
 float32: there the forward pass is bfloat16.
@@ -37,10 +37,15 @@ STEPS, BATCH = 3, 8
 
 
 def main() -> None:
-    result, packed = Path(sys.argv[1]), sys.argv[2] == "packed"
+    file, layouts = Path(sys.argv[1]), sys.argv[2:]
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(2)
     initialize_global_process_group()
+    file.write_text(json.dumps({layout: steps(layout == "packed") for layout in layouts}))
+    torch.distributed.destroy_process_group()
+
+
+def steps(packed: bool) -> dict:
     on_gpu = get_device_name() != "cpu"
     dtype = "bf16" if packed and on_gpu else "fp32"
     with tempfile.TemporaryDirectory() as folder:
@@ -112,8 +117,7 @@ def main() -> None:
             losses.append(
                 [float(metrics[name]) for name in ("avar/lm_loss", "avar/enhance", "avar/suppress", "grad_norm")]
             )
-    result.write_text(json.dumps({"losses": losses, "visual": visual.float().flatten().tolist(), "dtype": dtype}))
-    torch.distributed.destroy_process_group()
+    return {"losses": losses, "visual": visual.float().flatten().tolist(), "dtype": dtype}
 
 
 if __name__ == "__main__":
