@@ -111,6 +111,23 @@ def swap(features: Features, partner: Features) -> dict[str, torch.Tensor | None
     return {key: partner.get(key) if _is_pixels(key) else value for key, value in features.items()}
 
 
+def first_rows(features: Features, rows: Mapping[str, int] | None) -> dict[str, torch.Tensor | None]:
+    """The features of a sample's first images: the first `rows[key]` rows of each feature in `rows`; None means all.
+
+    >>> first_rows({"image_grid_thw": torch.tensor([[1, 2, 2], [1, 4, 4]])}, {"image_grid_thw": 1})
+    {'image_grid_thw': tensor([[1, 2, 2]])}
+    """
+    return dict(features) if rows is None else {key: features[key][:count] for key, count in rows.items()}
+
+
+def with_first_rows(features: Features, first: Features) -> dict[str, torch.Tensor | None]:
+    """The features of a sample whose first images are those of `first`, as `first_rows` returns them."""
+    own = {key: value for key, value in first.items() if value is not None}
+    return {
+        key: torch.cat([own[key], value[len(own[key]) :]]) if key in own else value for key, value in features.items()
+    }
+
+
 def _digest(features: Features) -> bytes:
     """Of the pixels."""
     digest = hashlib.sha256()

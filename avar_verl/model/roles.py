@@ -96,3 +96,15 @@ class RoleMap:
         if attention_mask is not None:
             roles = roles.masked_fill(~attention_mask.bool(), TokenRole.OTHER)
         return roles
+
+
+def prompt_images(roles_BS: torch.Tensor) -> torch.Tensor:
+    """Roles in which only the images of the prompt have the image role: IMAGE after a row's first RESPONSE is OTHER.
+
+    In a rollout those are the images that tools returned.
+
+    Args:
+        roles_BS: (B, S) of `RoleMap`, one sample a row, with the response of its response mask.
+    """
+    answered_BS = (roles_BS == TokenRole.RESPONSE).cumsum(1) > 0
+    return roles_BS.masked_fill(answered_BS & (roles_BS == TokenRole.IMAGE), int(TokenRole.OTHER))

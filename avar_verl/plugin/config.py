@@ -23,7 +23,10 @@ DEPENDENCY_OUTPUT = "avar_dependency"
 # With corruption=swap: the key of the rollout whose image features stand in for the row's own, "" for a row without an
 # image, and the partition of the TransferQueue in which both are.
 PARTNER, PARTITION = "avar_partner", "avar_partition"
+# In a rollout's extra_fields, if tools returned images: how many rows of each image feature are the prompt's.
+PROMPT_ROWS = "avar_prompt_rows"
 TOKEN_WEIGHTS = ("none", "dependency")
+IMAGES = ("prompt", "all")
 # Fields of VarsConfig that only masses read.
 OF_MASSES = ("epsilon", "layers", "layer_weights", "region", "alarm_system_mass", "implementation")
 # The names of TRL's `multi_objective_aggregation`.
@@ -187,9 +190,15 @@ class VarsConfig:
     clip_max: float | None = None
     """Bound of the statistic for shaping=clip, > 0; must be null otherwise."""
 
+    images: str = "prompt"
+    """Which images count: prompt (those of the prompt; images that a tool returned have no role in the masses and stay
+    as they are when the dependency is measured, so r_visual does not pay for calling tools) or all. The same in
+    rollouts without images from tools. Paper: no tools.
+    """
+
     region: bool = False
     """Count only image tokens inside a sample's reference boxes as image: `extra_info["boxes"]` (x1, y1, x2, y2) in
-    `extra_info["boxes_size"]` (width, height), one image per sample; [] means the whole image. Paper: false.
+    `extra_info["boxes_size"]` (width, height), one image per prompt; [] means the whole image. Paper: false.
     """
 
     advantage: str = "sum_then_normalize"
@@ -249,6 +258,12 @@ class VarsConfig:
         )
         _check(self.shaping in SHAPINGS, f"shaping must be one of {SHAPINGS}", self.shaping, fix + "shaping.")
         _check(isinstance(self.region, bool), "region must be true or false", self.region, fix + "region=false.")
+        _check(self.images in IMAGES, f"images must be one of {IMAGES}", self.images, fix + "images=prompt.")
+        ok = self.images == "prompt" or not self.region
+        _check(ok, "region is of the prompt's image", f"images={self.images}", fix + "images=prompt.")
+        ok = self.images == "prompt" or self.corruption != "swap"
+        rule = "only the prompt's images can be swapped, since those of tools have sizes of their own"
+        _check(ok, rule, f"images={self.images}", fix + "images=prompt, or corruption=blank.")
         ok = self.advantage in ADVANTAGES
         _check(ok, f"advantage must be one of {ADVANTAGES}", self.advantage, fix + "advantage=sum_then_normalize.")
         ok = self.drop_groups in DROP_GROUPS

@@ -8,7 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from avar_verl.model.corrupt import NEARLY_ZERO, PIXELS, blank, check_blank, partners, shape_of, swap
+from avar_verl.model.corrupt import (
+    NEARLY_ZERO,
+    PIXELS,
+    blank,
+    check_blank,
+    first_rows,
+    partners,
+    shape_of,
+    swap,
+    with_first_rows,
+)
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import collate, render
 from tests.model.families.tiny import sample_messages
@@ -140,3 +150,19 @@ def test_partners_are_other_images_of_the_same_shape():
 def test_an_image_without_a_partner_is_refused(others):
     with pytest.raises(ValueError, match="got only one of the shapes .*corruption=blank, or use images of one size"):
         partners([{"pixel_values": torch.ones(2, 3)}, {}, *others])
+
+
+def test_features_of_the_first_images():
+    features = {"pixel_values": torch.arange(6.0)[:, None], "image_grid_thw": torch.tensor([[1, 2, 2], [1, 1, 2]])}
+    rows = {"pixel_values": 4, "image_grid_thw": 1}
+    first = first_rows(features, rows)
+    assert first["pixel_values"].flatten().tolist() == [0, 1, 2, 3] and first["image_grid_thw"].tolist() == [[1, 2, 2]]
+    back = with_first_rows(features, first)
+    assert all(torch.equal(back[key], value) for key, value in features.items())
+    changed = with_first_rows(features, blank(first))
+    assert changed["pixel_values"].flatten().tolist() == [0, 0, 0, 0, 4, 5]
+    assert torch.equal(changed["image_grid_thw"], features["image_grid_thw"])
+    # Without images from tools, and for a prompt without any.
+    assert all(torch.equal(value, features[key]) for key, value in first_rows(features, None).items())
+    assert first_rows(features, {}) == {}
+    assert all(torch.equal(value, features[key]) for key, value in with_first_rows(features, {}).items())

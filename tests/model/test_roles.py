@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from avar_verl.model.roles import prompt_images
 from avar_verl.model.turns import CHATML, Turns
 from avar_verl.roles import RoleMap, TokenRole
 from avar_verl.tools.demo import photo_grid
@@ -266,3 +267,35 @@ def test_shapes_that_do_not_fit_are_refused(role_map, arguments, message):
 
 def test_values_of_the_roles_are_fixed():
     assert {role.name: int(role) for role in TokenRole} == dict(OTHER=0, SYSTEM=1, IMAGE=2, USER=3, RESPONSE=4)
+
+
+# What a policy wrote (its mask), what verl's agent loop put after it, and what the loop appended for a tool.
+CALL = (["<|im_start|>", "assistant", "\n", " cat", "<|im_end|>", "\n"], "ooorro")
+TOOL_TURN = (
+    ["<|im_start|>", "t", "o", "o", "l", "\n", "<|vision_start|>", "<|image_pad|>", "<|image_pad|>", "<|vision_end|>"]
+    + ["You", "<|im_end|>", "\n"],
+    "oooooo" + "oiiooo" + "o",  # As Qwen2.5-VL writes it: a turn with a name of its own.
+)
+USER_TURN = (USER_IMAGE[0], "uuuuiiuuuu")  # As Qwen3-VL writes it: a user's turn.
+
+
+@pytest.mark.parametrize("tool", [TOOL_TURN, USER_TURN], ids=["tool", "user"])
+def test_roles_of_a_rollout_with_images_from_a_tool(role_map, tiny_processor, tool):
+    """Images of a tool are IMAGE, or nothing where those of the prompt alone count; its turn is OTHER or USER."""
+    ids, expected = ids_and_roles(tiny_processor.tokenizer, [SYSTEM, USER_IMAGE, CALL, tool, ROLLOUT, PAD])
+    roles = role_map(ids, ids != tiny_processor.tokenizer.pad_token_id, expected == TokenRole.RESPONSE)
+    assert roles.tolist() == expected.tolist()
+    prompt = ids_and_roles(
+        tiny_processor.tokenizer, [SYSTEM, USER_IMAGE, CALL, (tool[0], tool[1].replace("i", "o")), ROLLOUT, PAD]
+    )[1]
+    assert prompt_images(roles).tolist() == prompt.tolist()
+    assert prompt_images(expected[:, :17]).tolist() == expected[:, :17].tolist(), "a prompt loses nothing"
+
+
+def test_images_of_a_prompt_with_several_turns(role_map, tiny_processor):
+    """Earlier answers in a prompt are no response, so that all of its images count."""
+    ids, expected = ids_and_roles(tiny_processor.tokenizer, [SYSTEM, USER_IMAGE, ANSWER, USER_IMAGE, ROLLOUT])
+    mask = torch.zeros_like(ids)
+    mask[:, -2:] = 1
+    roles = role_map(ids, None, mask)
+    assert (roles == TokenRole.IMAGE).sum() == 4 and prompt_images(roles).tolist() == roles.tolist()

@@ -75,7 +75,7 @@ def test_every_field_is_explained_above_it(path):
             for number, line in enumerate(lines)
             if ":" in line and not line.strip().startswith(("#", "_target_", "defaults"))
         ]
-        assert len(fields) == 42
+        assert len(fields) == 43
         for number in fields:
             assert lines[number - 1].strip().startswith("#"), f"{path.name}:{number + 1} has no comment above"
     trailing = [line for line in lines if line.split("#")[0].strip() and "#" in line]
@@ -130,6 +130,13 @@ NAN = float("nan")
         (VarsConfig, {"shaping": "tanh"}, "shaping must be one of .*; got 'tanh'"),
         (VarsConfig, {"shaping": "clip"}, "shaping=clip needs clip_max > 0; got None"),
         (VarsConfig, {"shaping": "clip", "clip_max": 0.0}, "shaping=clip needs clip_max > 0; got 0.0"),
+        (VarsConfig, {"images": "none"}, r"images must be one of \('prompt', 'all'\); got 'none'"),
+        (VarsConfig, {"images": "all", "region": True}, "region is of the prompt's image; got 'images=all'"),
+        (
+            VarsConfig,
+            {"images": "all", "corruption": "swap", "measure_dependency": True},
+            "only the prompt's images can be swapped, .*; got 'images=all'. Set avar.vars.images=prompt, or",
+        ),
         (VarsConfig, {"clip_max": 3.0}, "clip_max needs shaping=clip; got"),
         (
             AgtoConfig,

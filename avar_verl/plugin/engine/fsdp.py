@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from types import ModuleType
 
 import torch
@@ -26,12 +27,12 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from avar_verl.attention.capture import CapturedMass, capture_mass, select_queries
 from avar_verl.attention.mass import choose_implementation
 from avar_verl.model.checkpoint import check_weights
-from avar_verl.model.corrupt import blank, check_blank, has_pixels, swap
+from avar_verl.model.corrupt import blank, check_blank, first_rows, has_pixels, swap, with_first_rows
 from avar_verl.model.families import Family, get_family, known_families
 from avar_verl.model.freeze import excluded_modules, freeze_adapters, freeze_vision
 from avar_verl.model.layers import head_size, resolve_indices, select_layers
 from avar_verl.model.regions import REGION_KEY, image_region
-from avar_verl.model.roles import RoleMap, TokenRole
+from avar_verl.model.roles import RoleMap, TokenRole, prompt_images
 from avar_verl.objectives.agto import RATIO, SHARE, AgtoTerms, agto_terms, eligible, mean_over_queries, schedule
 from avar_verl.objectives.alarms import system_mass_alarm
 from avar_verl.objectives.dependency import mean_dependency, token_dependency
@@ -48,7 +49,14 @@ from avar_verl.plugin.config import (
     VarsConfig,
 )
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
-from avar_verl.plugin.engine.inputs import DummyImage, merged_features, partner_features, sample_features, with_features
+from avar_verl.plugin.engine.inputs import (
+    DummyImage,
+    merged_features,
+    partner_features,
+    prompt_rows,
+    sample_features,
+    with_features,
+)
 
 
 def _mean_over_heads(mean_over_own_heads: torch.Tensor) -> torch.Tensor:
@@ -283,24 +291,32 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         return torch.stack([(ids_S == token_id).any() for ids_S in data["input_ids"].unbind()])
 
     def _inside_boxes(self, roles_BS: torch.Tensor, data: TensorDict) -> torch.Tensor:
-        """Roles in which image tokens outside the reference boxes of the rollout's sample have no role."""
+        """Roles in which image tokens of the prompt outside the reference boxes of its sample have no role.
+
+        Args:
+            roles_BS: with the images of the prompt alone (`prompt_images`).
+        """
         roles_BS = roles_BS.clone()
         samples = zip(data["input_ids"].unbind(), data["extra_info"], sample_features(data), strict=True)
         for row, (ids_S, info, inputs) in enumerate(samples):
             info = info or {}
             boxes, size = info.get("boxes"), info.get("boxes_size")
-            if not inputs:  # No image.
+            response_S = roles_BS[row, : len(ids_S)] == TokenRole.RESPONSE
+            prompt_S = ids_S[: int(response_S.long().argmax()) if bool(response_S.any()) else None]
+            is_image_S = roles_BS[row, : len(prompt_S)] == TokenRole.IMAGE
+            if not bool(is_image_S.any()):
                 continue
             places = self._family.image_places(self.model_config.processor, inputs)
-            if boxes is None or size is None or len(places) != 1:
+            ends = accumulate(len(own) for own in places)
+            num_images = sum(end <= int(is_image_S.sum()) for end in ends)  # Of the prompt; then come those of tools.
+            if boxes is None or size is None or num_images != 1:
                 raise ValueError(
                     "avar.vars.region needs extra_info['boxes'] and extra_info['boxes_size'] for the one image of a "
-                    f"sample; got {sorted(info)} and {len(places)} images for sample {info.get('index')}. Add them "
+                    f"prompt; got {sorted(info)} and {num_images} images for sample {info.get('index')}. Add them "
                     "([] for the whole image), or set avar.vars.region=false."
                 )
-            region_S = image_region(ids_S, self._role_map.image_token_ids, [boxes], [size], places)
-            outside_S = (roles_BS[row, : len(ids_S)] == TokenRole.IMAGE) & ~region_S
-            roles_BS[row, : len(ids_S)][outside_S] = TokenRole.OTHER
+            region_S = image_region(prompt_S, self._role_map.image_token_ids, [boxes], [size], places[:1])
+            roles_BS[row, : len(prompt_S)][is_image_S & ~region_S] = TokenRole.OTHER
         return roles_BS
 
     # ---- training: guidance ------------------------------------------------------------------------------------
@@ -430,6 +446,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         if not self._vars.measures_masses:
             return nullcontext()
         roles_BS = self._roles(micro_batch)
+        if self._vars.images == "prompt":
+            roles_BS = prompt_images(roles_BS)
         return self._capture(
             micro_batch,
             self._inside_boxes(roles_BS, micro_batch) if self._vars.region else roles_BS,
@@ -446,18 +464,20 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         A micro-batch without images is run again too: under FSDP all ranks take part in the collectives.
         """
         samples = sample_features(micro_batch)
+        rows = prompt_rows(micro_batch) if self._vars.images == "prompt" else [None] * len(samples)
+        images = [first_rows(features, own) for features, own in zip(samples, rows, strict=True)]
         if self._vars.swaps:
             others = [self._partners[key] for key in tu.get(micro_batch, PARTNER)]
-            images = [swap(features, partner) for features, partner in zip(samples, others, strict=True)]
+            images = [swap(features, partner) for features, partner in zip(images, others, strict=True)]
         else:
-            images = [blank(features) for features in samples]
-        corrupted = with_features(micro_batch, images)
+            images = [blank(features) for features in images]
+        corrupted = with_features(micro_batch, [with_first_rows(*pair) for pair in zip(samples, images, strict=True)])
         tu.assign_non_tensor(corrupted, calculate_entropy=False, calculate_sum_pi_squared=False)
         with torch.no_grad():
             _, output = super().forward_step(corrupted, None, forward_only=True)
         dependency_N = token_dependency(log_probs.values(), output["model_output"]["log_probs"].values()).float()
         # To the bit, whatever the kernels make of the same sample beside others.
-        has_image_B = torch.tensor([has_pixels(features) for features in samples], device=dependency_N.device)
+        has_image_B = torch.tensor([has_pixels(features) for features in images], device=dependency_N.device)
         lengths_B = log_probs.offsets().diff()
         dependency_N = dependency_N.where(has_image_B.repeat_interleave(lengths_B), 0.0)
         return torch.nested.nested_tensor_from_jagged(dependency_N, log_probs.offsets())

@@ -9,9 +9,10 @@ from tensordict.tensorclass import NonTensorData
 from verl.utils import tensordict_utils as tu
 
 from avar_verl.attention.capture import find_decoder
+from avar_verl.model.corrupt import first_rows
 from avar_verl.model.families import Family
 from avar_verl.model.render import merge_features, render
-from avar_verl.plugin.config import PARTITION, PARTNER
+from avar_verl.plugin.config import PARTITION, PARTNER, PROMPT_ROWS
 
 
 def sample_features(micro_batch: TensorDict) -> list[dict[str, torch.Tensor]]:
@@ -22,6 +23,13 @@ def sample_features(micro_batch: TensorDict) -> list[dict[str, torch.Tensor]]:
     return [dict(item or {}) for item in items]
 
 
+def prompt_rows(data: TensorDict) -> list[dict[str, int] | None]:
+    """PROMPT_ROWS of every sample; None where no tool has returned an image, so that all features are the prompt's."""
+    if "extra_fields" not in data.keys():
+        return [None] * len(data)
+    return [(extra or {}).get(PROMPT_ROWS) for extra in tu.get(data, "extra_fields")]
+
+
 def with_features(micro_batch: TensorDict, samples: list[dict[str, torch.Tensor]]) -> TensorDict:
     """The micro-batch with other image features."""
     changed = micro_batch.copy()
@@ -30,13 +38,14 @@ def with_features(micro_batch: TensorDict, samples: list[dict[str, torch.Tensor]
 
 
 def partner_features(data: TensorDict) -> dict[str, dict[str, torch.Tensor]]:
-    """The image features of the rollouts that PARTNER names, by their key in the TransferQueue; {} for ""."""
+    """The features of the prompts' images of the rollouts that PARTNER names, by their key; {} for ""."""
     keys = sorted(set(tu.get(data, PARTNER)) - {""})
     found = {"": {}}
     if keys:
         partition = tu.get_non_tensor_data(data=data, key=PARTITION, default=None)
-        got = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["multi_modal_inputs"])
-        found.update(zip(keys, sample_features(got), strict=True))
+        fields = ["multi_modal_inputs", "extra_fields"]
+        got = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=fields)
+        found.update(zip(keys, map(first_rows, sample_features(got), prompt_rows(got)), strict=True))
     return found
 
 

@@ -11,13 +11,14 @@ from tensordict.tensorclass import NonTensorStack
 from transfer_queue import KVBatchMeta
 from verl.workers.utils.padding import response_from_nested
 
-from avar_verl.model.corrupt import partners
+from avar_verl.model.corrupt import first_rows, partners
 from avar_verl.objectives.dependency import dependency_weights
 from avar_verl.plugin.config import DEPENDENCY_OUTPUT, PARTITION, PARTNER
+from avar_verl.plugin.engine.inputs import prompt_rows, sample_features
 
 
 def choose_partners(batch: KVBatchMeta) -> None:
-    """Write to every row PARTNER, the key of the rollout whose images replace its own in the corrupted forward pass.
+    """Write to every row PARTNER, the key of the rollout whose prompt's images replace its own in the corrupted pass.
 
     The choice is made among all prompts of the batch, so it does not depend on micro-batches or on the number of
     processes; the rollouts of a prompt share a partner. Only keys travel, and the engine fetches the features.
@@ -28,10 +29,9 @@ def choose_partners(batch: KVBatchMeta) -> None:
     uids = list(tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid"])["uid"])
     first = {uid: key for uid, key in zip(reversed(uids), reversed(batch.keys), strict=True)}
     data = tq.kv_batch_get(
-        keys=list(first.values()), partition_id=batch.partition_id, select_fields=["uid", "multi_modal_inputs"]
+        keys=list(first.values()), partition_id=batch.partition_id, select_fields=["multi_modal_inputs", "extra_fields"]
     )
-    samples = list(data["multi_modal_inputs"]) if "multi_modal_inputs" in data.keys() else [{}] * len(first)
-    chosen = partners([features or {} for features in samples])
+    chosen = partners([*map(first_rows, sample_features(data), prompt_rows(data))])
     keys = list(first.values())
     partner_of = {uid: "" if index is None else keys[index] for uid, index in zip(first, chosen, strict=True)}
     fields = TensorDict({PARTNER: NonTensorStack(*(partner_of[uid] for uid in uids))}, batch_size=len(batch))

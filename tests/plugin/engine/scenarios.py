@@ -27,8 +27,16 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
-from avar_verl.model.corrupt import partners
-from avar_verl.plugin.config import DEPENDENCY_OUTPUT, MEASURE_FLAG, PARTNER, VISUAL_OUTPUT, AgtoConfig, VarsConfig
+from avar_verl.model.corrupt import first_rows, partners
+from avar_verl.plugin.config import (
+    DEPENDENCY_OUTPUT,
+    MEASURE_FLAG,
+    PARTNER,
+    PROMPT_ROWS,
+    VISUAL_OUTPUT,
+    AgtoConfig,
+    VarsConfig,
+)
 from avar_verl.plugin.datasets.sft import AvarSFTDataset
 from avar_verl.plugin.engine import fsdp
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
@@ -93,10 +101,13 @@ def batches(dataset, scenario: dict, pad_token_id: int):
         tensors = SFTTensorCollator("no_padding")(rows)
         if scenario.get("vars", {}).get("corruption") == "swap":
             features = [dataset[step * 8 + index].get("multi_modal_inputs") or {} for index in range(8)]
+            features = [first_rows(own, scenario.get("prompt_rows")) for own in features]
             # There is no TransferQueue here: the keys are indices, and the engine is given what it would fetch.
             chosen = ["" if index is None else str(index) for index in partners(features)]
             tensors[PARTNER] = [chosen[index] for index in range(rank, 8, world)]
             fsdp.partner_features = lambda data, own=features: {"": {}, **{str(i): f for i, f in enumerate(own)}}
+        if "prompt_rows" in scenario:  # As the agent loop stores it.
+            tensors["extra_fields"] = [{PROMPT_ROWS: scenario["prompt_rows"]} for _ in rows]
         if "boxes" in scenario:  # As verl's RL data set hands it through.
             tensors["extra_info"] = [
                 {"index": i, "boxes": scenario["boxes"], "boxes_size": [112, 112]} for i in range(8)

@@ -19,13 +19,15 @@ from avar_verl.model.render import Rendered, collate
 from avar_verl.objectives.vars import MASS_FIELDS, VISUAL_FIELDS
 from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.study import loops
-from tests.e2e import family_data
+from tests.e2e import family_data, tool_data
 
 pytestmark = pytest.mark.e2e
 
 SCRIPT = Path(__file__).parent / "scenarios.py"
 GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
 DEPENDENCY = {"measure_dependency": True, "token_weights": "dependency"}
+# Of a picture of the photo grid, before the crop that the tool returned.
+PROMPT_ROWS = {"pixel_values": 64, "image_grid_thw": 1}
 # Mixtures of experts of another family; and test_sft.py compares packed and padded training of these.
 ONCE = ("qwen3_5",)
 SAME = ("qwen3_5_moe", "glm4v_moe")
@@ -67,6 +69,8 @@ def run(work: Path, model: Path, data: Path, scenarios: dict[str, dict], process
 def one(tmp_path_factory, tiny_model_path, data_file, family_path) -> dict:
     """Every scenario that needs one process; packed ones last, for which verl replaces the process's attention."""
     packed = {"use_remove_padding": True}
+    tool_rows = tool_data.make_sft(tmp_path_factory.mktemp("tools") / "sft.parquet", 24)
+    tools = {"path": str(tiny_model_path), "data": str(tool_rows), "micro": 4, "prompt_rows": PROMPT_ROWS}
     scenarios = {
         "stock": {"stock": True},
         "zero": {"agto": {"alpha": 0.0, "beta": 0.0}},
@@ -93,6 +97,11 @@ def one(tmp_path_factory, tiny_model_path, data_file, family_path) -> dict:
         "dependency_lora": {"vars": DEPENDENCY, "model": LORA},
         "swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, "micro": 2},
         "stock_inference": {"vars": {"lambda_v": 0.0}},
+        "tools_prompt": {"vars": DEPENDENCY, **tools},
+        "tools_all": {"vars": {**DEPENDENCY, "images": "all"}, **tools},
+        "tools_left": {"vars": {"region": True}, "boxes": [[0, 0, 56, 112]], **tools},
+        "tools_right": {"vars": {"region": True}, "boxes": [[56, 0, 112, 112]], **tools},
+        "tools_swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, **tools},
         "update": {"vars": {}, "update": True},
         "unpacked_ulysses": {"agto": GUIDED, "engine": {"ulysses_sequence_parallel_size": 2}},
         "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
@@ -305,6 +314,38 @@ def test_masses_of_rollouts_in_a_region(one):
     torch.testing.assert_close(one["packed_left"]["visual"], left, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def plain_image_mass(model, sample: dict, is_key_S: torch.Tensor) -> float:
+    """Of the response's tokens on some keys, by transformers' eager attention alone."""
+    rendered = Rendered(ids_S=sample["input_ids"], prompt_ids=[], features=sample["multi_modal_inputs"])
+    with torch.no_grad():
+        inputs = collate(get_family(model.config.model_type), model.config, [rendered], pad_id=0)
+        attentions = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0].mean((0, 1))
+    return float(attentions[sample["loss_mask"].bool()][:, is_key_S].sum(-1).mean())
+
+
+def test_images_of_tools_count_where_they_are_asked_for(one, load_tiny):
+    """16 tokens of the prompt's image, 16 of the one that the tool returned between two turns of the response."""
+    model = load_tiny("eager")
+    columns = [VISUAL_FIELDS.index(name) for name in ("num_image", "image_mass", "system_mass")]
+    own, both = (one[f"tools_{name}"]["visual"][:, columns] for name in ("prompt", "all"))
+    assert own[:, 0].tolist() == [16] * 8 and both[:, 0].tolist() == [32] * 8
+    torch.testing.assert_close(own[:, 2], both[:, 2], rtol=1e-5, atol=1e-6)
+    for row, sample in enumerate(one["tools_all"]["samples"]):
+        is_image_S = sample["input_ids"] == model.config.image_token_id
+        is_prompt_S = is_image_S & (is_image_S.cumsum(0) <= 16)
+        assert bool((sample["loss_mask"].bool().long().argmax() > is_prompt_S.nonzero()).all())
+        assert float(own[row, 1]) == pytest.approx(plain_image_mass(model, sample, is_prompt_S), rel=1e-4)
+        assert float(both[row, 1]) == pytest.approx(plain_image_mass(model, sample, is_image_S), rel=1e-4)
+
+
+def test_a_region_is_of_the_prompts_image(one):
+    """Its halves share the mass of the prompt's image, whatever a tool returned."""
+    column = VISUAL_FIELDS.index("image_mass")
+    whole, left, right = (one[f"tools_{name}"]["visual"][:, column] for name in ("prompt", "left", "right"))
+    torch.testing.assert_close(left + right, whole, rtol=1e-5, atol=1e-6)
+    assert bool((left > 0.01).all())
+
+
 def test_measuring_leaves_log_probs_alone(one):
     assert "visual" not in one["stock_inference"]
     for name in ("visual", "dependency"):
@@ -389,6 +430,22 @@ def test_dependency_on_a_swapped_image(one, two, load_tiny):
     assert_plain_dependency(load_tiny("eager"), one["swap"], swapped)
     torch.testing.assert_close(dependencies(two["swap"]), dependencies(one["swap"])[::2], rtol=0, atol=1e-5)
     torch.testing.assert_close(dependencies(one["packed_swap"]), dependencies(one["swap"]), rtol=0, atol=1e-5)
+
+
+def test_dependency_on_the_images_of_the_prompt(one, load_tiny):
+    """Those that a tool returned stay, unless all images count; swapped are those of the prompts."""
+    model, samples = load_tiny("eager"), one["tools_prompt"]["samples"]
+    features = [sample["multi_modal_inputs"] for sample in samples]
+
+    def with_pixels(own: dict, first: torch.Tensor) -> dict:
+        return {**own, "pixel_values": torch.cat([first, own["pixel_values"][64:]])}
+
+    assert_plain_dependency(model, one["tools_prompt"], [with_pixels(own, torch.zeros(64, 1176)) for own in features])
+    assert_plain_dependency(model, one["tools_all"], [blank(own) for own in features])
+    order = sorted(range(8), key=lambda i: sha256(features[i]["pixel_values"][:64].numpy()).digest())
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    swapped = [with_pixels(own, features[following[i]]["pixel_values"][:64]) for i, own in enumerate(features)]
+    assert_plain_dependency(model, one["tools_swap"], swapped)
 
 
 @pytest.mark.parametrize("scenario", FAMILY_SCENARIOS)

@@ -15,7 +15,15 @@ from verl.utils import tensordict_utils as tu
 
 from avar_verl.objectives.alarms import RiseAlarm
 from avar_verl.objectives.vars import VISUAL_FIELDS
-from avar_verl.plugin.config import DEPENDENCY_OUTPUT, MEASURE_FLAG, PARTITION, PARTNER, VISUAL_OUTPUT, VarsConfig
+from avar_verl.plugin.config import (
+    DEPENDENCY_OUTPUT,
+    MEASURE_FLAG,
+    PARTITION,
+    PARTNER,
+    PROMPT_ROWS,
+    VISUAL_OUTPUT,
+    VarsConfig,
+)
 from avar_verl.plugin.engine.inputs import partner_features
 from avar_verl.plugin.refusals import check_grpo_config
 from avar_verl.plugin.switch import TRAINER_NAMES
@@ -499,10 +507,17 @@ def test_the_partner_of_a_prompt_depends_on_the_images_alone(queue):
         pixels = {"a": 1.0, "b": 2.0, "c": 3.0}
         features = {uid: {"pixel_values": torch.full((2, 3), value)} for uid, value in pixels.items()}
         keys = [f"{uid}_{number}_0" for number, uid in enumerate(order)]
+        images = [features.get(uid, {}) for uid in order]
+        extra_fields = [{}] * len(order)
+        if "b" in order:  # A tool returned an image, too: it is neither swapped nor handed out.
+            at = order.index("b")
+            images[at] = {"pixel_values": torch.cat([images[at]["pixel_values"], torch.full((5, 3), 9.0)])}
+            extra_fields[at] = {PROMPT_ROWS: {"pixel_values": 2}}
         fields = TensorDict(
             {
                 "uid": NonTensorStack(*order),
-                "multi_modal_inputs": NonTensorStack(*(features.get(u, {}) for u in order)),
+                "multi_modal_inputs": NonTensorStack(*images),
+                "extra_fields": NonTensorStack(*extra_fields),
             },
             batch_size=len(order),
         )
@@ -518,6 +533,7 @@ def test_the_partner_of_a_prompt_depends_on_the_images_alone(queue):
     first = rollouts(["a", "a", "b", "c", "text"])
     second = rollouts(["c", "text", "b", "a", "a"])
     assert first["text"] == second["text"] == {}
+    assert all(first[uid]["pixel_values"].shape == (2, 3) for uid in "abc")
     values = {uid: first[uid]["pixel_values"][0, 0].item() for uid in "abc"}
     assert values == {uid: second[uid]["pixel_values"][0, 0].item() for uid in "abc"}
     assert sorted(values.values()) == [1.0, 2.0, 3.0]
