@@ -24,7 +24,6 @@ TESTS = {
     "loss": "updates of verl's actor worker; parameters are bit for bit those of verl's own engine",
     "advantage": "the trainer's advantages; they are those that verl's trainer computes from the sum of both rewards",
     "filter": "the trainer's replay buffer on a real TransferQueue",
-    "vllm": "adapters sent to vLLM as verl sends them, in two families; it answers as transformers does",
     "run": "two steps through verl's launcher with vLLM",
     "processes": "training and masses on two processes; they are those of one",
 }
@@ -105,6 +104,12 @@ def refused(what: str, *settings: str) -> Row:
 SECTIONS = {
     "Trainers": [
         Row("asynchronous, colocated", ("trainer.v1.trainer_mode=avar_colocate_async",), "run"),
+        Row(
+            "asynchronous, separate",
+            ("trainer.v1.trainer_mode=avar_separate_async", "actor_rollout_ref.hybrid_engine=false"),
+            "run",
+            "weights over gloo; without replicas on the training processes",
+        ),
         Row("bypass mode", (f"{CORRECTION}.bypass_mode=true",), "run", "one pass more, to measure"),
         Row("several processes and rollout servers", TWO, "run"),
         refused("verl's own trainers", "trainer.v1.trainer_mode=sync"),
@@ -133,7 +138,7 @@ SECTIONS = {
         ),
         Row("HSDP", (f"{ENGINE}.fsdp_size=1",), "processes", "two replicas of one shard", TWO),
         Row("sequence parallelism", (f"{ENGINE}.ulysses_sequence_parallel_size=2",), "processes", with_=TWO),
-        Row("LoRA, sent to vLLM as adapters", (f"{MODEL}.lora_rank=8",), "vllm", "in the language model"),
+        Row("LoRA, sent to vLLM as adapters", (f"{MODEL}.lora_rank=8",), "run", "in the language model"),
         Row("LoRA, merged", (f"{MODEL}.lora_rank=8", f"{MODEL}.lora.merge=true"), "run"),
         refused("FSDP turbo", f"{ACTOR}.strategy=fsdp_turbo"),
         refused("VeOmni", "model_engine=veomni"),
@@ -198,7 +203,7 @@ SECTIONS = {
 UNTESTED = {
     "offload policy": (f"{ENGINE}.offload_policy=true", "pins memory, which needs an accelerator"),
     "fused kernels of Triton and Liger": (f"{MODEL}.fused_kernel_options.impl_backend", "need an accelerator"),
-    "asynchronous, separate": ("trainer.v1.trainer_mode=avar_separate_async", "its launch has not been run to its end"),
+    "asynchronous, separate, with hybrid replicas": ("actor_rollout_ref.hybrid_engine=true", "two vLLM servers"),
     "checkpoint engines": (f"{ROLLOUT}.checkpoint_engine.backend", "all of verl's but `naive` need an accelerator"),
     "GAE": ("algorithm.adv_estimator=gae", "r_visual reaches the reward as in GRPO; the critic's engine is verl's own"),
     "FSDP1": (f"{ACTOR}.strategy=fsdp", "needs an accelerator"),

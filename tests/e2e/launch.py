@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 """
 # A start of Ray, vLLM and the trainer takes two minutes of two idle cores, and many times that beside other work.
 TIMEOUT_S = 1500
-CONFIG = ["--config-dir", str(Path(__file__).parents[2] / "recipes" / "avar" / "config")]
+RECIPE = Path(__file__).parents[2] / "recipes" / "avar"
+CONFIG = ["--config-dir", str(RECIPE / "config")]
 
 
 # Four steps of eight samples, a checkpoint after every second one.
@@ -56,8 +58,14 @@ def sft(work: Path, overrides: list[str]) -> list[str]:
 
 def grpo(work: Path, model: Path, data: Path, overrides: list[str]) -> list[str]:
     """Command of verl's PPO trainer."""
+    trainer = [sys.executable, "-m", "verl.trainer.main_ppo", *CONFIG, "--config-name", "avar_grpo"]
+    return [*trainer, *grpo_overrides(work, model, data), *overrides]
+
+
+def grpo_overrides(work: Path, model: Path, data: Path) -> list[str]:
+    """Of the config `avar_grpo`, for the CPU."""
     return [
-        *(sys.executable, "-m", "verl.trainer.main_ppo", *CONFIG, "--config-name", "avar_grpo", "machine=cpu_grpo"),
+        "machine=cpu_grpo",
         f"actor_rollout_ref.model.path={model}",
         f"data.train_files={data}",
         f"data.val_files={data}",
@@ -73,7 +81,6 @@ def grpo(work: Path, model: Path, data: Path, overrides: list[str]) -> list[str]
         "trainer.test_freq=-1",
         f"trainer.default_local_dir={work / 'checkpoints'}",
         f"hydra.run.dir={work / 'hydra'}",
-        *overrides,
     ]
 
 
@@ -103,23 +110,84 @@ def run(command: list[str], work: Path, name: str) -> dict[int, dict]:
     return steps(metrics)
 
 
+class Nodes:
+    """A script of recipes/avar on each of two nodes of one training process, both of them this machine.
+
+    Leaving the context ends whatever of it still runs.
+    """
+
+    def __init__(self, script: str, overrides: list[str], work: Path, name: str, variables: dict[str, str]):
+        self.metrics = work / f"{name}.jsonl"
+        self.logs = [work / f"{name}_{rank}.log" for rank in (0, 1)]
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        own = {"PATH": path, "NNODES": "2", "GPUS": "1", **variables}
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            with log.open("w") as file:
+                process = psutil.Popen(
+                    ["bash", str(RECIPE / script), *overrides],
+                    env=environment(self.metrics) | own | {"NODE_RANK": str(rank)},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            self.processes.append(process)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            kill(process)
+
+    def text(self) -> str:
+        return "\n".join(log.read_text(errors="replace")[-4000:] for log in self.logs)
+
+    def wait(self) -> list[int]:
+        """Until both have ended; their exit codes."""
+        return [process.wait(TIMEOUT_S) for process in self.processes]
+
+    def kill_training_process(self, tracker: Path, after_step: int) -> None:
+        """Of the second node, without warning, once `after_step` is checkpointed and logged."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not is_done(after_step, tracker, self.metrics):
+            assert all(process.poll() is None for process in self.processes), f"ended too early\n{self.text()}"
+            assert time.monotonic() < deadline, f"no checkpoint of step {after_step}\n{self.text()}"
+            time.sleep(0.1)
+        # torchrun and verl tell a training process its rank.
+        (victim,) = [one for one in self.processes[1].children(recursive=True) if "RANK" in one.environ()]
+        victim.kill()
+
+
+def is_done(step: int, tracker: Path, metrics: Path) -> bool:
+    """A step is checkpointed and logged."""
+    return tracker.exists() and tracker.read_text().strip() == str(step) and step in steps(metrics)
+
+
+def kill(process: psutil.Popen) -> None:
+    """And all that it has started. Workers have sessions of their own, which a signal to the group misses."""
+    if process.poll() is None:
+        for victim in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+    process.wait()
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
 def run_and_kill(command: list[str], work: Path, name: str, after_step: int) -> dict[int, dict]:
     """Start, and kill every process of the run without warning once `after_step` is checkpointed and logged."""
     metrics, tracker = work / f"{name}.jsonl", work / "checkpoints" / "latest_checkpointed_iteration.txt"
     with (work / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT)
+        process = psutil.Popen(command, env=environment(metrics), stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + TIMEOUT_S
-        while not (
-            tracker.exists() and tracker.read_text().strip() == str(after_step) and after_step in steps(metrics)
-        ):
+        while not is_done(after_step, tracker, metrics):
             text = (work / f"{name}.log").read_text(errors="replace")
             assert process.poll() is None, f"ended before it could be killed\n{text[-6000:]}"
             assert time.monotonic() < deadline, f"no checkpoint of step {after_step}\n{text[-6000:]}"
             time.sleep(0.1)
-        # Launchers start workers in sessions of their own, which outlive a signal to the group.
-        launcher = psutil.Process(process.pid)
-        for victim in (launcher, *launcher.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()
-        process.wait()
+        kill(process)
     return steps(metrics)

@@ -82,6 +82,41 @@ def resumed(tmp_path_factory, tiny_model_path, sft_data):
     return work, killed | rest
 
 
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory, tiny_model_path, sft_data):
+    """`nodes(folder, name)` -> the recipe's script on two nodes of one process, four steps; again, it goes on."""
+    work = tmp_path_factory.mktemp("nodes")
+
+    def start(folder: str, name: str) -> launch.Nodes:
+        (work / folder).mkdir(exist_ok=True)
+        overrides = [*launch.sft_overrides(work / folder, tiny_model_path, sft_data), *launch.GUIDED]
+        overrides += [f"hydra.run.dir={work / folder / 'hydra'}"]
+        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launch.free_port(), "TRAIN": str(sft_data)}
+        return launch.Nodes("run_sft_qwen2_5_vl_7b.sh", overrides, work / folder, name, own)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def two_nodes(nodes) -> dict[int, dict]:
+    with nodes("whole", "log") as started:
+        assert started.wait() == [0, 0], started.text()
+    return launch.steps(started.metrics)
+
+
+def assert_same_losses(metrics: dict[int, dict], expected: dict[int, dict]) -> None:
+    """And masses, terms and schedules."""
+    assert sorted(metrics) == sorted(expected) == [1, 2, 3, 4]
+    for step, record in metrics.items():
+        for key in (
+            *("train/loss", "train/grad_norm"),
+            *(f"avar/{name}" for name in ("lm_loss", "enhance", "suppress", "vas", "image_mass", "system_mass")),
+        ):
+            assert record[key] == pytest.approx(expected[step][key], rel=1e-3), (step, key)
+        for key in ("train/lr", "avar/schedule"):
+            assert record[key] == pytest.approx(expected[step][key], rel=1e-6), (step, key)
+
+
 def test_metrics_are_numbers_in_the_log(resumed):
     _, metrics = resumed
     assert sorted(metrics) == [1, 2, 3, 4]
@@ -108,13 +143,24 @@ def test_killed_and_resumed_on_one_process_equals_uninterrupted_on_two(resumed, 
     _, metrics = resumed
     work, errors = trained
     assert "two" not in errors, errors["two"]
-    expected = launch.steps(work / "two.jsonl")
-    assert sorted(expected) == [1, 2, 3, 4]
-    for step, record in metrics.items():
-        for key in ("train/loss", "train/grad_norm", "avar/lm_loss", "avar/enhance", "avar/suppress", "avar/vas"):
-            assert record[key] == pytest.approx(expected[step][key], rel=1e-3), (step, key)
-        for key in ("train/lr", "avar/schedule"):
-            assert record[key] == pytest.approx(expected[step][key], rel=1e-6), (step, key)
+    assert_same_losses(metrics, launch.steps(work / "two.jsonl"))
+
+
+def test_two_nodes_train_as_one_process_and_as_two(two_nodes, resumed, trained):
+    assert_same_losses(two_nodes, resumed[1])
+    assert_same_losses(two_nodes, launch.steps(trained[0] / "two.jsonl"))
+
+
+@pytest.mark.slow
+def test_two_nodes_end_when_a_process_dies_and_go_on_from_the_checkpoint(nodes, two_nodes):
+    with nodes("killed", "first") as first:
+        first.kill_training_process(first.metrics.parent / "checkpoints" / "latest_checkpointed_iteration.txt", 2)
+        assert all(first.wait()), first.text()
+    with nodes("killed", "second") as second:
+        assert second.wait() == [0, 0], second.text()
+    rest = launch.steps(second.metrics)
+    assert sorted(rest) == [3, 4], "resuming must not repeat a step"
+    assert_same_losses(launch.steps(first.metrics) | rest, two_nodes)
 
 
 # ---- families -------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 #
 # The package must be installed on every node, and checkpoints need a file system that all of them share. Ray keeps its
 # token in the home folder; where nodes do not share that, set the same RAY_AUTH_TOKEN on all. RUN is what the first
-# node runs, by default the recipe's GRPO.
+# node runs, by default the recipe's GRPO. RAY_OPTIONS: more options of `ray start`, such as --num-cpus=64 where a
+# container hides cores.
 set -euo pipefail
 
 : "${HEAD:?host name or address of the first node}" "${NODE_RANK:?0 on the first node, 1 .. NNODES-1 on the others}"
@@ -19,14 +20,14 @@ wait_for_head() { until (exec 3<> "/dev/tcp/$HEAD/$PORT") 2> /dev/null; do sleep
 
 if [ "$NODE_RANK" -ne 0 ]; then
     wait_for_head
-    ray start --address="$RAY_ADDRESS" --num-gpus="$GPUS" --block || true # Ends with an error when the head stops.
+    ray start --address="$RAY_ADDRESS" --num-gpus="$GPUS" --block ${RAY_OPTIONS:-} || true # Ends with an error when the head stops.
     exit 0
 fi
 
 # Here RAY_ADDRESS would make it join a cluster that is not there yet. Ended by its id: `ray stop` would stop every
 # Ray of the machine.
 env -u RAY_ADDRESS ray start --head --port="$PORT" --num-gpus="$GPUS" --include-dashboard=false \
-    --disable-usage-stats --block &
+    --disable-usage-stats --block ${RAY_OPTIONS:-} &
 HEAD_ID=$!
 trap 'kill $HEAD_ID; wait $HEAD_ID || true' EXIT
 wait_for_head
