@@ -153,9 +153,17 @@ class Nodes:
             assert all(process.poll() is None for process in self.processes), f"ended too early\n{self.text()}"
             assert time.monotonic() < deadline, f"no checkpoint of step {after_step}\n{self.text()}"
             time.sleep(0.1)
-        # torchrun and verl tell a training process its rank.
-        (victim,) = [one for one in self.processes[1].children(recursive=True) if "RANK" in one.environ()]
-        victim.kill()
+        # torchrun and verl tell a training process its rank; what it starts inherits that.
+        ranked = [one for one in self.processes[1].children(recursive=True) if has_rank(one)]
+        victims = [one for one in ranked if one.parent() not in ranked]
+        assert len(victims) == 1, [one.cmdline() for one in victims]
+        victims[0].kill()
+
+
+def has_rank(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # It has ended since.
+        return "RANK" in process.environ()
+    return False
 
 
 def is_done(step: int, tracker: Path, metrics: Path) -> bool:

@@ -16,6 +16,11 @@ PORT=${PORT:-6379}
 export RAY_ADDRESS=$HEAD:$PORT
 RUN=${RUN:-bash $(dirname "$0")/../run_grpo_qwen2_5_vl_7b.sh}
 
+# A head asks for the token as soon as there is one; whoever joins by an address sends it only if told to.
+if [ -n "${RAY_AUTH_TOKEN:-}" ] || [ -e "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}" ]; then
+    export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+fi
+
 wait_for_head() { until (exec 3<> "/dev/tcp/$HEAD/$PORT") 2> /dev/null; do sleep 1; done; }
 
 if [ "$NODE_RANK" -ne 0 ]; then

@@ -2,18 +2,20 @@
 """One GRPO step of verl's actor worker on fixed rollouts, for several settings of the recipe.
 
 Run by torchrun from test_compatibility.py, with WORK_DIR/spec.json a list of scenarios (see `run`); rank 0 writes
-WORK_DIR/result.pt. Usage: grpo_scenarios.py WORK_DIR
+WORK_DIR/result.pt. scenarios.py runs one of them, too. Usage: grpo_scenarios.py WORK_DIR
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import verl.workers.engine  # noqa: F401  registers the engines
 from omegaconf import OmegaConf, open_dict
 from tensordict.tensorclass import NonTensorData
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
@@ -24,7 +26,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested
 
-from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT
+from avar_verl.objectives.vars import VISUAL_FIELDS, shape_visual_reward
+from avar_verl.plugin.config import MEASURE_FLAG, VISUAL_OUTPUT, VarsConfig
 from avar_verl.plugin.engine.fsdp import AvarFSDPEngine
 from tests.plugin.test_config import recipe
 
@@ -63,9 +66,12 @@ def rollouts(rows: list[dict]):
 def run(scenario: dict, model_path: str, rows: list[dict]) -> dict:
     """Masses, log-probabilities and entropy of the rollouts; metrics and parameters after an update for every loss.
 
-    scenario: `overrides` of the recipe; `stock`: verl's engine; `losses`: names of policy losses, one update each.
+    rows: of the NUM rollouts every world size-th, from that of the rank. scenario: `overrides` of the recipe; `stock`:
+    verl's engine; `losses`: names of policy losses, one update each; `rewarded`: advantages are those of an accuracy
+    and r_visual, as the trainer computes them from the measurements of all processes, and `rewards` are returned.
     """
     torch.manual_seed(0)
+    indices = range(dist.get_rank(), NUM, dist.get_world_size())
     stock = scenario.get("stock", False)
     EngineRegistry._engines["language_model"]["fsdp2"]["cpu"] = FSDPEngineWithLMHead if stock else AvarFSDPEngine
     overrides = [*COMMON, f"actor_rollout_ref.model.path={model_path}", *scenario["overrides"]]
@@ -91,12 +97,16 @@ def run(scenario: dict, model_path: str, rows: list[dict]) -> dict:
         out["visual"] = torch.stack(list(measured[VISUAL_OUTPUT].unbind()))
     old = response_from_nested(measured["log_probs"], data["response_mask"])
     # Other than the policy's, so that ratios are not 1 and clipping has something to clip.
-    shift = torch.Generator().manual_seed(0)
-    old = [row + 0.3 * torch.randn(row.shape, generator=shift) for row in old.unbind()]
+    shifts = (torch.Generator().manual_seed(index) for index in indices)
+    old = [row + 0.3 * torch.randn(row.shape, generator=one) for row, one in zip(old.unbind(), shifts, strict=True)]
     data["old_log_probs"] = nested(old)
     data["ref_log_prob"] = nested([row - 0.1 for row in old])
-    data["rollout_is_weights"] = nested([torch.full_like(row, 0.5 + 0.1 * i) for i, row in enumerate(old)])
-    data["advantages"] = nested([(i % 3 - 1.0) * mask.float() for i, mask in enumerate(masks)])
+    weights = (0.5 + 0.1 * index for index in indices)
+    data["rollout_is_weights"] = nested([torch.full_like(row, one) for row, one in zip(old, weights, strict=True)])
+    advantages = torch.arange(NUM) % 3 - 1.0
+    if scenario.get("rewarded", False):
+        out["rewards"], advantages = rewards(out["visual"], worker.actor.engine.engine_config.vars)
+    data["advantages"] = nested([advantages[i] * mask.float() for i, mask in zip(indices, masks, strict=True)])
     if not scenario.get("weighted", False):
         data.pop("rollout_is_weights")
     actor = own.actor
@@ -122,6 +132,20 @@ def run(scenario: dict, model_path: str, rows: list[dict]) -> dict:
             out["metrics"].append({"name": loss, **metrics})
     out["parameters"] = {name: p.full_tensor().clone() for name, p in worker.actor.engine.module.named_parameters()}
     return out
+
+
+def rewards(visual: torch.Tensor, settings: VarsConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards and GRPO's advantages of all NUM rollouts, two prompts of four; the first three of each are right."""
+    parts = [torch.empty(0)] * dist.get_world_size()
+    dist.all_gather_object(parts, visual)
+    visual_BF = torch.stack(parts, dim=1).flatten(0, 1)
+    uids = [index // 4 for index in range(NUM)]
+    correct_B = torch.tensor([index % 4 < 3 for index in range(NUM)])
+    raw_B = visual_BF[:, VISUAL_FIELDS.index(settings.statistic)]
+    reward_B = correct_B + settings.lambda_v * shape_visual_reward(raw_B, correct_B, uids)
+    one = torch.ones(NUM, 1)
+    advantage_B, _ = compute_grpo_outcome_advantage(reward_B[:, None], one, np.array(uids))
+    return reward_B, advantage_B[:, 0]
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from avar_verl.plugin.datasets.sft import AvarSFTDataset
 from avar_verl.plugin.engine import fsdp
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
 from avar_verl.plugin.engine.fsdp import AvarFSDPEngine
+from tests.plugin.engine import grpo_scenarios
 
 STEPS = 3
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
@@ -120,6 +121,9 @@ def batches(dataset, scenario: dict, pad_token_id: int):
 
 def run(scenario: dict, model_path: str, dataset, pad_token_id: int) -> dict:
     """One scenario: metrics of every step, parameters at the end, measured masses where `vars` asks for them."""
+    if "grpo" in scenario:
+        rows = [dataset[index] for index in range(dist.get_rank(), grpo_scenarios.NUM, dist.get_world_size())]
+        return grpo_scenarios.run(scenario["grpo"], model_path, rows)
     torch.manual_seed(0)  # the adapters' weights
     try:
         worker = build_worker(scenario, model_path)

@@ -19,12 +19,15 @@ from avar_verl.model.render import Rendered, collate
 from avar_verl.objectives.vars import MASS_FIELDS, VISUAL_FIELDS
 from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.study import loops
+from tests.compatibility import ENTROPY, KL_LOSS
 from tests.e2e import family_data, tool_data
 
 pytestmark = pytest.mark.e2e
 
 SCRIPT = Path(__file__).parent / "scenarios.py"
 GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
+# An update with advantages of accuracy and r_visual, and with every other term of the loss.
+GRPO = {"overrides": [*KL_LOSS, ENTROPY], "rewarded": True}
 DEPENDENCY = {"measure_dependency": True, "token_weights": "dependency"}
 # Of a picture of the photo grid, before the crop that the tool returned.
 PROMPT_ROWS = {"pixel_values": 64, "image_grid_thw": 1}
@@ -103,6 +106,7 @@ def one(tmp_path_factory, tiny_model_path, data_file, family_path) -> dict:
         "tools_right": {"vars": {"region": True}, "boxes": [[56, 0, 112, 112]], **tools},
         "tools_swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, **tools},
         "update": {"vars": {}, "update": True},
+        "grpo": {"grpo": GRPO},
         "unpacked_ulysses": {"agto": GUIDED, "engine": {"ulysses_sequence_parallel_size": 2}},
         "fsdp1": {"agto": GUIDED, "strategy": "fsdp"},
         "frozen": {"agto": GUIDED, "engine": {"freeze_vision_tower": True, "freeze_projector": True}},
@@ -148,6 +152,7 @@ def two(tmp_path_factory, tiny_model_path, data_file) -> dict:
     scenarios = {
         "guided": {"agto": GUIDED},
         "guided_micro": {"agto": GUIDED, "micro": 2},
+        "grpo": {"grpo": GRPO},
         "dependency": {"vars": DEPENDENCY},
         "dependency_micro": {"vars": DEPENDENCY, "micro": 1},
         "swap": {"vars": {**DEPENDENCY, "corruption": "swap"}, "micro": 1},
@@ -268,6 +273,19 @@ def test_a_subset_of_heads_is_refused_under_sequence_parallelism(two):
 @pytest.mark.parametrize("scenario", ["guided", "guided_micro", "hsdp", "ulysses", "ulysses_micro"])
 def test_data_and_sequence_parallel_size_change_nothing(one, two, scenario):
     assert_same_training(one["guided"], two[scenario], **TOLERANCE)
+
+
+def test_rewards_and_update_of_grpo_do_not_depend_on_the_number_of_processes(one, two):
+    """Masses measured by two processes give the rewards and advantages of one, and these its losses and parameters."""
+    expected, got = one["grpo"], two["grpo"]
+    assert len(set(expected["rewards"].tolist())) > 6, "r_visual tells right answers apart"
+    torch.testing.assert_close(got["rewards"], expected["rewards"], rtol=1e-5, atol=1e-6)
+    for name in ("loss", "actor/pg_loss", "kl_loss", "actor/entropy_loss", "grad_norm"):
+        assert got["metrics"][0][name] == pytest.approx(expected["metrics"][0][name], rel=1e-5), name
+    for name, parameter in expected["parameters"].items():
+        torch.testing.assert_close(
+            got["parameters"][name], parameter, rtol=0, atol=2e-6, msg=lambda t, n=name: f"{n}: {t}"
+        )
 
 
 def test_an_update_before_any_measurement_is_refused(one):
