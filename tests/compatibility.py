@@ -42,20 +42,21 @@ ADAPTERS = (f"{MODEL}.lora_rank=8", f"{MODEL}.target_modules=[q_proj,k_proj,v_pr
 KL_LOSS = (f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_coef=0.1")
 KL_REWARD = "algorithm.use_kl_in_reward=true"
 DR_GRPO = "algorithm.norm_adv_by_std_in_grpo=false"
+SEPARATE = [
+    "trainer.v1.trainer_mode=avar_separate_async",
+    "trainer.v1.separate_async.parameter_sync_step=2",
+    f"{ACTOR}.ppo_mini_batch_size=2",
+    f"{ROLLOUT}.nnodes=1",
+    f"{ROLLOUT}.n_gpus_per_node=1",
+    f"{ROLLOUT}.checkpoint_engine.backend=gloo",
+    f"{ROLLOUT}.checkpoint_engine.custom_backend_module=avar_verl.plugin.compat.cpu.checkpoint_engine",
+    "ray_kwargs.ray_init.num_gpus=2",
+]
 # Launches of two steps (tests/e2e/test_grpo_modes.py), by name. Settings that do not depend on each other share one.
 RUNS = {
     "colocate_async": ["trainer.v1.trainer_mode=avar_colocate_async", f"{CORRECTION}.rollout_is=token"],
-    "separate_async": [
-        "trainer.v1.trainer_mode=avar_separate_async",
-        "trainer.v1.separate_async.parameter_sync_step=2",
-        f"{ACTOR}.ppo_mini_batch_size=2",
-        "actor_rollout_ref.hybrid_engine=false",
-        f"{ROLLOUT}.nnodes=1",
-        f"{ROLLOUT}.n_gpus_per_node=1",
-        f"{ROLLOUT}.checkpoint_engine.backend=gloo",
-        f"{ROLLOUT}.checkpoint_engine.custom_backend_module=avar_verl.plugin.compat.cpu.checkpoint_engine",
-        "ray_kwargs.ray_init.num_gpus=2",
-    ],
+    "separate_async": [*SEPARATE, "actor_rollout_ref.hybrid_engine=false"],
+    "separate_async_hybrid": [*SEPARATE, "actor_rollout_ref.hybrid_engine=true"],
     "bypass": [f"{CORRECTION}.bypass_mode=true"],
     "two_processes": [
         *TWO,

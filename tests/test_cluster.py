@@ -2,6 +2,7 @@
 """The scripts of recipes/avar/cluster: what they start, on which node."""
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -35,6 +36,34 @@ def test_slurm_runs_the_stage_on_every_node(tmp_path, stage, script):
     assert done.stdout.splitlines() == [f"{script} {rank} 2 4 n0 n0 a=1 b=2 3" for rank in (0, 1)], done.stderr
     refused = subprocess.run(command, env={**environment, "STAGE": "rl"}, capture_output=True, text=True)
     assert refused.returncode == 2 and "STAGE must be sft or grpo; got rl" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "own, mode",
+    [
+        ({}, ""),
+        ({"RAY_AUTH_TOKEN": "abc"}, "token"),
+        ({"RAY_AUTH_TOKEN_PATH": "{home}/.ray/auth_token"}, "token"),
+        ({"HOME": "{home}"}, "token"),
+        ({"RAY_AUTH_TOKEN": "abc", "RAY_AUTH_MODE": "disabled"}, "disabled"),
+    ],
+)
+def test_a_node_that_joins_sends_the_token_that_the_head_asks_for(tmp_path, own, mode):
+    """Ray's head asks for it wherever there is one; Ray sends it to an address only in the mode `token`."""
+    (tmp_path / "ray").write_text('#!/usr/bin/env bash\necho "${RAY_AUTH_MODE:-} $*"\n')
+    (tmp_path / "ray").chmod(0o755)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("abc")
+    own = {name: value.format(home=tmp_path) for name, value in own.items()}
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = str(head.getsockname()[1])
+        nodes = {"HEAD": "127.0.0.1", "PORT": port, "NODE_RANK": "1", "NNODES": "2", "GPUS": "4"}
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": "/nowhere", **nodes, **own}
+        command = ["bash", CLUSTER / "on_every_node.sh"]
+        environment["RAY_OPTIONS"] = "--num-cpus=32 --verbose"
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    address = f"start --address=127.0.0.1:{port} --num-gpus=4 --block --num-cpus=32 --verbose"
+    assert done.stdout.splitlines() == [f"{mode} {address}"], done.stderr
 
 
 def test_skypilot_runs_the_same_script():

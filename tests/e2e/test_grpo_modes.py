@@ -38,7 +38,7 @@ def run(tmp_path, tiny_model_path):
         ]
         metrics = launch.run(launch.grpo(tmp_path, model, tmp_path / "rl.parquet", overrides), tmp_path, name)
         assert sorted(metrics) == [1, 2]
-        check_rewards(metrics, 8 if name == "separate_async" else 16)
+        check_rewards(metrics, 8 if name.startswith("separate_async") else 16)
         return metrics
 
     return start
@@ -83,9 +83,10 @@ def test_colocate_async(run, tmp_path, tiny_model_path):
     check_all_moved(tmp_path, tiny_model_path)
 
 
-def test_separate_async(run, tmp_path, tiny_model_path):
+@pytest.mark.parametrize("name", ["separate_async", "separate_async_hybrid"])
+def test_separate_async(run, tmp_path, tiny_model_path, name):
     """Two mini-batches of eight rollouts a step; weights reach the rollout process before the first and after each."""
-    metrics = run("separate_async")
+    metrics = run(name)
     # vLLM starts with random weights of its own. Rollouts of the second step were begun before the first update.
     assert metrics[1]["training/rollout_actor_probs_pearson_corr"] > 0.999
     assert metrics[2]["training/rollout_actor_probs_pearson_corr"] > 0.9
@@ -134,6 +135,7 @@ def test_two_nodes_end_when_a_process_dies_and_go_on_from_the_checkpoint(tmp_pat
     def nodes(name: str) -> launch.Nodes:
         own = {"HEAD": "127.0.0.1", "PORT": launch.free_port(), "MODEL": str(tiny_model_path)}
         own |= {"RAY_OPTIONS": "--num-cpus=32 --object-store-memory=500000000"}
+        own |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}  # The second node ends so long after the first.
         return launch.Nodes("cluster/on_every_node.sh", overrides, tmp_path, name, own)
 
     with nodes("first") as first:
