@@ -105,11 +105,12 @@ def refused(what: str, *settings: str) -> Row:
 SECTIONS = {
     "Trainers": [
         Row("asynchronous, colocated", ("trainer.v1.trainer_mode=avar_colocate_async",), "run"),
+        Row("asynchronous, separate", ("trainer.v1.trainer_mode=avar_separate_async",), "run", "weights over gloo"),
         Row(
-            "asynchronous, separate",
-            ("trainer.v1.trainer_mode=avar_separate_async", "actor_rollout_ref.hybrid_engine=false"),
+            "without rollout servers on the training processes",
+            ("actor_rollout_ref.hybrid_engine=false",),
             "run",
-            "weights over gloo; without replicas on the training processes",
+            with_=tuple(SEPARATE[:1]),
         ),
         Row("bypass mode", (f"{CORRECTION}.bypass_mode=true",), "run", "one pass more, to measure"),
         Row("several processes and rollout servers", TWO, "run"),
@@ -204,7 +205,6 @@ SECTIONS = {
 UNTESTED = {
     "offload policy": (f"{ENGINE}.offload_policy=true", "pins memory, which needs an accelerator"),
     "fused kernels of Triton and Liger": (f"{MODEL}.fused_kernel_options.impl_backend", "need an accelerator"),
-    "asynchronous, separate, with hybrid replicas": ("actor_rollout_ref.hybrid_engine=true", "two vLLM servers"),
     "checkpoint engines": (f"{ROLLOUT}.checkpoint_engine.backend", "all of verl's but `naive` need an accelerator"),
     "GAE": ("algorithm.adv_estimator=gae", "r_visual reaches the reward as in GRPO; the critic's engine is verl's own"),
     "FSDP1": (f"{ACTOR}.strategy=fsdp", "needs an accelerator"),
