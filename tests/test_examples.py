@@ -6,11 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from verl.tools.tool_registry import initialize_tools_from_config
 from verl.utils.config import omega_conf_to_dataclass
 
 from avar_verl.model.families import FAMILIES
 from avar_verl.plugin.engine.config import AvarFSDPEngineConfig
 from avar_verl.plugin.refusals import check_command
+from avar_verl.plugin.rollout.zoom_in import ImageZoomIn
 from tests.plugin.test_config import recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -55,6 +57,7 @@ def compose(arguments: list[str]):
 def test_there_is_a_script_for_each_row_of_the_table():
     table = (EXAMPLES / "README.md").read_text()
     known = ["gemma3_12b", "glm4_6v_flash", "internvl3_5_8b", "llama3_2_11b_vision", "qwen3_5_4b", "qwen3_vl_8b"]
+    known.append("qwen3_vl_8b_zoom")
     assert SCRIPTS == [f"{name}.sh" for name in known]
     for script in SCRIPTS:
         (row,) = [line for line in table.splitlines() if f"`{script}`" in line]
@@ -77,6 +80,9 @@ def test_stages_compose_and_hand_over(calls, script, tmp_path):
     folder = tmp_path / "out" / "cold_start" / "global_step_7" / "huggingface"
     assert grpo.actor_rollout_ref.model.path == str(folder)
     assert omega_conf_to_dataclass(grpo.actor_rollout_ref.actor.fsdp_config).vars.lambda_v == 0.3
+    if script.endswith("zoom.sh"):
+        tools = initialize_tools_from_config(grpo.actor_rollout_ref.rollout.multi_turn.tool_config_path)
+        assert [type(tool) for tool in tools] == [ImageZoomIn] and tools[0].coordinates == "relative"
     if script.startswith("gemma"):
         # Every sixth of 48 layers, in both stages.
         assert list(engine.agto.layers) == list(grpo.avar.vars.layers) == list(range(5, 48, 6))

@@ -25,6 +25,9 @@ DEPENDENCY_OUTPUT = "avar_dependency"
 PARTNER, PARTITION = "avar_partner", "avar_partition"
 # In a rollout's extra_fields, if tools returned images: how many rows of each image feature are the prompt's.
 PROMPT_ROWS = "avar_prompt_rows"
+# Beside it, if tools were called: verl's response mask, 1 on the tokens that the policy wrote; and, for rollouts that
+# are written to a folder, name and content of a file for each image of a tool.
+OWN_TOKENS, TOOL_FILES = "avar_own_tokens", "avar_tool_files"
 TOKEN_WEIGHTS = ("none", "dependency")
 IMAGES = ("prompt", "all")
 # Fields of VarsConfig that only masses read.

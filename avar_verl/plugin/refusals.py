@@ -21,7 +21,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from avar_verl.plugin.config import STRATEGIES, AvarConfig, RewardManagerConfig, TrainerConfig, VarsConfig
-from avar_verl.plugin.switch import REWARD_MANAGER_NAME, TRAINER_NAMES
+from avar_verl.plugin.switch import REWARD_MANAGER_NAME, TOOL_AGENT_NAME, TRAINER_NAMES
 
 # Launchers by their file in verl's package. Others of verl train with trainers that never call this plugin.
 GRPO_LAUNCHERS = ("trainer/main_ppo.py",)
@@ -324,6 +324,18 @@ def _check_reward_manager(config: DictConfig, settings: RewardManagerConfig) -> 
         _refuse(changed, f"is read by the reward manager {REWARD_MANAGER_NAME}", got, fix)
 
 
+def _check_tools(config: DictConfig) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    tools = [name for name in ("tool_config_path", "function_tool_path") if rollout.multi_turn.get(name)]
+    if rollout.agent.default_agent_loop == TOOL_AGENT_NAME and not tools:
+        multi_turn = "actor_rollout_ref.rollout.multi_turn"
+        raise ValueError(
+            f"the agent loop {TOOL_AGENT_NAME} needs tools; got {multi_turn}.tool_config_path=null and "
+            "function_tool_path=null. Set one of them (docs/multi-turn.md), or "
+            "actor_rollout_ref.rollout.agent.default_agent_loop=avar_single_turn."
+        )
+
+
 def check_grpo(config: DictConfig, avar: AvarConfig) -> None:
     """Refuse GRPO runs that would train without what `avar` asks for, or fail in the first step.
 
@@ -343,6 +355,7 @@ def check_grpo(config: DictConfig, avar: AvarConfig) -> None:
         if "ulysses_sequence_parallel_size" in config.actor_rollout_ref.actor:
             _check_grpo_batches(config)
     _check_reward_manager(config, avar.reward)
+    _check_tools(config)
 
 
 # ---- cold start ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ itself imports them. Always, with verl 0.9.1:
 | verl trainer | `avar_colocate_async` | `plugin.trainer.ppo.AvarPPOTrainerColocateAsync` |
 | verl trainer | `avar_separate_async` | `plugin.trainer.ppo.AvarPPOTrainerSeparateAsync` |
 | verl agent loop | `avar_single_turn` | `plugin.rollout.agent_loop.AvarSingleTurnAgentLoop` |
+| verl agent loop | `avar_tool_agent` | `plugin.rollout.tool_agent_loop.AvarToolAgentLoop` |
 | verl reward manager | `avar` | `plugin.rollout.reward_manager.AvarRewardManager` |
 | hydra search path | `avar_sft`, `avar_grpo` | `plugin.hydra.AvarSearchPath` |
 
@@ -36,9 +37,13 @@ from types import ModuleType
 
 import wrapt
 
-from avar_verl.plugin.switch import REWARD_MANAGER_NAME, VERL_VERSION, is_wanted, switch_on
+from avar_verl.plugin.switch import REWARD_MANAGER_NAME, TOOL_AGENT_NAME, VERL_VERSION, is_wanted, switch_on
 
-AGENT_LOOP_NAME = "avar_single_turn"
+# By their paths: hydra imports the class when a run asks for it.
+AGENT_LOOPS = {
+    "avar_single_turn": "avar_verl.plugin.rollout.agent_loop.AvarSingleTurnAgentLoop",
+    TOOL_AGENT_NAME: "avar_verl.plugin.rollout.tool_agent_loop.AvarToolAgentLoop",
+}
 # Tells the processes of a run that one of them has said that it runs on the CPU.
 SAID = "AVAR_VERL_SAID_CPU"
 
@@ -55,10 +60,9 @@ def _name_trainers(_module: ModuleType) -> None:
         register_trainer(name)(trainer)
 
 
-def _name_agent_loop(agent_loop: ModuleType) -> None:
-    # By its path: hydra imports the class when a run asks for it.
-    path = "avar_verl.plugin.rollout.agent_loop.AvarSingleTurnAgentLoop"
-    agent_loop._agent_loop_registry[AGENT_LOOP_NAME] = {"_target_": path}
+def _name_agent_loops(agent_loop: ModuleType) -> None:
+    for name, path in AGENT_LOOPS.items():
+        agent_loop._agent_loop_registry[name] = {"_target_": path}
 
 
 def _name_reward_manager(_module: ModuleType) -> None:
@@ -105,7 +109,7 @@ def register() -> None:
             _run_on_cpu()
         wrapt.register_post_import_hook("avar_verl.plugin.hydra:register", "hydra")
         wrapt.register_post_import_hook(_name_trainers, "verl.trainer.ppo.v1")
-        wrapt.register_post_import_hook(_name_agent_loop, "verl.experimental.agent_loop.agent_loop")
+        wrapt.register_post_import_hook(_name_agent_loops, "verl.experimental.agent_loop.agent_loop")
         wrapt.register_post_import_hook(_name_reward_manager, "verl.experimental.reward_loop.reward_manager")
     if is_wanted():
         switch_on()

@@ -30,6 +30,7 @@ TRAINER_NAMES = {
     "separate_async": "avar_separate_async",
 }
 REWARD_MANAGER_NAME = "avar"
+TOOL_AGENT_NAME = "avar_tool_agent"
 # What is done when a module of verl is imported. By name, since these modules import this one.
 PATCHES = (
     ("compat.verl.position_ids:apply", "verl.utils.tensordict_utils"),

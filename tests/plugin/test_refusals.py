@@ -110,6 +110,14 @@ def test_all_settings_that_are_on_are_named():
     assert str(refused.value).endswith("To run without: avar.vars.lambda_v=0 avar.vars.measure=false.")
 
 
+def test_the_tool_agent_needs_tools():
+    agent = "actor_rollout_ref.rollout.agent.default_agent_loop=avar_tool_agent"
+    with pytest.raises(ValueError, match="the agent loop avar_tool_agent needs tools; got .*tool_config_path=null"):
+        grpo(agent)
+    for name in ("tool_config_path", "function_tool_path"):
+        grpo(agent, f"actor_rollout_ref.rollout.multi_turn.{name}=tools")
+
+
 @pytest.mark.parametrize("file", [ASYNC, ONE_STEP])
 def test_other_launchers_of_verl_are_refused(file):
     with pytest.raises(

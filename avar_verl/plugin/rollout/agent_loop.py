@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's single-turn agent loop for any known family, without image placeholders in the response.
+"""verl's agent loops for any known family, without image placeholders in the response.
 
 A policy that samples `<|image_pad|>` writes a response with more image tokens than image features, and the actor's
 forward pass ends the run ("Image features and image tokens do not match"). So the logits of the family's placeholders
@@ -42,7 +42,7 @@ def image_fields(mm_inputs: dict, patch_size: int | None) -> dict[str, list]:
 class _Client:
     """verl's server client, which sends prompts with one placeholder per image, as vLLM expects."""
 
-    def __init__(self, client, loop: "AvarSingleTurnAgentLoop"):
+    def __init__(self, client, loop: "RenderedPrompts"):
         self._client, self._loop = client, loop
 
     def __getattr__(self, name: str):
@@ -50,12 +50,12 @@ class _Client:
 
     async def generate(self, *args, **kwargs):
         if kwargs.get("image_data"):
-            kwargs["prompt_ids"] = self._loop.rendered.prompt_ids
+            kwargs["prompt_ids"] = self._loop.sent_ids
         return await self._client.generate(*args, **kwargs)
 
 
-class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
-    """`SingleTurnAgentLoop`; changes:
+class RenderedPrompts:
+    """Over an agent loop of verl's; changes:
 
     - the prompt is rendered by `avar_verl.model.render`: no second BOS, and vLLM gets one placeholder per image (verl
       does this only for Qwen's image processor, verl/workers/rollout/utils.py:93-113);
@@ -67,18 +67,23 @@ class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
     """
 
     rendered: Rendered | None = None
+    """The prompt; None with videos or audio, and without a processor."""
+    sent_ids: list[int]
+    """What vLLM gets: the ids so far with one placeholder per image."""
+
+    def template_kwargs(self, tools) -> dict[str, Any]:
+        return {**self.apply_chat_template_kwargs, **({"tools": tools} if tools else {})}
 
     async def ct_build_initial_tokens(self, messages, tools=None, images=None, videos=None, audios=None, **kwargs):
         if self.processor is None or videos or audios:
             media = dict(images=images, videos=videos, audios=audios)
             return await super().ct_build_initial_tokens(messages, tools, **media, **kwargs)
-        template_kwargs = {**self.apply_chat_template_kwargs, **({"tools": tools} if tools else {})}
         work = functools.partial(
             render,
             self.processor,
             place_images(read_messages(messages, markers=False), images or []),
             add_generation_prompt=True,
-            template_kwargs=template_kwargs,
+            template_kwargs=self.template_kwargs(tools),
             processor_kwargs=dict(self.mm_processor_kwargs or {}),
         )
         self.rendered = await self.loop.run_in_executor(None, work)
@@ -88,7 +93,9 @@ class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
                 f"a prompt with images must have at most rollout.prompt_length={longest} tokens; got {len(ids)}. "
                 "Raise data.max_prompt_length, or make the images smaller."
             )
-        return self._cap_text_prompt_length(ids)
+        capped = self._cap_text_prompt_length(ids)
+        self.sent_ids = list(self.rendered.prompt_ids if images else capped)
+        return capped
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs):
         if self.processor is not None:
@@ -97,11 +104,21 @@ class AvarSingleTurnAgentLoop(SingleTurnAgentLoop):
         self.server_manager = _Client(self.server_manager, self)
         output = await super().run(sampling_params, priority, **kwargs)
         if self.rendered is not None:
-            features = self.rendered.features
-            patch_size = getattr(self.processor.image_processor, "patch_size", None)
-            output.multi_modal_data = {**(output.multi_modal_data or {}), FEATURES: features}
-            output.extra_fields.update(image_fields(features, patch_size))
+            self._add_images(output)
         return output
+
+    def _image_fields(self, features: dict) -> dict[str, list]:
+        return image_fields(features, getattr(self.processor.image_processor, "patch_size", None))
+
+    def _add_images(self, output) -> None:
+        """Put the features and the sizes of the images into the rollout."""
+        features = self.rendered.features
+        output.multi_modal_data = {**(output.multi_modal_data or {}), FEATURES: features}
+        output.extra_fields.update(self._image_fields(features))
+
+
+class AvarSingleTurnAgentLoop(RenderedPrompts, SingleTurnAgentLoop):
+    """`SingleTurnAgentLoop` with `RenderedPrompts`."""
 
 
 # hydra imports this module when a run asks for the loop.

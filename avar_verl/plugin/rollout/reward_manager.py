@@ -13,15 +13,16 @@ import inspect
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.utils.config import omega_conf_to_dataclass
 
-from avar_verl.plugin.config import RewardManagerConfig
+from avar_verl.plugin.config import OWN_TOKENS, PROMPT_ROWS, TOOL_FILES, RewardManagerConfig
 from avar_verl.plugin.switch import switch_on
 from avar_verl.rewards.compose import PROMPT
 
@@ -40,6 +41,24 @@ def prompt_text(messages) -> str:
         content = message["content"]
         out += [content] if isinstance(content, str) else [part["text"] for part in content if part.get("text")]
     return "\n".join(out)
+
+
+def own_tokens(response_T: torch.Tensor, own: Sequence[int] | None) -> torch.Tensor:
+    """The ids of a response that the policy wrote: those where `own` is 1; None, if no tool was called, means all.
+
+    A reward of the text of tools would pay for calling them.
+
+    Raises:
+        ValueError: another number of tokens.
+    """
+    if own is None:
+        return response_T
+    if len(own) != len(response_T):
+        raise ValueError(
+            f"every token of a response is the policy's or not; got {len(own)} marks for {len(response_T)} tokens. "
+            "Give one for every token."
+        )
+    return response_T[torch.tensor(own, dtype=torch.bool)]
 
 
 async def call_with_timeout(function: Callable, timeout_s: float | None, **arguments: Any) -> Any:
@@ -76,7 +95,9 @@ class AvarRewardManager(RewardManagerBase):
     """Scores one rollout.
 
     - `avar.reward.skip_special_tokens=false` lets `<|box_start|>` and its relatives reach the reward function;
-    - `extra_info` also gets `image_sizes` and `image_grids` (from `AvarSingleTurnAgentLoop`) and `prompt_text`;
+    - `extra_info` also gets `image_sizes` and `image_grids` of the prompt's images, `tool_image_sizes` and
+      `tool_image_grids` of those that tools returned (from the agent loop), and `prompt_text`;
+    - the response is what the policy wrote (`own_tokens`), without the turns of tools;
     - if the reward function raises, returns no finite score or takes longer than `avar.reward.timeout_s`, the sample
       gets no reward (all parts are 0, `reward_failed` is 1), and the failure is reported with the sample's index. After
       `avar.reward.max_failures` failures in a row the run ends, because the cause is then not a bad sample.
@@ -98,9 +119,13 @@ class AvarRewardManager(RewardManagerBase):
         item = data[-1:][0]  # If there are several sequences, the last one has the answer.
         length = item.batch["responses"].shape[-1]
         valid = int(item.batch["attention_mask"][-length:].sum())
+        response = item.batch["responses"][:valid]
         sample = item.non_tensor_batch
         # A copy: rollouts of one prompt share the dict.
         extra_info = {**(sample.get("extra_info") or {}), **(sample.get("tool_extra_fields") or {})}
+        own = extra_info.pop(OWN_TOKENS, None)
+        for name in (PROMPT_ROWS, TOOL_FILES):  # For the trainer.
+            extra_info.pop(name, None)
         extra_info["num_turns"] = sample.get("__num_turns__")
         extra_info["rollout_reward_scores"] = sample.get("reward_scores", {})
         if "raw_prompt" in sample:
@@ -108,7 +133,7 @@ class AvarRewardManager(RewardManagerBase):
         text = await asyncio.get_running_loop().run_in_executor(
             None,
             lambda: self.tokenizer.decode(
-                item.batch["responses"][:valid], skip_special_tokens=self.settings.skip_special_tokens
+                own_tokens(response, own), skip_special_tokens=self.settings.skip_special_tokens
             ),
         )
         try:

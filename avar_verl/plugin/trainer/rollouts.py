@@ -17,16 +17,16 @@ from transfer_queue import KVBatchMeta
 from avar_verl.data.images import as_verl_image, image_file
 from avar_verl.data.messages import blocks_of
 from avar_verl.objectives.vars import VISUAL_FIELDS
-from avar_verl.plugin.config import VISUAL_OUTPUT, VarsConfig
-from avar_verl.plugin.rollout.reward_manager import prompt_text
+from avar_verl.plugin.config import OWN_TOKENS, TOOL_FILES, VISUAL_OUTPUT, VarsConfig
+from avar_verl.plugin.rollout.reward_manager import own_tokens, prompt_text
 from avar_verl.plugin.trainer.rewards import gate_if_any, reward_infos, validation_parts
 from avar_verl.rewards.compose import BOXES, BOXES_SIZE, IMAGE_SIZES, PROMPT
 
 IMAGES = "images"
-"""Folder of the prompts' images, in the folder of the rollouts."""
+"""Folder of the images, in the folder of the rollouts."""
 # Of what the reward function saw beside the response; the rest of `extra_info` may be of any type and size.
 OF_ROW = ("index", BOXES, BOXES_SIZE)
-OF_ROLLOUT = (IMAGE_SIZES, "image_grids")
+OF_ROLLOUT = (IMAGE_SIZES, "image_grids", "tool_image_sizes", "tool_image_grids")
 
 
 def sort_key(key: str) -> tuple[str, int, int]:
@@ -87,9 +87,12 @@ def rollout_columns(
         visual: masses, dependency and r_visual of the response (`visual_columns`).
         advantage: mean over the tokens of the response that are trained on; None without one.
         images: references (`image_reference`) of the prompt's images.
+        tool_images: of those that tools returned.
+        transcript: the response with the turns of tools and special tokens, where tools were called; else None.
         extra_info: what the reward function saw of OF_ROW, OF_ROLLOUT and the prompt's text.
 
-    The output is decoded as for the reward function (`avar.reward.skip_special_tokens`).
+    The output is that of the reward function: what the policy wrote (`own_tokens`), decoded with
+    `avar.reward.skip_special_tokens`.
     """
     keys = sorted(
         (key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)), key=sort_key
@@ -118,11 +121,14 @@ def rollout_columns(
         prompt: ([image_reference(value, files) for value in images_of(messages)], prompt_text(messages))
         for prompt, messages in zip(first, raw["raw_prompt"], strict=True)
     }
+    for extra in extras:
+        files.update(extra.get(TOOL_FILES) or [])
     rows = [info or {} for info in data["extra_info"]]
     verls = {
         "inputs": [tokenizer.decode(ids, skip_special_tokens=True) for ids in data["prompts"].unbind()],
         "outputs": [
-            tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in data["responses"].unbind()
+            tokenizer.decode(own_tokens(ids, extra.get(OWN_TOKENS)), skip_special_tokens=skip_special_tokens)
+            for ids, extra in zip(data["responses"].unbind(), extras, strict=True)
         ],
         "gts": [model["ground_truth"] for model in data["reward_model"]],
         "scores": [float(scores.sum()) for scores in data["rm_scores"].unbind()],
@@ -135,6 +141,11 @@ def rollout_columns(
         "visual": visual,
         "advantage": advantages,
         "images": [seen[prompt][0] for prompt in prompts],
+        "tool_images": [[f"{IMAGES}/{name}" for name, _ in extra.get(TOOL_FILES) or []] for extra in extras],
+        "transcript": [
+            tokenizer.decode(ids, skip_special_tokens=False) if OWN_TOKENS in extra else None
+            for ids, extra in zip(data["responses"].unbind(), extras, strict=True)
+        ],
         "extra_info": [
             {
                 **{name: row[name] for name in OF_ROW if row.get(name) is not None},

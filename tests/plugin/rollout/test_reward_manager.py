@@ -12,8 +12,9 @@ import verl.experimental.agent_loop  # noqa: F401  before what registers itself 
 import verl.experimental.reward_loop.reward_manager  # noqa: F401
 from tensordict import TensorDict
 
+from avar_verl.plugin.config import OWN_TOKENS, PROMPT_ROWS, TOOL_FILES
 from avar_verl.plugin.rollout.agent_loop import image_fields
-from avar_verl.plugin.rollout.reward_manager import FAILED, prompt_text
+from avar_verl.plugin.rollout.reward_manager import FAILED, own_tokens, prompt_text
 from avar_verl.tools.demo import photo_grid
 from tests.plugin.test_config import recipe
 
@@ -30,7 +31,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
         return {"score": float("nan"), "acc": 1.0}
     if kind == "number":
         return 0.5
-    return {"score": 1.0, "acc": 1.0, "characters": float(len(solution_str)), "prompt": extra_info["prompt_text"]}
+    seen = {"images": extra_info["image_sizes"], "internal": [name for name in extra_info if name.startswith("avar_")]}
+    seen["prompt"] = extra_info["prompt_text"]
+    return {"score": 1.0, "acc": 1.0, "characters": float(len(solution_str)), **seen}
 async def compute_score_async(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return compute_score(data_source, solution_str, ground_truth, extra_info)
 """
@@ -108,6 +111,19 @@ def test_special_tokens_reach_the_reward_when_asked(manager, tiny_processor, nam
     assert with_tokens["reward_extra_info"]["characters"] - without["reward_extra_info"]["characters"] == lost
     assert with_tokens["reward_score"] == 1.0 and with_tokens["reward_extra_info"][FAILED] == 0.0
     assert with_tokens["reward_extra_info"]["prompt"] == "how many cups?"
+
+
+def test_the_turns_of_tools_are_not_scored(manager, tiny_processor):
+    """A response of three parts, of which the policy wrote two; what is for the trainer is not passed on."""
+    tokenizer = tiny_processor.tokenizer
+    parts = [tokenizer.encode(text, add_special_tokens=False) for text in ("<think>a", " the cat [0, 0, 56, 56]", "b")]
+    own = [int(at != 1) for at, ids in enumerate(parts) for _ in ids]
+    response = tokenizer.decode([token for ids in parts for token in ids])
+    data = rollout(tokenizer, "4", response, **{OWN_TOKENS: own, PROMPT_ROWS: {}, TOOL_FILES: [("a", b"b")]})
+    scored = score(manager(), data)["reward_extra_info"]
+    assert scored["characters"] == len("<think>ab") and scored["images"] == [[640, 480]] and not scored["internal"]
+    with pytest.raises(ValueError, match="got 2 marks for 3 tokens. Give one for every token"):
+        own_tokens(torch.arange(3), [1, 0])
 
 
 def test_a_number_is_the_accuracy(manager, tiny_processor):

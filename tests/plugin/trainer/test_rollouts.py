@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from avar_verl.data.images import image_file, open_image
 from avar_verl.objectives.vars import VISUAL_FIELDS
-from avar_verl.plugin.config import VISUAL_OUTPUT, VarsConfig
+from avar_verl.plugin.config import OWN_TOKENS, TOOL_FILES, VISUAL_OUTPUT, VarsConfig
 from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
 from avar_verl.plugin.trainer.rollouts import image_reference, images_of, sort_key, visual_columns, write_images
 
@@ -132,6 +132,26 @@ def test_every_rollout_is_written_with_its_parts_masses_and_images(queue, tmp_pa
     assert (tmp_path / third["images"][0]).read_bytes() == red
     assert third["images"] == [f"images/{hashlib.sha256(red).hexdigest()[:32]}.jpeg"]
     assert blue.size == (12, 8) and blue.getpixel((3, 3)) == (0, 0, 255)
+
+
+@pytest.mark.e2e
+def test_what_tools_returned_is_beside_what_the_policy_wrote(queue, tmp_path):
+    """In the one rollout that called a tool: its own text, the whole conversation, and the image of the tool."""
+    batch = put(queue)
+    called = {"reward_extra_info": {"acc": 1.0}, OWN_TOKENS: [1, 0, 1], "tool_image_sizes": [[12, 8]]}
+    extras = [{"reward_extra_info": {"acc": 1.0}}] * 2 + [{**called, TOOL_FILES: [image_file(picture("green"))]}] * 2
+    fields = TensorDict({"extra_fields": NonTensorStack(*extras)}, batch_size=4)
+    queue.kv_batch_put(keys=batch.keys, partition_id="train", fields=fields)
+    dumping = trainer(VarsConfig(lambda_v=0))
+    dumping._log_rollout_data(batch, {}, str(tmp_path))
+    dumping._shutdown_dump_executor()
+    queue.kv_clear(keys=batch.keys, partition_id="train")
+    first, second, third = [json.loads(line) for line in (tmp_path / "7.jsonl").read_text().splitlines()]
+    assert (first["output"], first["transcript"]) == ("c", "cd#")
+    assert first["extra_info"]["tool_image_sizes"] == [[12, 8]] and "tool_image_sizes" not in second["extra_info"]
+    assert (second["output"], second["transcript"], second["tool_images"]) == ("b", None, [])
+    (part,) = first["tool_images"]
+    assert open_image(str(tmp_path / part)).getpixel((3, 3)) == (0, 128, 0) and third["tool_images"] == []
 
 
 @pytest.mark.e2e
