@@ -140,7 +140,7 @@ SECTIONS = {
         ),
         Row("HSDP", (f"{ENGINE}.fsdp_size=1",), "processes", "two replicas of one shard", TWO),
         Row("sequence parallelism", (f"{ENGINE}.ulysses_sequence_parallel_size=2",), "processes", with_=TWO),
-        Row("LoRA, sent to vLLM as adapters", (f"{MODEL}.lora_rank=8",), "run", "in the language model"),
+        Row("LoRA, sent to vLLM as adapters", (f"{MODEL}.lora_rank=8",), "run", "in the language model; two families"),
         Row("LoRA, merged", (f"{MODEL}.lora_rank=8", f"{MODEL}.lora.merge=true"), "run"),
         refused("FSDP turbo", f"{ACTOR}.strategy=fsdp_turbo"),
         refused("VeOmni", "model_engine=veomni"),

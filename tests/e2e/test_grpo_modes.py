@@ -159,18 +159,34 @@ def merge(actor, target) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_merged"])
-def test_lora(run, tmp_path, tiny_model_path, name):
+# Gemma 3: its weights are renamed when they are loaded; its vision tower and projector have the layers' names, too.
+FAMILY = {
+    "qwen2_5_vl": [],
+    "gemma3": [
+        "actor_rollout_ref.actor.freeze_vision_tower=true",
+        "actor_rollout_ref.actor.fsdp_config.freeze_projector=true",
+        "actor_rollout_ref.model.use_remove_padding=false",
+        "data.max_prompt_length=512",
+        "data.max_response_length=24",
+        "actor_rollout_ref.rollout.max_model_len=768",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, model_type", [("lora", "qwen2_5_vl"), ("lora_merged", "qwen2_5_vl"), ("lora", "gemma3")]
+)
+def test_lora(run, tmp_path, family_path, name, model_type):
     """vLLM samples with the adapters; only they move; the merger writes them beside the model they belong to."""
     # So large a step that rollouts without the adapter would be another policy's.
-    metrics = run(name, "actor_rollout_ref.actor.optim.lr=1e-2")
+    metrics = run(name, "actor_rollout_ref.actor.optim.lr=1e-2", *FAMILY[model_type], model=family_path(model_type))
     for record in metrics.values():
         assert record["training/rollout_actor_probs_pearson_corr"] > 0.99
     if name == "lora":
         assert metrics[2]["actor/kl_loss"] > 0 and "actor/reward_kl_penalty" in metrics[2]
     actor = tmp_path / "checkpoints" / "global_step_2" / "actor"
     merge(actor, tmp_path / "merged")
-    before, after = weights(tiny_model_path), weights(tmp_path / "merged")
+    before, after = weights(family_path(model_type)), weights(tmp_path / "merged")
     for key, tensor in before.items():
         torch.testing.assert_close(after[key], tensor, rtol=1e-2, atol=1e-3)  # bfloat16
     adapter = load_file(tmp_path / "merged" / "lora_adapter" / "adapter_model.safetensors")
