@@ -232,7 +232,7 @@ def adapters(other_path, tmp_path_factory):
         settings = LoraConfig(
             r=4,
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            exclude_modules=rf"({'|'.join((family.vision_tower, *family.projectors))})\..*",
+            exclude_modules=rf"({'|'.join((*family.towers, *family.projectors))})\..*",
             init_lora_weights=False,
         )
         model = get_peft_model(AutoModelForImageTextToText.from_pretrained(other_path(model_type)).eval(), settings)

@@ -47,6 +47,7 @@ DEFAULT_FACTOR = 28  # Patch size times merge size of Qwen2.5-VL, used without a
 SPECIAL = re.compile(
     r"<\|(?:im_start|im_end|endoftext|image_pad|video_pad|vision_start|vision_end|vision_pad|begin_of_text|eot_id|"
     r"start_header_id|end_header_id|image|video|system|user|assistant|observation|startoftext)\|>|"
+    r"<\|(?:turn|channel|image|audio)>|<(?:turn|channel|image|audio)\|>|"  # Gemma 4
     r"<(?:start_of_turn|end_of_turn|image_soft_token|IMG_CONTEXT|end_of_utterance)>"
 )
 CHUNK_ROWS = 16

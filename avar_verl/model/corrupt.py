@@ -20,6 +20,7 @@ GEOMETRY = (
     *("image_sizes", "batch_num_images"),  # LLaVA
     *("pixel_attention_mask", "spatial_shapes"),  # Idefics3, SmolVLM, LFM2-VL
     *("aspect_ratio_ids", "aspect_ratio_mask"),  # Llama 3.2 Vision
+    "image_position_ids",  # Gemma 4
 )
 # Idefics3 and SmolVLM take a tile of nothing but 0 for padding and drop it (modeling_idefics3.py:586 in transformers
 # 5.9), so a blank tile of theirs has the smallest normal number of float16, far less than a level of colour.
@@ -35,13 +36,18 @@ def _is_pixels(key: str) -> bool:
     return key in PIXELS
 
 
+# Gemma 4's model normalises pixels of [0, 1] itself (modeling_gemma4.py:603 in transformers 5.9); this becomes 0.
+UNNORMALISED = {"image_position_ids": 0.5}
+
+
 def check_blank(processor: Any) -> None:
-    """Refuse processors for which 0 is not the mean colour.
+    """Refuse processors for which the mean colour is not known.
 
     Raises:
-        ValueError: an image processor that does not normalise.
+        ValueError: an image processor that does not normalise, of no model that is known to do so itself.
     """
-    if not processor.image_processor.do_normalize:
+    known = set(getattr(processor.image_processor, "model_input_names", ())) & set(UNNORMALISED)
+    if not processor.image_processor.do_normalize and not known:
         raise ValueError(
             "a blank image is 0 in every pixel, which is the mean colour after normalisation; got an image processor "
             f"with do_normalize={processor.image_processor.do_normalize}. Corrupt images by swapping them "
@@ -52,7 +58,8 @@ def check_blank(processor: Any) -> None:
 def blank(features: Features) -> dict[str, torch.Tensor | None]:
     """The features with every pixel 0, which after normalisation is the mean colour (`check_blank`).
 
-    In families that drop tiles of 0, a pixel that `pixel_attention_mask` shows is NEARLY_ZERO instead.
+    In families that drop tiles of 0, a pixel that `pixel_attention_mask` shows is NEARLY_ZERO instead; where the model
+    normalises, a pixel of a patch with a position is UNNORMALISED.
 
     Padding is 0 too, where LLaVA and Llama 3.2 Vision pad a picture with black before they normalise it: which pixels
     are padding says nothing about the picture but its shape, and LLaVA drops their features.
@@ -64,9 +71,12 @@ def blank(features: Features) -> dict[str, torch.Tensor | None]:
     {'pixel_values': tensor([[0., 0.]]), 'image_grid_thw': tensor([[1, 2, 2]])}
     """
     mask = features.get("pixel_attention_mask")
+    places = next((name for name in UNNORMALISED if features.get(name) is not None), None)
 
     def blanked(pixels: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros_like(pixels)
+        if places is not None:
+            return zeros.masked_fill((features[places] >= 0).all(-1, keepdim=True), UNNORMALISED[places])
         if mask is None or mask.dim() == 2:  # Of patches (LFM2-VL), none of which is dropped for its pixels.
             return zeros
         return zeros.masked_fill(mask.bool().unsqueeze(-3), NEARLY_ZERO)

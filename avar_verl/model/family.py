@@ -20,6 +20,7 @@ class Family:
     system: what counts as the system turn, in words, for logs and documentation.
     placeholders: names of the config's placeholder ids, which vision features replace; none for cross-attention.
     vision_tower, projectors: prefixes of parameter names; a projector may be inside the tower.
+    other_towers: prefixes of towers for what no sample here has (audio); they are frozen with the vision tower.
     coordinates: how the model writes boxes, a value of `parse_anchors(coordinates=)`; None if it was not trained on
         boxes.
     cross_attention: the model reads images in separate layers, whose softmax has only image keys. Then the ratio of
@@ -28,6 +29,8 @@ class Family:
         represent (`avar_verl.model.regions`); `image_sizes` are the (width, height) that the processor saw, or None.
         None: boxes cannot be mapped to tokens.
     unpackable: why its samples cannot be packed into one row (use_remove_padding); None if they can.
+    no_flash: `no_flash(text_config)`, why flash attention cannot run a model, or would run another one; it returns None
+        for a model that it runs, and is None if there is no other.
     verl_forward: verl replaces the model's forward by one of its own (verl/models/transformers/monkey_patch.py).
     token_inputs: `token_inputs(config, ids_BS, features) -> dict` of model inputs with one entry per position.
     fill_text_only: `fill_text_only(features of another sample) -> features` of a sample without an image, if the first
@@ -41,14 +44,21 @@ class Family:
     placeholders: tuple[str, ...]
     vision_tower: str
     projectors: tuple[str, ...]
+    other_towers: tuple[str, ...] = ()
     coordinates: str | None = None
     cross_attention: bool = False
     places: Callable[[Any, dict, list | None], list[torch.Tensor]] | None = None
     unpackable: str | None = None
+    no_flash: Callable[[Any], str | None] | None = None
     verl_forward: bool = False
     token_inputs: Callable[[Any, torch.Tensor, dict], dict] | None = None
     fill_text_only: Callable[[dict], dict] | None = None
     prepare: Callable[[torch.nn.Module], None] | None = None
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Prefixes of the vision tower and of others."""
+        return (self.vision_tower, *self.other_towers)
 
     def role_map(self, tokenizer, config) -> RoleMap:
         """`RoleMap` of a model of this family.

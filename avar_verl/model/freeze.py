@@ -18,7 +18,8 @@ def freeze_vision(model: torch.nn.Module, model_type: str, tower: bool, projecto
     Args:
         model: a bare transformers vision-language model, not yet sharded.
         model_type: `config.model_type`, which names the family.
-        tower: freeze the vision tower. A projector inside it (Qwen's merger) is not part of it.
+        tower: freeze the vision tower, and towers for other inputs (`Family.other_towers`). A projector inside it
+            (Qwen's merger) is not part of it.
         projector: freeze the projector.
 
     Returns:
@@ -30,7 +31,7 @@ def freeze_vision(model: torch.nn.Module, model_type: str, tower: bool, projecto
     if not (tower or projector):
         return []
     family = get_family(model_type)
-    prefixes = {"tower": (family.vision_tower,), "projector": family.projectors}
+    prefixes = {"tower": family.towers, "projector": family.projectors}
     names: dict[str, list[str]] = {"tower": [], "projector": []}
     for name, _ in model.named_parameters():
         for part in ("projector", "tower"):  # A projector may be inside the tower.

@@ -123,14 +123,18 @@ def render(
     )
 
 
-def _zero_padded(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors padded with zeros at the end, so that only their first dimension differs."""
+# Positions of patches (Gemma 4): 0 is one.
+FILL = {"image_position_ids": -1}
+
+
+def _padded(values: Sequence[torch.Tensor], fill: int = 0) -> list[torch.Tensor]:
+    """The tensors padded with `fill` at the end, so that only their first dimension differs."""
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     out = []
     for value in values:
         missing = [wanted - have for wanted, have in zip(shape, value.shape[1:], strict=True)]
         pad = [amount for size in reversed(missing) for amount in (0, size)]
-        out.append(torch.nn.functional.pad(value, pad) if any(missing) else value)
+        out.append(torch.nn.functional.pad(value, pad, value=fill) if any(missing) else value)
     return out
 
 
@@ -139,8 +143,8 @@ def merge_features(
 ) -> dict[str, torch.Tensor]:
     """Features of a batch: the features of its samples, concatenated; a sample without an image has none.
 
-    If images of one sample have more tiles than those of another, the missing tiles are zeros, which every family
-    recognises by its own sizes or masks. `like`: features of any image, for `Family.fill_text_only` in a batch without
+    If images of one sample have more tiles than those of another, the missing tiles are zeros (or FILL), which every
+    family recognises by its own sizes or masks. `like`: features of any image, for `Family.fill_text_only` in a batch without
     one.
     """
     samples = [dict(sample or {}) for sample in samples]
@@ -149,7 +153,7 @@ def merge_features(
         samples = [sample or family.fill_text_only(like) for sample in samples]
     keys = dict.fromkeys(key for sample in samples for key, value in sample.items() if value is not None)
     columns = {key: [sample[key] for sample in samples if sample.get(key) is not None] for key in keys}
-    return {key: torch.cat(_zero_padded(values)) for key, values in columns.items()}
+    return {key: torch.cat(_padded(values, FILL.get(key, 0))) for key, values in columns.items()}
 
 
 def collate(

@@ -122,6 +122,19 @@ CASES["lfm2_vl"] = (
     ["<|startoftext|>", "<|im_start|>", "<|im_end|>"],
     [("<|startoftext|>", "s"), *CHATML],
 )
+CASES["gemma4"] = (
+    "<|image|>",
+    ["<bos>", "<|turn>", "<turn|>", "<|image>", "<image|>"],
+    [
+        ("<bos>", "s"),
+        ("<|turn> system \n Be kind <turn|> \n", "sssssss"),
+        ("<|turn> user \n <|image> IMG IMG <image|> What <turn|> \n", "uuuuiiuuuu"),
+        ("<|turn> model \n cat <turn|> \n", "ooorrr"),
+        ("<|turn> tool \n dog <turn|> \n", "oooooo"),
+        ("<|turn> user \n What <turn|> \n", "uuuuuu"),
+        ("<|turn> model \n dog <turn|>", "ooorr"),
+    ],
+)
 VICUNA = [
     ("<s> Be kind", "sss"),
     ("USER : IMG What", "uuiu"),

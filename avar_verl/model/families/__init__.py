@@ -17,6 +17,7 @@ from avar_verl.model.family import Family
 # model_type -> module of this package, which is imported when its family is first used.
 FAMILIES: dict[str, str] = {
     "gemma3": "gemma3",
+    "gemma4": "gemma4",
     "glm4v": "glm4v",
     "glm4v_moe": "glm4v_moe",
     "idefics3": "idefics3",

@@ -47,5 +47,6 @@ FAMILY = Family(
     projectors=("model.multi_modal_projector",),
     token_inputs=token_inputs,
     places=places,
+    no_flash=lambda text_config: "its mask is causal, and tokens of one image see each other",
     unpackable="image tokens of one image see each other, through a mask that does not support packed samples",
 )

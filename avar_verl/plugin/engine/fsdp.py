@@ -175,6 +175,15 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 f"verl's fused kernels pass images on in {FUSED} alone, and drop them in any other model without a "
                 f"word; got use_fused_kernels=True with model_type={model_type!r}. Set model.use_fused_kernels=False."
             )
+        family = get_family(model_type) if model_type in known_families() else None
+        attention = getattr(model_config.hf_config, "_attn_implementation", None) or ""
+        if family is not None and family.no_flash is not None and "flash" in attention:
+            reason = family.no_flash(model_config.hf_config.get_text_config())
+            if reason:
+                raise ValueError(
+                    f"flash attention cannot run this {model_type}: {reason}; got attn_implementation={attention!r}. "
+                    "Set model.override_config.attn_implementation=sdpa (in GRPO actor_rollout_ref.model...)."
+                )
         capturing = cls._capturing(engine_config)
         vars_ = engine_config.vars if isinstance(engine_config, AvarFSDPEngineConfig) else None
         measures_dependency = vars_ is not None and vars_.measures_dependency
@@ -191,7 +200,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 "sequence parallelism needs packed micro-batches; got use_remove_padding=False with "
                 f"ulysses_sequence_parallel_size={sp_size}. Set model.use_remove_padding=True."
             )
-        family = get_family(model_type)
+        family = get_family(model_type)  # Of the known ones, which the error names.
         if model_config.use_remove_padding and family.unpackable:
             raise ValueError(
                 f"samples of {model_type} cannot be packed ({family.unpackable}); got use_remove_padding=True. Set "
@@ -514,8 +523,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
         """
         if self._family is None:
             return
-        outside = ("base_model.model." + self._family.vision_tower + ".",)
-        outside += tuple(f"base_model.model.{prefix}." for prefix in self._family.projectors)
+        prefixes = (*self._family.towers, *self._family.projectors)
+        outside = tuple(f"base_model.model.{prefix}." for prefix in prefixes)
         ignored = sorted(name for name in names if name.startswith(outside))
         if ignored:
             raise ValueError(

@@ -42,6 +42,9 @@ def reduced(config) -> Any:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
+    if getattr(text, "num_kv_shared_layers", None):  # One more of each kind, which reads the keys of the first.
+        text.num_kv_shared_layers = len(kinds)
+        kinds = 2 * kinds
     text.num_hidden_layers = max(FEW_LAYERS, len(kinds))
     if kinds:
         text.layer_types = kinds + kinds[-1:] * (text.num_hidden_layers - len(kinds))

@@ -23,6 +23,7 @@ PROCESSORS = {
     "llava_onevision": "LlavaOnevisionProcessor",
     "llava_next": "LlavaNextProcessor",
     "gemma3": "Gemma3Processor",
+    "gemma4": "Gemma4Processor",
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
     "glm4v": "Glm4vProcessor",
@@ -58,6 +59,10 @@ TEXTS = {
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 }
 TEXTS["glm4v_moe"] = TEXTS["glm4v"]
+TEXTS["gemma4"] = (
+    f"<bos><|turn>system\n{SYSTEM}<turn|>\n<|turn>user\n<|image|>{QUESTION}<turn|>\n"
+    f"<|turn>model\n{ANSWER}<turn|>\n<|turn>model\n"
+)
 TEXTS["mistral3"] = f"<s>[SYSTEM_PROMPT]{SYSTEM}[/SYSTEM_PROMPT][INST][IMG]{QUESTION}[/INST]{ANSWER}</s>"
 TEXTS["lfm2_vl"] = "<|startoftext|>" + CHATML.format(image="<image>")
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
@@ -152,7 +157,8 @@ def test_every_image_feature_has_a_placeholder(model_type, tiny, arguments):
     model, processor = tiny
     messages = sample_messages(**arguments)
     rendered = render(processor, messages)
-    in_prompt = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "boi_token", processor.image_token))
+    token = processor.boi_token if model_type == "gemma3" else processor.image_token
+    in_prompt = processor.tokenizer.convert_tokens_to_ids(token)
     assert rendered.prompt_ids.count(in_prompt) == len(images_of(messages))
     placeholders = rendered.ids_S.new_tensor(get_family(model_type).placeholder_ids(model.config))
     count = int(torch.isin(rendered.ids_S, placeholders).sum())
@@ -177,6 +183,8 @@ def test_tiles_follow_the_shape(model_type, tiny):
             return int(features["aspect_ratio_mask"].sum())
         if model_type == "mistral3":  # One view of the shape of the image.
             return int(features["image_sizes"].prod())
+        if model_type == "gemma4":  # The same.
+            return int((features["image_position_ids"][0, :, 0] >= 0).sum())
         pixels = features["pixel_values"]
         return pixels.shape[0] if pixels.dim() <= 4 else pixels.shape[1]
 

@@ -31,6 +31,7 @@ PATCH = 14
 class Spec:
     """What a family's folder is made of.
 
+    model_type: of the config, if it is not the name of the Spec.
     special_tokens: of the tokenizer, in this order.
     names: special tokens by the attribute that the processor reads them from, such as `image_token`.
     words: text of the chat template, so that its words are tokens.
@@ -40,8 +41,10 @@ class Spec:
     reply: how the template writes an answer; all of it is RESPONSE.
     text, vision, top: fields of the config; top ones may depend on the ids, as ("token", text).
     processor, image_processor: arguments; the image processor under its class name.
+    feature_extractor: class name of the one for audio.
     """
 
+    model_type: str = ""
     special_tokens: tuple[str, ...]
     names: dict[str, str] = field(default_factory=dict)
     added_tokens: tuple[str, ...] = ()
@@ -61,6 +64,7 @@ class Spec:
     image: dict[str, Any] = field(default_factory=dict)
     video_processor: str | None = None
     video: dict[str, Any] = field(default_factory=dict)
+    feature_extractor: str | None = None
     processor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -320,6 +324,106 @@ GEMMA3 = Spec(
     image_processor="Gemma3ImageProcessor",
     image={"size": {"height": 112, "width": 112}},
     processor={"image_seq_length": 16},
+)
+GEMMA4 = Spec(
+    special_tokens=(
+        *("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>"),
+        *("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>"),
+    ),
+    names={
+        "boi_token": "<|image>",
+        "image_token": "<|image|>",
+        "eoi_token": "<image|>",
+        "boa_token": "<|audio>",
+        "audio_token": "<|audio|>",
+        "eoa_token": "<audio|>",
+    },
+    words=("system", "user", "model", "\n", "You are a helpful assistant."),
+    bos="<bos>",
+    add_bos=True,
+    eos="<turn|>",
+    pad="<pad>",
+    stops=("<eos>",),
+    template="gemma4",
+    reply="{}<turn|>\n",
+    # As E2B and E4B: the last two layers read the keys of the first two, and every layer has embeddings of its own.
+    text={
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+    vision={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "patch_size": 8,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 288,  # A strip of an image has as many patches in one direction as there may be.
+        "use_clipped_linears": True,
+        "initializer_range": 0.1,
+    },
+    top={
+        "audio_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "subsampling_conv_channels": [8, 4],
+            "output_proj_dims": 32,
+        }
+    },
+    ids={
+        "boi_token_id": "<|image>",
+        "image_token_id": "<|image|>",
+        "eoi_token_id": "<image|>",
+        "boa_token_id": "<|audio>",
+        "audio_token_id": "<|audio|>",
+        "eoa_token_index": "<audio|>",
+        "video_token_id": "<|video|>",
+    },
+    image_processor="Gemma4ImageProcessor",
+    image={"patch_size": 8, "pooling_kernel_size": 2, "max_soft_tokens": 70},
+    video_processor="Gemma4VideoProcessor",
+    video={"patch_size": 8, "pooling_kernel_size": 2, "max_soft_tokens": 70},
+    feature_extractor="Gemma4AudioFeatureExtractor",
+    processor={"image_seq_length": 70},
+)
+# As 26B, and but for the experts 31B: K = V and fewer heads of keys in layers without a window, tokens of an image see
+# each other, prompts end in an empty thought.
+GEMMA4_LARGE = Spec(
+    **{
+        **GEMMA4.__dict__,
+        "model_type": "gemma4",
+        "words": (*GEMMA4.words, "thought"),
+        "template": (TEMPLATES / "gemma4.jinja")
+        .read_text()
+        .replace("model\\n' -}}\n", "model\\n' + ('' if thinks else '<|channel>thought\\n<channel|>') -}}\n"),
+        "text": {
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 96,
+            "tie_word_embeddings": True,
+        },
+        "vision": {**GEMMA4.vision, "use_clipped_linears": False, "standardize": True},
+        "top": {},
+    }
 )
 SPLIT = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE}}
 ROWS_AND_COLUMNS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
@@ -604,6 +708,7 @@ SPECS: dict[str, Spec] = {
     "llava_onevision": LLAVA_ONEVISION,
     "llava_next": LLAVA_NEXT,
     "gemma3": GEMMA3,
+    "gemma4": GEMMA4,
     "idefics3": IDEFICS3,
     "smolvlm": SMOLVLM,
     "glm4v": GLM4V,
@@ -612,8 +717,8 @@ SPECS: dict[str, Spec] = {
     "mistral3": MISTRAL3,
     "lfm2_vl": LFM2_VL,
 }
-# Of families that are not shipped: the package of docs/new-model.md.
-OUTSIDE: dict[str, Spec] = {"llava": LLAVA}
+# Of families that are not shipped: the package of docs/new-model.md. And another model of one that is.
+OUTSIDE: dict[str, Spec] = {"llava": LLAVA, "gemma4_large": GEMMA4_LARGE}
 
 
 def _template(spec: Spec) -> str:
@@ -658,7 +763,8 @@ def _config(model_type: str, spec: Spec, token_id: Callable[[str], int]):
 def _fill_zeros(model: torch.nn.Module) -> None:
     """Random values for parameters that start at zero: the gates of cross-attention, position embeddings, biases.
 
-    Without them an image would not matter to Llama 3.2 Vision, nor the place of a patch to InternVL.
+    Without them an image would not matter to Llama 3.2 Vision, nor the place of a patch to InternVL and Gemma 4, whose
+    table of positions and factors of layers start at one.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -667,6 +773,13 @@ def _fill_zeros(model: torch.nn.Module) -> None:
                     parameter.fill_(0.5)
                 else:
                     parameter.normal_(std=0.1)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("position_embedding_table"):
+                tensor.normal_(std=0.5)
+            elif name.endswith("layer_scalar"):
+                tensor.fill_(0.75)
+            elif model.config.model_type == "gemma4" and name.endswith("q_norm.weight"):
+                tensor.fill_(tensor.numel() ** -0.5)  # Attention does not scale: logits would have the size of a head.
 
 
 def _hub_weights(model) -> dict[str, torch.Tensor]:
@@ -677,8 +790,9 @@ def _hub_weights(model) -> dict[str, torch.Tensor]:
     """
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     weights = revert_weight_conversion(model, model.state_dict())
+    transposed = ".mlp.experts."  # Not those of Gemma 4.
     return {
-        name: value.transpose(1, 2).contiguous() if ".experts." in name and value.dim() == 3 else value
+        name: value.transpose(1, 2).contiguous() if transposed in name and value.dim() == 3 else value
         for name, value in weights.items()
     }
 
@@ -699,8 +813,10 @@ def build_tiny(model_type: str, path: Path, seed: int = 0) -> Path:
     spec = specs[model_type]
     tokenizer = _tokenizer(spec)
     token_id = tokenizer.convert_tokens_to_ids
-    config = _config(model_type, spec, token_id)
+    config = _config(spec.model_type or model_type, spec, token_id)
     config.text_config.vocab_size = len(tokenizer)
+    if hasattr(config.text_config, "vocab_size_per_layer_input"):
+        config.text_config.vocab_size_per_layer_input = len(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config)
@@ -714,6 +830,8 @@ def build_tiny(model_type: str, path: Path, seed: int = 0) -> Path:
     parts = {"image_processor": getattr(transformers, spec.image_processor)(**spec.image)}
     if spec.video_processor:
         parts["video_processor"] = getattr(transformers, spec.video_processor)(**spec.video)
+    if spec.feature_extractor:
+        parts["feature_extractor"] = getattr(transformers, spec.feature_extractor)()
     processor = PROCESSOR_MAPPING[type(config)](
         **parts, tokenizer=tokenizer, chat_template=_template(spec), **spec.processor
     )

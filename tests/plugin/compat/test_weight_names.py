@@ -27,7 +27,7 @@ def test_adapters_and_the_weights_under_them_have_the_names_of_the_checkpoint(mo
     family, expected = get_family(model_type), names_of(family_path(model_type))
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(family_path(model_type)))
-        exclude = rf"({'|'.join((family.vision_tower, *family.projectors))})\..*"
+        exclude = rf"({'|'.join((*family.towers, *family.projectors))})\..*"
         model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS, exclude_modules=exclude))
     name_of = peft_name(checkpoint_name(model.get_base_model()))
     adapters = [name_of(name) for name in get_peft_model_state_dict(model)]

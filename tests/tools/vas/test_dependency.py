@@ -64,6 +64,8 @@ def reference(checkpoint: Checkpoint, one: Conversation, corruption: str) -> tor
         # A tile of zeros is padding to Idefics3.
         mask = inputs.get("pixel_attention_mask", blank[0])
         blank += NEARLY_ZERO * mask[:, :, None] if "pixel_attention_mask" in inputs and mask.dim() > 2 else 0
+        if "image_position_ids" in inputs:  # Gemma 4, but for patches of padding.
+            blank += 0.5 * (inputs["image_position_ids"] >= 0).all(-1, keepdim=True)
         other = {**inputs, "pixel_values": blank}
     else:
         other = dict(processor(images=swapped_images(checkpoint, one.images)[0], **settings))
