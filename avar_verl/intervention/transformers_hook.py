@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from avar_verl.attention import capture
 from avar_verl.attention.capture import find_decoder
 from avar_verl.intervention.spec import InterventionSpec, scale_keys
-from avar_verl.model.layers import layer_kinds
+from avar_verl.model.layers import key_value_heads, layer_kinds
 from avar_verl.model.roles import RoleMap
 
 KWARG = "avar_intervention"
@@ -133,7 +133,7 @@ def intervene(model: torch.nn.Module, roles: torch.Tensor | RoleMap, spec: Inter
     check_decoder(decoder)
     config = decoder.config
     layers = spec.chosen_layers(config)
-    factors_KR = spec.key_factors(config.num_attention_heads, config.num_key_value_heads)
+    factors_KR = spec.key_factors(config.num_attention_heads, key_value_heads(config, layers))
     if spec.is_identity:
         yield
         return

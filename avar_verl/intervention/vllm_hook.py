@@ -42,6 +42,7 @@ import torch
 
 from avar_verl.intervention.spec import InterventionSpec, scale_keys
 from avar_verl.model.families import get_family
+from avar_verl.model.layers import key_value_heads
 from avar_verl.model.roles import RoleMap, TokenRole
 
 ENGINE_KEY = "avar_intervention"
@@ -362,7 +363,8 @@ def attach(runner: Any) -> KeyScaler:
     """Attach a `KeyScaler` to a model runner that has its model and its cache.
 
     Raises:
-        ValueError: anything that `check_engine` or `check_layer` refuses, or layers of another kind.
+        ValueError: anything that `check_engine` or `check_layer` refuses, layers of another kind, or with different
+            numbers of key/value heads.
     """
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
     from vllm.model_executor.layers.attention.attention import Attention
@@ -382,6 +384,7 @@ def attach(runner: Any) -> KeyScaler:
         )
     for name, layer in named.items():
         check_layer(name, layer)
+    key_value_heads(model_config.hf_text_config, range(first, stop))
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     num_kv_heads, num_of_rank = model_config.get_total_num_kv_heads(), layers[first].num_kv_heads
     scaler = KeyScaler(

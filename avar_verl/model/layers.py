@@ -106,6 +106,23 @@ def head_size(text_config: Any, layers: Sequence[int]) -> int:
     return max(full if kinds[layer] in FULL else size for layer in layers)
 
 
+def key_value_heads(text_config: Any, layers: Sequence[int]) -> int:
+    """The number of key/value heads in these layers. Layers without a window may have fewer (Gemma 4 with K = V).
+
+    Raises:
+        ValueError: layers with different numbers.
+    """
+    kinds = layer_kinds(text_config)
+    common = text_config.num_key_value_heads
+    full = text_config.num_global_key_value_heads if getattr(text_config, "attention_k_eq_v", False) else common
+    counts = {layer: full if kinds[layer] in FULL else common for layer in layers}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"layers must have one number of key/value heads; got {counts} by layer. Select layers of one kind."
+        )
+    return next(iter(counts.values()), common)
+
+
 def resolve_indices(name: str, indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
     """Ascending indices of a selection among `count` layers or heads; None selects all, negative indices count from the
     end.

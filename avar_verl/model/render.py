@@ -49,6 +49,27 @@ def _chat_text(processor, messages: Sequence[dict], **kwargs) -> str:
     return processor.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
+def _after_prompt(processor, messages: Sequence[dict], text: str, template_kwargs: dict) -> str:
+    """`text` with the last response after what a rollout's prompt ends in, if the template takes that out of responses.
+
+    The templates of Gemma 4 26B and 31B end a prompt in an empty thought and leave thoughts out of responses, so no row
+    could begin as a rollout does. Other templates write what a response begins with, and the row decides.
+    """
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return text
+    prompt = _chat_text(processor, messages[:-1], add_generation_prompt=True, **template_kwargs)
+    response = "".join(block.get("text", "") for block in messages[-1]["content"])
+    start = text.rfind(response.strip())
+    while start > 0 and text[start - 1].isspace() and not prompt.startswith(text[:start]):
+        start -= 1
+    if text.startswith(prompt) or start < 0 or not prompt.startswith(text[:start]) or not prompt[start:].strip():
+        return text
+    opened = {**messages[-1], "content": [{"type": "text", "text": prompt[start:] + response}]}
+    if _chat_text(processor, [*messages[:-1], opened], **template_kwargs) != text:
+        return text
+    return prompt + text[start:]
+
+
 def _check_texts(text: str, messages: Sequence[dict]) -> None:
     """Whether the template has written what the system and the user say. Responses: `avar_verl.model.responses`.
 
@@ -105,6 +126,7 @@ def render(
                 )
     text = _chat_text(processor, messages, add_generation_prompt=add_generation_prompt, **(template_kwargs or {}))
     _check_texts(text, messages)
+    text = _after_prompt(processor, messages, text, template_kwargs or {})
     tokenizer = processor.tokenizer
     add_special_tokens = _special_tokens(tokenizer, text)
     images = images_of(messages)

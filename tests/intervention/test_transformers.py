@@ -26,6 +26,7 @@ from tests.intervention.reference import attention_of, reference
 from tests.model.families import tiny
 
 SELF_ATTENTION = sorted(model_type for model_type in FAMILIES if not get_family(model_type).cross_attention)
+SELF_ATTENTION.append("gemma4_large")  # Fewer heads of keys in the layers without a window.
 BOTH = "alpha_img=0.35,alpha_sys=0.6"
 PART = "alpha_img=0.35,alpha_sys=0.6,layers=1,heads=2-3"
 NEW_TOKENS = 4

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from avar_verl.model.layers import full_softmax_layers, head_size, select_layers
+from avar_verl.model.layers import full_softmax_layers, head_size, key_value_heads, select_layers
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
@@ -93,3 +93,12 @@ def test_the_largest_head_of_the_chosen_layers():
     assert head_size(config(), (0,)) == 32
     assert head_size(config(head_dim=64), (0,)) == 64
     assert head_size(config(head_dim=64, qk_nope_head_dim=128, qk_rope_head_dim=64), (0,)) == 192
+
+
+def test_layers_have_one_number_of_key_value_heads():
+    kinds = dict(layer_types=[SLIDING, FULL] * 2, num_key_value_heads=4)
+    assert key_value_heads(config(**kinds), [0, 1]) == key_value_heads(config(**kinds), []) == 4
+    large = config(**kinds, attention_k_eq_v=True, num_global_key_value_heads=2)  # Gemma 4
+    assert key_value_heads(large, [1, 3]) == 2 and key_value_heads(large, [0, 2]) == 4
+    with pytest.raises(ValueError, match=r"one number of key/value heads; got {0: 4, 1: 2} by layer. Select layers of"):
+        key_value_heads(large, [0, 1])

@@ -346,14 +346,14 @@ GEMMA4 = Spec(
     stops=("<eos>",),
     template="gemma4",
     reply="{}<turn|>\n",
-    # As E2B and E4B: the last two layers read the keys of the first two, and every layer has embeddings of its own.
+    # As E2B and E4B: the last layer reads the keys of the one before, and every layer has embeddings of its own.
     text={
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "head_dim": 32,
         "global_head_dim": 64,
         "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
         "hidden_size_per_layer_input": 16,
         "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True,
@@ -412,7 +412,8 @@ GEMMA4_LARGE = Spec(
             "sliding_window": 64,
             "layer_types": ["sliding_attention", "full_attention"],
             "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
+            "num_key_value_heads": 4,
+            "num_global_key_value_heads": 2,
             "hidden_size_per_layer_input": 0,
             "use_bidirectional_attention": "vision",
             "enable_moe_block": True,
