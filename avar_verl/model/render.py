@@ -65,7 +65,7 @@ def _after_prompt(processor, messages: Sequence[dict], text: str, template_kwarg
     if text.startswith(prompt) or start < 0 or not prompt.startswith(text[:start]) or not prompt[start:].strip():
         return text
     opened = {**messages[-1], "content": [{"type": "text", "text": prompt[start:] + response}]}
-    if _chat_text(processor, [*messages[:-1], opened], **template_kwargs) != text:
+    if _chat_text(processor, [*messages[:-1], opened], **template_kwargs).split() != text.split():
         return text
     return prompt + text[start:]
 
