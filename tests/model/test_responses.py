@@ -75,7 +75,7 @@ def trained(tiny_processor, tiny_config):
         (conversation("<think>\ncat"), CONTENT, "<think>\n", "cat" + END),
         # A template that would take the opening out of a response.
         (conversation("cat"), DROPS, "<think></think>", "cat" + END),
-        (conversation(" <answer>cat</answer>"), DROPS, "<think>\n\n</think>\n\n", "<answer>cat</answer>" + END),
+        (conversation(" <answer>cat</answer>"), DROPS, "<think>\n\n</think>\n\n", " <answer>cat</answer>" + END),
         (conversation(RESPONSE, RESPONSE), CONTENT, "<think>", (RESPONSE.removeprefix("<think>") + END) * 2),
         (
             [turn("user", "a"), turn("assistant", "wrong", loss_mask=0), *conversation("right")],
