@@ -21,6 +21,7 @@ GEOMETRY = (
     *("pixel_attention_mask", "spatial_shapes"),  # Idefics3, SmolVLM, LFM2-VL
     *("aspect_ratio_ids", "aspect_ratio_mask"),  # Llama 3.2 Vision
     "image_position_ids",  # Gemma 4
+    *("target_sizes", "target_sizes_videos"),  # MiniCPM-V
 )
 # Idefics3 and SmolVLM take a tile of nothing but 0 for padding and drop it (modeling_idefics3.py:586 in transformers
 # 5.9), so a blank tile of theirs has the smallest normal number of float16, far less than a level of colour.

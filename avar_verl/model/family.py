@@ -33,6 +33,8 @@ class Family:
         for a model that it runs, and is None if there is no other.
     verl_forward: verl replaces the model's forward by one of its own (verl/models/transformers/monkey_patch.py).
     token_inputs: `token_inputs(config, ids_BS, features) -> dict` of model inputs with one entry per position.
+    row_features: names of features that are one row for all images: they are joined at the end, not in their first
+        dimension.
     fill_text_only: `fill_text_only(features of another sample) -> features` of a sample without an image, if the first
         dimension of features is the sample; None if it is the image.
     prepare: `prepare(model)`, called on a loaded model before its first batch; None if not needed.
@@ -52,6 +54,7 @@ class Family:
     no_flash: Callable[[Any], str | None] | None = None
     verl_forward: bool = False
     token_inputs: Callable[[Any, torch.Tensor, dict], dict] | None = None
+    row_features: tuple[str, ...] = ()
     fill_text_only: Callable[[dict], dict] | None = None
     prepare: Callable[[torch.nn.Module], None] | None = None
 

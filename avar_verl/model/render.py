@@ -175,7 +175,10 @@ def merge_features(
         samples = [sample or family.fill_text_only(like) for sample in samples]
     keys = dict.fromkeys(key for sample in samples for key, value in sample.items() if value is not None)
     columns = {key: [sample[key] for sample in samples if sample.get(key) is not None] for key in keys}
-    return {key: torch.cat(_padded(values, FILL.get(key, 0))) for key, values in columns.items()}
+    return {
+        key: torch.cat(values, dim=-1) if key in family.row_features else torch.cat(_padded(values, FILL.get(key, 0)))
+        for key, values in columns.items()
+    }
 
 
 def collate(

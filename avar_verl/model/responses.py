@@ -115,7 +115,7 @@ def response_mask(
             raise ValueError(
                 f"a response must begin as the generation prompt of rollouts does; got {shown(text)} in turn {number}, "
                 f"where the template writes {tokenizer.decode(opening)!r}. Begin the response with it, or take it out "
-                "of the generation prompt."
+                "of the generation prompt (data.apply_chat_template_kwargs, such as enable_thinking)."
             )
         mask_S[start + (_length(tokenizer, ids[start:end], opening) if opening else 0) : stop] = True
     return mask_S

@@ -8,6 +8,7 @@ import pandas
 from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.tools.demo import photo_grid
 from tests.e2e import launch
+from tests.model.families.tiny import OUTSIDE, SPECS
 
 SYSTEM = {"role": "system", "content": "Look at the image."}
 # Families with no system turn in their chat templates.
@@ -27,6 +28,12 @@ def guidance(model_type: str) -> list[str]:
     return ["avar.agto.alpha=0"] if crosses else []
 
 
+def template(model_type: str) -> list[str]:
+    """Settings with which the chat template's prompts end before a thought."""
+    kwargs = (SPECS | OUTSIDE)[model_type].template_kwargs
+    return [f"++data.apply_chat_template_kwargs.{name}={value}" for name, value in kwargs.items()]
+
+
 def sft_overrides(work: Path, model: Path, data: Path, model_type: str, packed: bool) -> list[str]:
     """Two steps of four samples."""
     return [
@@ -36,6 +43,7 @@ def sft_overrides(work: Path, model: Path, data: Path, model_type: str, packed: 
         "data.train_batch_size=4",
         f"data.micro_batch_size_per_gpu={2 if packed else 1}",
         *guidance(model_type),
+        *template(model_type),
         "trainer.total_epochs=1",
         "trainer.save_freq=2",
         "checkpoint.save_contents=[hf_model]",

@@ -128,13 +128,17 @@ def test_every_family_trains_on_its_responses(model_type, family_processor, fami
     role_map = get_family(model_type).role_map(processor.tokenizer, config)
     thinks = "{think}" in SPECS[model_type].reply
     several = sample_messages(2, turns=2, system=True)
+    kwargs = SPECS[model_type].template_kwargs
+    if kwargs:  # Otherwise a prompt ends in an empty thought.
+        with pytest.raises(ValueError, match="begin as the generation prompt of rollouts does"):
+            response_mask(processor, role_map, several[:3], render(processor, several[:3]))
     if thinks:  # Their templates drop the thought of an earlier turn, which is not trained on then.
         with pytest.raises(ValueError, match="a rendered response must be the row's text"):
-            response_mask(processor, role_map, several, render(processor, several))
+            response_mask(processor, role_map, several, render(processor, several, template_kwargs=kwargs), kwargs)
         several = several[:3]
     for messages in (sample_messages(1), several, sample_messages(0)):
-        rendered = render(processor, messages)
-        mask_S = response_mask(processor, role_map, messages, rendered)
+        rendered = render(processor, messages, template_kwargs=kwargs)
+        mask_S = response_mask(processor, role_map, messages, rendered, kwargs)
         ids_1S = rendered.ids_S[None]
         response_S = role_map(ids_1S, torch.ones_like(ids_1S))[0] == TokenRole.RESPONSE
         if thinks:  # A rollout gets the opening as part of its prompt.
@@ -144,5 +148,5 @@ def test_every_family_trains_on_its_responses(model_type, family_processor, fami
         else:
             assert torch.equal(mask_S, response_S)
         untrained = [{**message, "loss_mask": 0} for message in messages]
-        assert not bool(response_mask(processor, role_map, untrained, rendered).any())
+        assert not bool(response_mask(processor, role_map, untrained, rendered, kwargs).any())
     assert special_tokens(processor.tokenizer, role_map, config)

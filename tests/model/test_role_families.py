@@ -42,6 +42,7 @@ CASES = {
     "qwen3_vl_moe": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "qwen3_5": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "qwen3_5_moe": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
+    "minicpmv4_6": ("<|image_pad|>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "internvl": ("<IMG_CONTEXT>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "llava_onevision": ("<image>", ["<|im_start|>", "<|im_end|>"], CHATML),
     "gemma3": (

@@ -25,6 +25,7 @@ FAMILIES: dict[str, str] = {
     "lfm2_vl": "lfm2_vl",
     "llava_next": "llava_next",
     "llava_onevision": "llava_onevision",
+    "minicpmv4_6": "minicpmv4_6",
     "mistral3": "mistral3",
     "mllama": "mllama",
     "qwen2_5_vl": "qwen2_5_vl",

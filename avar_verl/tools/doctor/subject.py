@@ -177,6 +177,11 @@ class Subject:
         """Settings of the chat template for responses without a thought."""
         return {"enable_thinking": False} if "<think>" in self.opening() else {}
 
+    @cached_property
+    def thinking(self) -> dict[str, Any]:
+        """Settings of the chat template for responses that begin with a thought."""
+        return {"enable_thinking": True} if "</think>" in self.opening() else {}
+
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> Rendered:
         """A conversation as ids and features."""
         return render(self.processor, messages, add_generation_prompt=add_generation_prompt)

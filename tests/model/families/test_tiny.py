@@ -31,6 +31,7 @@ PROCESSORS = {
     "glm4v_moe": "Glm4vProcessor",
     "mistral3": "PixtralProcessor",
     "lfm2_vl": "Lfm2VlProcessor",
+    "minicpmv4_6": "MiniCPMV4_6Processor",
 }
 # A prompt with a system turn, an image and an answer, and how the next prompt begins, as the checkpoints write them.
 QUESTION, ANSWER = "What does it show?", "cat"
@@ -65,6 +66,8 @@ TEXTS["gemma4"] = (
 )
 TEXTS["mistral3"] = f"<s>[SYSTEM_PROMPT]{SYSTEM}[/SYSTEM_PROMPT][INST][IMG]{QUESTION}[/INST]{ANSWER}</s>"
 TEXTS["lfm2_vl"] = "<|startoftext|>" + CHATML.format(image="<image>")
+TEXTS["minicpmv4_6"] = TEXTS["qwen3_5"].replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>\n")
+TEXTS["minicpmv4_6"] += "\n</think>\n\n"
 every_family = pytest.mark.parametrize("model_type", FAMILIES)
 
 
@@ -183,6 +186,8 @@ def test_tiles_follow_the_shape(model_type, tiny):
             return int(features["aspect_ratio_mask"].sum())
         if model_type == "mistral3":  # One view of the shape of the image.
             return int(features["image_sizes"].prod())
+        if model_type == "minicpmv4_6":  # The whole, and slices.
+            return int(features["target_sizes"].prod(1).sum())
         if model_type == "gemma4":  # The same.
             return int((features["image_position_ids"][0, :, 0] >= 0).sum())
         pixels = features["pixel_values"]

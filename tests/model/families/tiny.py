@@ -38,6 +38,7 @@ class Spec:
     bos, eos, pad: the tokenizer's; eos ends an answer. add_bos: the tokenizer writes bos in front of a text.
     stops: what else ends an answer, for the generation config.
     template: of `TEMPLATES`, or the text.
+    template_kwargs: with which it writes prompts that answers with a thought follow.
     reply: how the template writes an answer; all of it is RESPONSE.
     text, vision, top: fields of the config; top ones may depend on the ids, as ("token", text).
     processor, image_processor: arguments; the image processor under its class name.
@@ -55,6 +56,7 @@ class Spec:
     stops: tuple[str, ...] = ()
     pad: str
     template: str
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
     reply: str
     text: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
@@ -203,6 +205,44 @@ QWEN3_5_MOE = Spec(
             "shared_expert_intermediate_size": 96,
         },
     }
+)
+MINICPMV4_6 = Spec(
+    special_tokens=(
+        *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<image>", "</image>"),
+        *("<slice>", "</slice>", "<image_id>", "</image_id>"),
+    ),
+    names={
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    },
+    words=(*CHATML, "\n\n", "0 1"),
+    eos="<|im_end|>",
+    pad="<|endoftext|>",
+    stops=("<|endoftext|>",),
+    template="minicpmv4_6",
+    template_kwargs={"enable_thinking": True},
+    reply=QWEN3_5.reply,
+    text={"model_type": "qwen3_5_text", **QWEN3_5_TEXT, "tie_word_embeddings": True},
+    vision={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 112,
+        "patch_size": 7,
+    },
+    top={"insert_layer_id": 0, "image_size": 112},
+    ids={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    image_processor="MiniCPMV4_6ImageProcessor",
+    image={"scale_resolution": 112, "max_slice_nums": 4, "patch_size": 7},
+    video_processor="MiniCPMV4_6VideoProcessor",
+    video={"scale_resolution": 112, "patch_size": 7},
 )
 INTERNVL = Spec(
     special_tokens=(
@@ -705,6 +745,7 @@ SPECS: dict[str, Spec] = {
     "qwen3_vl_moe": QWEN3_VL_MOE,
     "qwen3_5": QWEN3_5,
     "qwen3_5_moe": QWEN3_5_MOE,
+    "minicpmv4_6": MINICPMV4_6,
     "internvl": INTERNVL,
     "llava_onevision": LLAVA_ONEVISION,
     "llava_next": LLAVA_NEXT,

@@ -6,6 +6,7 @@ Shape suffixes: S = positions, V = vocabulary
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ every_family = pytest.mark.parametrize("model_type", FAMILIES)
 def answered_turns(model_type: str) -> int:
     """Templates that drop the thoughts of earlier turns write other responses than the row's, which is refused."""
     return 1 if "{think}" in SPECS[model_type].reply else 2
+
+
+def of(model_type: str, *args, **kwargs) -> Conversation:
+    """A conversation whose answers the family's prompts end before."""
+    return replace(conversation(*args, **kwargs), template_kwargs=SPECS[model_type].template_kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def reference(checkpoint: Checkpoint, one: Conversation, corruption: str) -> tor
 def test_every_token_is_that_of_plain_transformers(model_type, corruption, ready_checkpoint):
     checkpoint = ready_checkpoint(model_type)
     scorer = only(checkpoint, corruption)
-    for one in (conversation(1), conversation(2, answered_turns(model_type), seed=1)):
+    for one in (of(model_type, 1), of(model_type, 2, answered_turns(model_type), seed=1)):
         [sample] = scorer.prepare([one])
         partner = swapped_images(checkpoint, one.images)[1] if corruption == "swap" else None
         [record] = scorer.score([sample], [partner])
@@ -97,14 +103,14 @@ def test_batches_and_padding_change_nothing(model_type, ready_checkpoint):
     # Under left padding, transformers loses the masks of cross-attention.
     sides = ("right",) if model_type == "mllama" else ("right", "left")
     conversations = [
-        conversation(1),
-        conversation(2, answered_turns(model_type), seed=1),
-        conversation(0, seed=2),
-        conversation(1, answered=False),
+        of(model_type, 1),
+        of(model_type, 2, answered_turns(model_type), seed=1),
+        of(model_type, 0, seed=2),
+        of(model_type, 1, answered=False),
     ]
     for side in sides:
         scorer = only(checkpoint, padding_side=side)
-        samples = scorer.prepare([*conversations, conversation(1, seed=3)])
+        samples = scorer.prepare([*conversations, of(model_type, 1, seed=3)])
         together = scorer.score(samples)
         alone = [record for sample in samples for record in scorer.score([sample])]
         for one, other in zip(together, alone, strict=True):

@@ -25,9 +25,12 @@ ODD_SIZES = ((1, 1), (8, 200), (3000, 20))
 def count_features(model: torch.nn.Module, features: dict[str, torch.Tensor]) -> int:
     """Number of image features that the model makes from a processor's output."""
     owner = next(part for part in model.modules() if hasattr(part, "get_image_features"))
-    accepted = inspect.signature(owner.get_image_features).parameters
+    parameters = inspect.signature(owner.get_image_features).parameters.values()
+    accepted = {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     device = next(model.parameters()).device
-    output = owner.get_image_features(**{key: value.to(device) for key, value in features.items() if key in accepted})
+    output = owner.get_image_features(
+        **{key: value.to(device) for key, value in features.items() if key in accepted or not accepted}
+    )
     parts = output.pooler_output
     return sum(part.numel() // part.shape[-1] for part in (parts if isinstance(parts, list | tuple) else [parts]))
 

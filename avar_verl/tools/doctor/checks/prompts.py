@@ -3,6 +3,7 @@
 
 import torch
 
+from avar_verl.model.render import render
 from avar_verl.model.responses import response_mask
 from avar_verl.model.roles import TokenRole
 from avar_verl.tools.doctor.check import Finding, check
@@ -191,9 +192,13 @@ def roles(subject: Subject) -> Finding | str:
     detail = f"{len(known)} samples: single, padded on either side and packed; all {total} tokens are right"
     once = [user("What is in the corner?"), assistant("<think>I look at the corner.</think><answer>a cup</answer>")]
     again = [user("And beside it?"), assistant("<think>I look beside it.</think><answer>a plate</answer>")]
-    response_mask(subject.processor, role_map, once, subject.render(once))
+    kwargs, processor = subject.thinking, subject.processor
+    response_mask(processor, role_map, once, render(processor, once, template_kwargs=kwargs), kwargs)
+    if kwargs:
+        detail += f"; rows with a thought need data.apply_chat_template_kwargs={kwargs}"
     try:
-        response_mask(subject.processor, role_map, once + again, subject.render(once + again))
+        both = render(processor, once + again, template_kwargs=kwargs)
+        response_mask(processor, role_map, once + again, both, kwargs)
     except ValueError as error:
         return Finding(detail, f"Rows with several turns of reasoning are refused: {error}")
     return detail
