@@ -14,7 +14,7 @@ SYSTEM = {"role": "system", "content": "Look at the image."}
 # Families with no system turn in their chat templates.
 WITHOUT_SYSTEM = ("gemma3",)
 # vLLM's gated DeltaNet on the CPU (vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py:53) takes nothing else.
-BFLOAT16_ROLLOUTS = ("qwen3_5", "qwen3_5_moe")
+BFLOAT16_ROLLOUTS = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")
 # vLLM does not read the scaling of queries from a Hugging Face folder (vllm/model_executor/models/mistral.py:106): in
 # the tiny model from position 32 on, in the checkpoints from 16384 on.
 UNSCALED_ROLLOUTS = ("mistral3",)

@@ -49,7 +49,11 @@ def no_flash(text_config) -> str | None:
     if attends_both_ways(text_config):
         return "its mask is causal, and tokens of one image see each other"
     size = max(text_config.head_dim, getattr(text_config, "global_head_dim", None) or 0)
-    return f"its heads have at most 256 dimensions, and those of layers without a window have {size}" if size > 256 else None
+    return (
+        f"its heads have at most 256 dimensions, and those of layers without a window have {size}"
+        if size > 256
+        else None
+    )
 
 
 def keep_full_layers_causal(model: torch.nn.Module) -> None:

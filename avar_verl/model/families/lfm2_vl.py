@@ -17,5 +17,6 @@ FAMILY = Family(
     placeholders=("image_token_id",),
     vision_tower="model.vision_tower",
     projectors=("model.multi_modal_projector",),
+    leaks_packed=True,
     unpackable="a short convolution would mix the first tokens of a sample with the last ones of the sample before",
 )

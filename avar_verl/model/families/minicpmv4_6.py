@@ -34,7 +34,9 @@ def places(processor, features: dict, image_sizes: list | None) -> list[torch.Te
             grid = settings.get_sliced_grid((height, width), settings.max_slice_nums, settings.scale_resolution)
         rows, columns = grid or (0, 0)
         boxes = [(0.0, 0.0, 1.0, 1.0)]
-        boxes += [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r in range(rows) for c in range(columns)]
+        boxes += [
+            (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r in range(rows) for c in range(columns)
+        ]
         out.append(torch.cat([grid_places(*next(parts), box) for box in boxes]))
     return out
 
@@ -48,6 +50,7 @@ FAMILY = Family(
     projectors=("model.merger",),
     places=places,
     row_features=("pixel_values",),
+    leaks_packed=True,
     unpackable="gated DeltaNet would go on from the state of the sample before: verl tells it where samples start only in "
     "Qwen3.5",
 )

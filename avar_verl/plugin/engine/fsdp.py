@@ -184,6 +184,8 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                     f"flash attention cannot run this {model_type}: {reason}; got attn_implementation={attention!r}. "
                     "Set model.override_config.attn_implementation=sdpa (in GRPO actor_rollout_ref.model...)."
                 )
+        if family is not None and family.leaks_packed:
+            cls._check_packing(model_config, family)
         capturing = cls._capturing(engine_config)
         vars_ = engine_config.vars if isinstance(engine_config, AvarFSDPEngineConfig) else None
         measures_dependency = vars_ is not None and vars_.measures_dependency
@@ -201,11 +203,7 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                 f"ulysses_sequence_parallel_size={sp_size}. Set model.use_remove_padding=True."
             )
         family = get_family(model_type)  # Of the known ones, which the error names.
-        if model_config.use_remove_padding and family.unpackable:
-            raise ValueError(
-                f"samples of {model_type} cannot be packed ({family.unpackable}); got use_remove_padding=True. Set "
-                "model.use_remove_padding=False."
-            )
+        cls._check_packing(model_config, family)
         if measures_dependency and vars_.corruption == "blank":
             check_blank(model_config.processor)
         wants_image_mass = any(part is vars_ or part.alpha > 0 for part in capturing)
@@ -235,6 +233,14 @@ class AvarFSDPEngine(FSDPEngineWithLMHead):
                     f"its own; got avar.agto.heads={list(engine_config.agto.heads)} with a size of {sp_size}. Set "
                     "heads=null, or ulysses_sequence_parallel_size=1."
                 )
+
+    @staticmethod
+    def _check_packing(model_config, family: Family) -> None:
+        if model_config.use_remove_padding and family.unpackable:
+            raise ValueError(
+                f"samples of {model_config.hf_config.model_type} cannot be packed ({family.unpackable}); got "
+                "use_remove_padding=True. Set model.use_remove_padding=False."
+            )
 
     def _build_module(self):
         module = super()._build_module()

@@ -185,7 +185,8 @@ def main() -> None:
         if "path" in scenario:
             path = scenario["path"]
             family = HFModelConfig(path=path)
-            settings = OmegaConf.create({"max_length": 1024})
+            kwargs = scenario.get("template_kwargs", {})
+            settings = OmegaConf.create({"max_length": 1024, "apply_chat_template_kwargs": kwargs})
             own = AvarSFTDataset(scenario["data"], family.tokenizer, settings, family.processor)
             pad_id = family.tokenizer.pad_token_id
         result[scenario["name"]] = run(scenario, path, own, pad_id)

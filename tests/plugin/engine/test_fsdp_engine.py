@@ -21,6 +21,7 @@ from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.study import loops
 from tests.compatibility import ENTROPY, KL_LOSS
 from tests.e2e import family_data, tool_data
+from tests.model.families.tiny import SPECS
 
 pytestmark = pytest.mark.e2e
 
@@ -137,6 +138,7 @@ def one(tmp_path_factory, tiny_model_path, data_file, family_path) -> dict:
         scenarios[name] = {
             "path": str(family_path(model_type)),
             "data": str(family_data.make_sft(folder / "sft.parquet", 8, model_type)),
+            "template_kwargs": SPECS[model_type].template_kwargs,
             "vars": {"statistic": "dependency"},
             "micro": 2,
             "use_remove_padding": is_packed,
