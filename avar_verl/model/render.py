@@ -166,8 +166,8 @@ def merge_features(
     """Features of a batch: the features of its samples, concatenated; a sample without an image has none.
 
     If images of one sample have more tiles than those of another, the missing tiles are zeros (or FILL), which every
-    family recognises by its own sizes or masks. `like`: features of any image, for `Family.fill_text_only` in a batch without
-    one.
+    family recognises by its own sizes or masks. `like`: features of any image, for `Family.fill_text_only` in a batch
+    without one.
     """
     samples = [dict(sample or {}) for sample in samples]
     like = next((sample for sample in samples if sample), like)

@@ -51,6 +51,6 @@ FAMILY = Family(
     places=places,
     row_features=("pixel_values",),
     leaks_packed=True,
-    unpackable="gated DeltaNet would go on from the state of the sample before: verl tells it where samples start only in "
-    "Qwen3.5",
+    unpackable="gated DeltaNet would go on from the state of the sample before: verl says where samples start in "
+    "Qwen3.5 only",
 )
