@@ -95,8 +95,8 @@ def _prompt(row: Row, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def _rollout(row: Row, prompt: Mapping[str, Any], coordinates: str) -> dict[str, Any]:
-    """What a rollout has of its own; text in pieces, places in pixels of the prompt's image."""
+def _rollout(row: Row, prompt: Mapping[str, Any], coordinates: str, pictures: Pictures) -> dict[str, Any]:
+    """What a rollout has of its own; text in pieces, places in pixels of the prompt's image; images of tools."""
     values = row.values
     parts = values["parts"] if "parts" in values else {k: v for k, v in values.items() if k not in NO_PARTS}
     reward, visual = _values(values, parts)
@@ -114,6 +114,10 @@ def _rollout(row: Row, prompt: Mapping[str, Any], coordinates: str) -> dict[str,
         "text": pieces(text, spans),
         "places": [[round(number, 2) for number in place] for place in places],
         "notes": [f"{name}: {_text(part)}" for name, part in notes.items()],
+        "tools": [
+            [index, *size]
+            for index, size in (pictures.add(image, row.file.parent) for image in values.get("tool_images") or [])
+        ],
     }
 
 
@@ -147,7 +151,8 @@ def collect(rows: Iterable[Row], coordinates: str, side: int) -> dict[str, Any]:
             with naming(row.where):
                 described.append(_prompt(row, pictures))
         number = prompts[key]
-        own = _rollout(row, described[number], coordinates)
+        with naming(row.where):
+            own = _rollout(row, described[number], coordinates, pictures)
         rollouts.append({"step": row.values["step"], "prompt": number, **own})
     rollouts.sort(key=lambda rollout: (rollout["step"], rollout["prompt"]))
     return {

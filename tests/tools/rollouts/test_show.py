@@ -200,11 +200,25 @@ def test_a_step_that_is_not_there_is_refused(tmp_path):
         write_page(Show(data=tmp_path, steps=(2,)))
 
 
+def test_images_of_tools_are_those_of_their_rollout(tmp_path):
+    image, part, lost = (store(tmp_path, Image.new("RGB", size, "red")) for size in ((40, 20), (10, 20), (5, 5)))
+    rows = [{"images": [image], "tool_images": parts} for parts in ([], [part, image])]
+    dump(tmp_path, 1, rows)
+    content = collected(tmp_path)
+    assert [rollout["tools"] for rollout in content["rollouts"]] == [[], [[1, 10, 20], [0, 40, 20]]]
+    assert len(content["images"]) == 2 and content["prompts"][0]["images"] == [[0, 40, 20]]
+    (tmp_path / lost).unlink()
+    dump(tmp_path, 1, [{"tool_images": [lost]}])
+    with pytest.raises(ValueError, match=r"1.jsonl.*: "):
+        collected(tmp_path)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="the optional package chromium is not installed")
 def test_a_browser_draws_it(tmp_path):
     """65 rollouts, the first of hostile text: the cards of the first screen, the box, and no script but the page's."""
     image = store(tmp_path, Image.new("RGB", (80, 40), "red"))
     rows = [{"output": HOSTILE + " <box>(250,500),(500,1000)</box>", "images": [image], "correct": False}]
+    rows[0]["tool_images"] = [store(tmp_path, Image.new("RGB", (8, 4), "blue"))]
     dump(tmp_path, 1, [*rows, *({"output": f"answer {n}", "uid": f"q_{n}_0"} for n in range(64))])
     write_page(Show(data=tmp_path))
     command = [
@@ -220,4 +234,5 @@ def test_a_browser_draws_it(tmp_path):
     assert "65 of 65 rollouts" in dom and dom.count("<article") >= 60 and "<title>Rollouts of" in dom
     box = re.search(r'<rect class="place" x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', dom)
     assert [float(side) for side in box.groups()] == [20, 20, 20, 20]
+    assert dom.count('aria-label="image of a tool"') == dom.count("returned by tools:") - 1 == 1
     assert dom.count("<script") == 2 and "&lt;script&gt;" in dom and "✗ wrong" in dom
