@@ -121,9 +121,15 @@ def test_the_policy_is_trained_on_what_vllm_has_seen(runs):
 
 
 def test_with_all_images_calling_the_tool_pays(runs):
-    """The same policy, other rollouts: the images of tools have a mass of their own."""
-    means = {}
+    """Of every prompt, by the same policy: the images of tools have a mass of their own, and the system's is the same."""
+    means: dict[str, dict[int, list]] = {}
     for images, (folder, _, _) in runs.items():
-        called = [row for row in rollouts(folder, 1) if row["tool_images"]]
-        means[images] = sum(row["visual"]["image_mass"] for row in called) / len(called)
-    assert means["all"] > means["prompt"] > 0
+        for row in rollouts(folder, 1):
+            if row["tool_images"]:
+                visual = row["visual"]
+                of_prompt = means.setdefault(images, {}).setdefault(row["extra_info"]["index"], [])
+                of_prompt.append((visual["image_mass"], visual["system_mass"]))
+    assert means["prompt"].keys() == means["all"].keys() and len(means["all"]) >= 3
+    for index, of_prompt in means["prompt"].items():
+        own, both = (torch.tensor(values).mean(0).tolist() for values in (of_prompt, means["all"][index]))
+        assert both[0] > own[0] > 0.05 and both[1] == pytest.approx(own[1], rel=0.05)
