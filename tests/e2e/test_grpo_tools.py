@@ -121,7 +121,7 @@ def test_the_policy_is_trained_on_what_vllm_has_seen(runs):
 
 
 def test_with_all_images_calling_the_tool_pays(runs):
-    """Of every prompt, by the same policy: the images of tools have a mass of their own, and the system's is the same."""
+    """Of every prompt, by the same policy: images of tools have a mass of their own; that of the system is the same."""
     means: dict[str, dict[int, list]] = {}
     for images, (folder, _, _) in runs.items():
         for row in rollouts(folder, 1):
