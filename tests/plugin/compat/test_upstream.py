@@ -752,6 +752,8 @@ EVERYTHING = """
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
     target = _agent_loop_registry["avar_single_turn"]["_target_"]
     assert target == "avar_verl.plugin.rollout.agent_loop.AvarSingleTurnAgentLoop", target
+    target = _agent_loop_registry["avar_tool_agent"]["_target_"]
+    assert target == "avar_verl.plugin.rollout.tool_agent_loop.AvarToolAgentLoop", target
     from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
     from avar_verl.plugin.rollout.reward_manager import AvarRewardManager
     assert get_reward_manager_cls("avar") is AvarRewardManager

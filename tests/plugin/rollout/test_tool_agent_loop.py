@@ -2,6 +2,7 @@
 """The tool agent loop with verl's token builders and the families' processors, on replies that are written here."""
 
 import asyncio
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,8 @@ from avar_verl.plugin.rollout.zoom_in import SCHEMA, ImageZoomIn
 from tests.e2e.tool_data import call
 from tests.model.families.tiny import sample_images
 from tests.plugin.test_config import recipe
+
+pytestmark = pytest.mark.e2e
 
 QWEN3 = """{%- macro text_of(content) %}{% if content is string %}{{ content }}{% else %}{% for item in content -%}
 {% if item.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ item.text }}{% endif %}
@@ -59,9 +62,15 @@ class Replies:
         return TokenOutput(token_ids=self.replies[len(self.asked) - 1])
 
 
-def start(path, replies: list[str], tools: list, *overrides: str, template: str | None = None):
-    """A loop and its server."""
-    config = recipe(
+@functools.cache
+def model_of(path, template: str | None) -> HFModelConfig:
+    """Of an agent-loop worker."""
+    return HFModelConfig(path=str(path), **({} if template is None else {"custom_chat_template": template}))
+
+
+@functools.cache
+def config_of(path, *overrides: str):
+    return recipe(
         "avar_grpo",
         "machine=cpu_grpo",
         f"actor_rollout_ref.model.path={path}",
@@ -70,9 +79,13 @@ def start(path, replies: list[str], tools: list, *overrides: str, template: str 
         "data.max_response_length=512",
         *overrides,
     )
-    model = HFModelConfig(path=str(path))
+
+
+def start(path, replies: list[str], tools: list, *overrides: str, template: str | None = None):
+    """A loop and its server."""
+    config, model = config_of(path, *overrides), model_of(path, template)
     tokenizer, processor = model.tokenizer, model.processor
-    if template is not None:
+    if template is not None:  # As the worker does.
         processor.chat_template = tokenizer.chat_template = template
     server = Replies(tokenizer, replies)
     loop = AvarToolAgentLoop(
