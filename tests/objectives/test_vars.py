@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avar_verl.objectives.vars import (
     MASS_FIELDS,
@@ -131,6 +132,51 @@ def test_ranks_do_not_depend_on_the_scale_or_the_order():
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     mixed = shape_visual_reward(raw[order], correct[order], [groups[i] for i in order], "rank")
     assert torch.equal(mixed, ranks[order])
+
+
+class Uid:
+    """A group id that counts how often ids are hashed or compared."""
+
+    uses = 0
+
+    def __init__(self, name):
+        self.name = name
+
+    def __hash__(self):
+        Uid.uses += 1
+        return hash(self.name)
+
+    def __eq__(self, other):
+        Uid.uses += 1
+        return self.name == other.name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return out
+
+
+def test_ranks_of_a_large_batch_compare_no_two_rollouts_but_those_that_sorting_does(monkeypatch):
+    """256 prompts x 8 rollouts: ids are looked up twice a rollout, and no tensor has a cell for each pair of rollouts."""
+    monkeypatch.setattr(Uid, "uses", 0)
+    B = 256 * 8
+    groups = [Uid(index // 8) for index in range(B)]
+    raw = torch.rand(B, generator=torch.Generator().manual_seed(3))
+    with LargestTensor() as largest:
+        ranks = shape_visual_reward(raw, torch.ones(B, dtype=torch.bool), groups, "rank")
+    assert torch.equal(ranks.view(256, 8).sort(1).values, (torch.arange(1, 9) / 8).expand(256, 8))
+    assert B <= Uid.uses <= 4 * B
+    assert B <= largest.elements <= 4 * B
+
 
 
 @pytest.mark.parametrize("shaping", SHAPINGS)
