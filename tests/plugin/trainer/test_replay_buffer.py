@@ -124,6 +124,32 @@ GROUPS = {
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("drop", [(), ALL_WRONG], ids=["verl's", "all_wrong"])
+def test_a_finished_group_is_taken_at_the_next_look(queue, monkeypatch, drop):
+    """Through verl's `sample`: rollouts that end during the third wait are returned after it, with no other wait."""
+    buffer = buffer_of(*drop, "data.train_batch_size=1", refill=len)
+    slept = []
+
+    def wait(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            put_group(queue, "late", GROUPS["mixed"])
+
+    monkeypatch.setattr("verl.trainer.ppo.v1.replay_buffer.time.sleep", wait)
+    try:
+        queue.kv_batch_put(
+            keys=["late"],
+            partition_id="train",
+            tags=[{"is_prompt": True, "status": "running", "global_steps": 1}],
+        )
+        batch, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=1)
+    finally:
+        for partition, keys in (queue.kv_list() or {}).items():
+            queue.kv_clear(keys=list(keys), partition_id=partition)
+    assert slept == [0.1] * 3 and sorted(batch.keys) == ["late_0_0", "late_1_0"]
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "overrides, kept, evicted",
     [
