@@ -18,6 +18,7 @@ Shape suffixes:
 
 import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -140,6 +141,7 @@ class _Forward:
         self.by_layer: dict[int, torch.Tensor] = {}
         self.heads: dict[int, int] = {}
         self.has_gradients = torch.is_grad_enabled()
+        self._described: deque[tuple[tuple, Visibility]] = deque(maxlen=2)  # Layers have one kind of mask or two.
 
     def wants_lse(self, layer: int, query: torch.Tensor) -> bool:
         """Whether the log-sum-exp of this layer's attention would be used (`choose_implementation`)."""
@@ -174,7 +176,10 @@ class _Forward:
             query_BHQD = _take_positions(query_BHSD, request.positions)
             if lse_BHQ is not None:
                 lse_BHQ = lse_BHQ.gather(2, request.positions[:, None].expand(-1, lse_BHQ.shape[1], -1))
-        visibility = self._visibility(attention_mask, request.positions, arguments, layer)
+        visibility = self._once(
+            (attention_mask, arguments.get("position_ids"), arguments.get("sliding_window")),
+            lambda: self._visibility(attention_mask, request.positions, arguments, layer),
+        )
         self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"), lse_BHQ)
 
     def _lse(self, tap: LseTap | None, layer: int, query_BHSD: torch.Tensor) -> torch.Tensor | None:
@@ -224,7 +229,8 @@ class _Forward:
         lse_1HT = self._lse(tap, layer, query_THD.transpose(0, 1)[None])
         lse_BHQ = None if lse_1HT is None else lse_1HT[0][:, location_BQ].transpose(0, 1)
         # The padding is after its sample, where no causal query sees it.
-        visibility = Visibility(request.positions, window=arguments.get("sliding_window"))
+        window = arguments.get("sliding_window")
+        visibility = self._once((window,), lambda: Visibility(request.positions, window=window))
         self._reduce(layer, query_BHQD, key_BKSD, visibility, arguments.get("scaling"), lse_BHQ)
 
     def _observe_packed_row(self, module, query_BHSD, key_BKSD, arguments, tap) -> None:
@@ -310,6 +316,14 @@ class _Forward:
         result = mass_BHQR if request.reduction is None else request.reduction(mass_BHQR, valid_BQ)
         # A checkpointed layer runs again in the backward pass: its first result is the one in the loss.
         self.by_layer.setdefault(layer, result)
+
+    def _once(self, of: tuple, describe: Callable[[], Visibility]) -> Visibility:
+        """The visibility of an earlier layer, if it comes `of` the same objects."""
+        for known, visibility in self._described:
+            if all(a is b for a, b in zip(known, of, strict=True)):
+                return visibility
+        self._described.append((of, describe()))
+        return self._described[-1][1]
 
     def _visibility(self, attention_mask, positions_BQ, arguments, layer) -> Visibility:
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:

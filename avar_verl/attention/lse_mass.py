@@ -17,6 +17,7 @@ Shape suffixes:
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -25,8 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avar_verl.attention.visibility import HIDDEN, Visibility
 
-# Elements of one chunk's scores, B * H * C * W: 8 MiB of float32.
-CHUNK_ELEMENTS = 2**21
+# Scores of one chunk: 1 MiB of float32, which a CPU writes to its cache three times as fast as to memory.
+CHUNK_ELEMENTS = 2**18
+# Visibilities that are looked at together, B * Q * W.
+LOOK_ELEMENTS = 2**22
 # (output (B, H, S, D), lse (B, H, S) float32, natural logarithm, over the visible keys)
 _ATTENTIONS = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -75,6 +78,7 @@ class KeysByRole:
     def __init__(self, key_roles_BS: torch.Tensor, columns: Sequence[int]):
         self.key_roles_BS = key_roles_BS
         self.columns = tuple(columns)
+        self._looks: deque[tuple[Visibility, bool]] = deque(maxlen=2)  # Layers have one kind of mask or two.
 
     @cached_property
     def _sorted(self) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -105,8 +109,40 @@ class KeysByRole:
         return self._sorted[2]
 
     @cached_property
-    def all_real(self) -> bool:
-        return bool(self.real_BW.all())
+    def rows_BW(self) -> torch.Tensor:
+        """The keys' rows among those of all samples, B * S."""
+        B, S = self.key_roles_BS.shape
+        return S * torch.arange(B, device=self.positions_BW.device)[:, None] + self.positions_BW
+
+    @cached_property
+    def padding_BW(self) -> torch.Tensor | None:
+        """Added to a key's scores: HIDDEN on padding, else 0; None without padding."""
+        if bool(self.real_BW.all()):
+            return None
+        return torch.zeros(self.real_BW.shape, device=self.real_BW.device).masked_fill_(~self.real_BW, HIDDEN)
+
+    def all_seen(self, visibility: Visibility, valid_BQ: torch.Tensor | None) -> bool:
+        """Whether every valid query sees all of its sample's keys. One look for all layers with the same visibility."""
+        for known, seen in self._looks:
+            if known is visibility:
+                return seen
+        seen = self._look(visibility, valid_BQ)
+        self._looks.append((visibility, seen))
+        return seen
+
+    def _look(self, visibility: Visibility, valid_BQ: torch.Tensor | None) -> bool:
+        positions_BQ = visibility.positions_BQ
+        if visibility.is_causal_only:
+            last_B1 = self.span_B1[1]
+            seen_BQ = positions_BQ >= last_B1
+            return bool((seen_BQ if valid_BQ is None else seen_BQ | ~valid_BQ).all())
+        step = max(1, LOOK_ELEMENTS // max(1, self.positions_BW.numel()))
+        for start in range(0, positions_BQ.shape[1], step):
+            stop = min(start + step, positions_BQ.shape[1])
+            seen_BC = (visibility.of_keys(start, stop, self.positions_BW) | ~self.real_BW[:, None]).all(-1)
+            if not bool((seen_BC if valid_BQ is None else seen_BC | ~valid_BQ[:, start:stop]).all()):
+                return False
+        return True
 
     @cached_property
     def span_B1(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,36 +164,56 @@ def lse_mass(
     visibility: Visibility,
     scale: float,
     num_groups: int,
+    valid_BQ: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Masses of the roles of `keys`, (B, H, Q, R) float32; nan in the other columns.
 
-    The rows of queries that see no key are undefined (nan or inf).
+    The rows of queries that see no key, and of those that are not valid, are undefined (nan or inf).
 
     Args:
         lse_BHQ: natural log-sum-exp of the scaled scores over the keys that each query sees.
+        valid_BQ: False on queries that nobody reads; default: all are read.
     """
     B, H, Q, D = query_BHQD.shape
-    K = key_BKSD.shape[1]
-    G = H // K
-    mass_BKGQR = query_BHQD.new_full((B, K, G, Q, num_groups), float("nan"), dtype=torch.float32)
-    W = keys.bounds[-1]
-    index = keys.positions_BW[:, None, :, None].expand(-1, K, -1, D)
-    key_BKWD = key_BKSD.gather(2, index).float()
-    # Base 2, whose exponential is cheaper; the log-sum-exp is part of the product: q . k - lse = [q, -lse] . [k, 1].
-    query = torch.cat([query_BHQD.float() * scale, -lse_BHQ.float()[..., None]], dim=-1) * math.log2(math.e)
-    query = query.reshape(B, K, G, Q, D + 1)
-    key = torch.cat([key_BKWD, key_BKWD.new_ones(B, K, W, 1)], dim=-1).mT
-    chunk = max(1, CHUNK_ELEMENTS // max(1, B * H * W))
-    buffer = query.new_empty(B * K, G * min(chunk, Q), W)
-    for start in range(0, Q, chunk):
-        stop = min(start + chunk, Q)
-        rows = query[:, :, :, start:stop].reshape(B * K, G * (stop - start), D + 1)
-        weights = buffer[:, : rows.shape[1]]
-        torch.bmm(rows, key.reshape(B * K, D + 1, W), out=weights)
-        if not (keys.all_real and visibility.sees_all(start, stop, keys.positions_BW)):
-            hidden_BCW = ~(visibility.of_keys(start, stop, keys.positions_BW) & keys.real_BW[:, None])
-            weights.view(B, K, G, stop - start, W).masked_fill_(hidden_BCW[:, None, None], HIDDEN)
-        torch.exp2(weights, out=weights)
-        for role, first, last in zip(keys.columns, keys.bounds[:-1], keys.bounds[1:], strict=True):
-            mass_BKGQR[:, :, :, start:stop, role] = weights[..., first:last].sum(-1).view(B, K, G, stop - start)
-    return mass_BKGQR.reshape(B, H, Q, num_groups)
+    K, S = key_BKSD.shape[1:3]
+    G, W = H // K, keys.bounds[-1]
+    # Base 2, whose exponential is cheaper; the log-sum-exp and the padding are part of the product:
+    # q . k - lse + padding = [q, -lse, 1] . [k, 1, padding].
+    width = D + (1 if keys.padding_BW is None else 2)
+    query = query_BHQD.new_empty(B, K, Q, G, width, dtype=torch.float32)
+    query[..., :D].copy_(query_BHQD.view(B, K, G, Q, D).transpose(2, 3)).mul_(scale * math.log2(math.e))
+    query[..., D].copy_(lse_BHQ.view(B, K, G, Q).transpose(2, 3)).mul_(-math.log2(math.e))
+    key = query.new_empty(B, K, W, width)
+    rows_BWKD = key_BKSD.transpose(1, 2).reshape(B * S, K * D).index_select(0, keys.rows_BW.flatten()).view(B, W, K, D)
+    key[..., :D].copy_(rows_BWKD.transpose(1, 2))
+    key[..., D] = 1.0
+    if keys.padding_BW is not None:
+        query[..., D + 1] = 1.0
+        key[..., D + 1].copy_(keys.padding_BW[:, None].expand(B, K, W))
+    query, key = query.view(B, K, Q * G, width), key.view(B * K, W, width).mT
+
+    all_seen = keys.all_seen(visibility, valid_BQ)
+    # Short samples share a chunk, long ones are several: each product is over as many rows of a sample as fit.
+    num_samples = min(B, max(1, CHUNK_ELEMENTS // max(1, H * Q * W)))
+    num_queries = max(1, min(Q, CHUNK_ELEMENTS // max(1, num_samples * H * W)))
+    buffer = query.new_empty(num_samples * K, num_queries * G, W)
+    sums = query.new_empty(len(keys.columns), B, K, Q * G)
+    for sample in range(0, B, num_samples):
+        samples = slice(sample, min(sample + num_samples, B))
+        own, positions_BW = visibility.of_samples(samples), keys.positions_BW[samples]
+        for start in range(0, Q, num_queries):
+            stop = min(start + num_queries, Q)
+            chunk = query[samples, :, start * G : stop * G].flatten(0, 1)
+            weights = buffer[: chunk.shape[0], : chunk.shape[1]]
+            torch.bmm(chunk, key[samples.start * K : samples.stop * K], out=weights)
+            if not all_seen:
+                hidden_BCW = ~own.of_keys(start, stop, positions_BW)
+                weights.view(-1, K, stop - start, G, W).masked_fill_(hidden_BCW[:, None, :, None], HIDDEN)
+            torch.exp2(weights, out=weights)
+            for column, (first, last) in enumerate(zip(keys.bounds[:-1], keys.bounds[1:], strict=True)):
+                out = sums[column, samples, :, start * G : stop * G].flatten(0, 1)
+                torch.sum(weights[..., first:last], dim=-1, out=out)
+    mass_BHQR = query.new_full((B, H, Q, num_groups), float("nan"))
+    for column, role in enumerate(keys.columns):
+        mass_BHQR[..., role].view(B, K, G, Q).copy_(sums[column].view(B, K, Q, G).transpose(2, 3))
+    return mass_BHQR

@@ -167,7 +167,7 @@ def selected_mass(
         elif chosen == "lse":
             assert lse_BHQ is not None and keys is not None
             if query_BHQD.device.type == "cpu":
-                mass_BHQR = lse_mass(query_BHQD, key_BKSD, lse_BHQ, keys, visibility, scale, num_groups)
+                mass_BHQR = lse_mass(query_BHQD, key_BKSD, lse_BHQ, keys, visibility, scale, num_groups, valid_BQ)
             else:
                 from avar_verl.attention.triton_mass import triton_lse_mass
 

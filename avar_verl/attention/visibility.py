@@ -64,11 +64,12 @@ class Visibility:
             visible_BCW = visible_BCW & (segment_BC1 == self.segment_ids_BS.gather(1, keys_BW)[:, None])
         return visible_BCW
 
-    def sees_all(self, start: int, stop: int, keys_BW: torch.Tensor) -> bool:
-        """Whether the positions guarantee that the queries start..stop see all of these keys."""
-        if not self.is_causal_only or keys_BW.numel() == 0 or start == stop:
-            return False
-        return bool((keys_BW.amax(1) <= self.positions_BQ[:, start:stop].amin(1)).all())
+    def of_samples(self, samples: slice) -> "Visibility":
+        """The same for some of the samples."""
+        tensors = (self.positions_BQ, self.key_mask_BS, self.segment_ids_BS, self.rows_BQS)
+        positions, mask, segments, rows = (None if x is None else x[samples] for x in tensors)
+        assert positions is not None
+        return Visibility(positions, mask, segments, self.window, rows)
 
     def chunks(self, size: int, num_keys: int) -> Iterator[tuple[int, int, int, int]]:
         """(start, stop, first, last) of chunks of `size` queries: keys before `first` are visible to all queries of the

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from avar_verl.attention import capture, capture_mass
-from avar_verl.attention.capture import find_decoder, packed_segments, select_queries
+from avar_verl.attention.capture import _Forward, find_decoder, packed_segments, select_queries
+from avar_verl.attention.lse_mass import KeysByRole
 from avar_verl.attention.visibility import Visibility
 from avar_verl.objectives.agto import mean_over_queries
 from avar_verl.objectives.vars import VisualReduction
@@ -109,6 +110,19 @@ def test_log_sum_exp_of_sdpa_is_used_and_equals_eager(load_tiny, encode, role_ma
     if query_role is not None:
         expected = expected * (roles == query_role)[:, None, None, :, None]
     torch.testing.assert_close(captured.mass[..., columns], expected[..., columns], **CLOSE)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_mask_is_read_once_for_all_layers(load_tiny, encode, role_map, monkeypatch, n):
+    inputs = encode(n)
+    roles, model = role_map(inputs["input_ids"], inputs["attention_mask"]), load_tiny("sdpa")
+    described, looked = [], []
+    describe, look = _Forward._visibility, KeysByRole._look
+    monkeypatch.setattr(_Forward, "_visibility", lambda *a: described.append(1) or describe(*a))
+    monkeypatch.setattr(KeysByRole, "_look", lambda *a: looked.append(1) or look(*a))
+    with torch.no_grad(), capture_mass(model, roles, query_role=TokenRole.RESPONSE, columns=[1, 2]) as captured:
+        model(**inputs, use_cache=False)
+    assert len(captured.per_layer()) > 1 and described == looked == [1]
 
 
 def test_implementations_that_cannot_be_are_refused(load_tiny, encode, role_map):

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avar_verl.attention import lse_mass as module
+from avar_verl.attention.capture import select_queries
 from avar_verl.attention.lse_mass import KeysByRole, LseTap, lse_mass
 from avar_verl.attention.mass import choose_implementation, selected_mass, takes_lse
 from avar_verl.attention.visibility import Visibility
@@ -144,6 +145,30 @@ def test_equals_the_full_matrix(monkeypatch, heads, layout, chunk):
         )
         torch.testing.assert_close(mass[..., [SYSTEM, IMAGE]], expected[..., [SYSTEM, IMAGE]], **CLOSE)
         assert not mass[1, ..., IMAGE].any()
+
+
+def test_no_mask_where_every_response_token_sees_every_key(monkeypatch):
+    """Fewer keys or queries are padded with positions that see nothing; these must not bring the mask back."""
+    torch.manual_seed(4)
+    B, H, S, D = 3, 2, 20, 8
+    query, key = torch.randn(B, H, S, D), torch.randn(B, 1, S, D)
+    roles = torch.full((B, S), int(TokenRole.USER))
+    roles[:, :2], roles[0, 2:9], roles[1, 2:5] = SYSTEM, IMAGE, IMAGE  # The third sample has no image.
+    roles[0, 12:], roles[1, 17:], roles[2, 10:] = (int(TokenRole.RESPONSE),) * 3
+    positions, valid = select_queries(roles, TokenRole.RESPONSE)
+    assert not valid.all() and int(positions.min()) == 0
+    lse = sdpa_with_lse(query, key)[1].gather(2, positions[:, None].expand(-1, H, -1))
+    chosen = query.gather(2, positions[:, None, :, None].expand(-1, H, -1, D))
+    expected = eager_mass(query, key, roles).gather(2, positions[:, None, :, None].expand(-1, H, -1, 5))
+    expected = expected.where(valid[:, None, :, None], 0.0)[..., [SYSTEM, IMAGE]]
+    rows = torch.ones(S, S, dtype=torch.bool).tril()[positions]
+    for visibility in (Visibility(positions), Visibility(positions, rows_BQS=rows)):
+        keys = KeysByRole(roles, (SYSTEM, IMAGE))
+        assert keys.all_seen(visibility, valid) and not KeysByRole(roles, (SYSTEM, IMAGE)).all_seen(visibility, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(Visibility, "of_keys", None)
+            mass = selected_mass(chosen, key, roles, visibility, valid, lse_BHQ=lse, keys=keys)
+        torch.testing.assert_close(mass[..., [SYSTEM, IMAGE]], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("present", [(), (SYSTEM,), (IMAGE,)])

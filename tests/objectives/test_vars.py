@@ -165,8 +165,8 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_ranks_of_a_large_batch_compare_no_two_rollouts_but_those_that_sorting_does(monkeypatch):
-    """256 prompts x 8 rollouts: ids are looked up twice a rollout, and no tensor has a cell for each pair of rollouts."""
+def test_ranks_of_a_large_batch_take_linear_work(monkeypatch):
+    """256 prompts x 8 rollouts: ids are looked up twice a rollout, no tensor has a cell for each pair."""
     monkeypatch.setattr(Uid, "uses", 0)
     B = 256 * 8
     groups = [Uid(index // 8) for index in range(B)]
@@ -176,7 +176,6 @@ def test_ranks_of_a_large_batch_compare_no_two_rollouts_but_those_that_sorting_d
     assert torch.equal(ranks.view(256, 8).sort(1).values, (torch.arange(1, 9) / 8).expand(256, 8))
     assert B <= Uid.uses <= 4 * B
     assert B <= largest.elements <= 4 * B
-
 
 
 @pytest.mark.parametrize("shaping", SHAPINGS)
