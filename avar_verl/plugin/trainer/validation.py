@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation rollouts with images and reward by part for wandb and tensorboard; verl logs their text.
+"""Validation rollouts with images and reward by part for wandb, trackio and tensorboard; verl logs their text.
 
 verl's loggers take (input, output, score) (verl/utils/tracking.py:664), so the rows are logged beside them, as
 `val/rollouts`.
@@ -85,7 +85,7 @@ class ValidationSamples:
             )
 
     def log(self, loggers: Sequence[str], step: int, texts) -> None:
-        """Write the rows to wandb and tensorboard, as far as `loggers` (`trainer.logger`) names them.
+        """Write the rows to wandb, trackio and tensorboard, as far as `loggers` (`trainer.logger`) names them.
 
         Args:
             texts: verl's ValidationGenerationsLogger, which has opened tensorboard's writer.
@@ -94,6 +94,10 @@ class ValidationSamples:
             import wandb
 
             wandb.log({"val/rollouts": self.table(wandb, step)}, step=step)
+        if "trackio" in loggers:
+            import trackio
+
+            trackio.log({"val/rollouts": self.table(trackio, step)}, step=step)
         if "tensorboard" in loggers:
             for at, row in enumerate(self.rows):
                 if row["image"] is not None:
@@ -101,15 +105,15 @@ class ValidationSamples:
                 texts.writer.add_text(f"val/rollouts/{at}", self.markdown(row), step)
             texts.writer.flush()
 
-    def table(self, wandb, step: int):
-        """A wandb.Table with COLUMNS and a column per part; None where a rollout does not have it."""
+    def table(self, module, step: int):
+        """A `Table` of wandb or trackio with COLUMNS and a column per part; None where a rollout does not have it."""
         parts = list(dict.fromkeys(name for row in self.rows for name in row["parts"] if name not in COLUMNS))
-        table = wandb.Table(columns=[*COLUMNS, *parts])
+        data = []
         for row in self.rows:
-            image = None if row["image"] is None else wandb.Image(row["image"])
+            image = None if row["image"] is None else module.Image(row["image"])
             values = {**row, "step": step, "image": image}
-            table.add_data(*(values[name] for name in COLUMNS), *(row["parts"].get(name) for name in parts))
-        return table
+            data.append([*(values[name] for name in COLUMNS), *(row["parts"].get(name) for name in parts)])
+        return module.Table(columns=[*COLUMNS, *parts], data=data)
 
     def markdown(self, row: dict[str, Any]) -> str:
         """A rollout as tensorboard's text; text of the model is a block of code, which has no markup."""

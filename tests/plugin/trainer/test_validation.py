@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation rollouts with images and parts, through a real TransferQueue into wandb (offline) and tensorboard."""
+"""Validation rollouts with images and parts, through a real TransferQueue into wandb, tensorboard and trackio."""
 
 import json
 import math
+import sqlite3
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,11 +11,11 @@ from PIL import Image
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.utils.tracking import ValidationGenerationsLogger
+from verl.utils.tracking import Tracking, ValidationGenerationsLogger
 
 from avar_verl.plugin.config import VarsConfig
 from avar_verl.plugin.trainer.ppo import AvarPPOTrainer
-from avar_verl.plugin.trainer.validation import ValidationSamples, first_rollouts, side_by_side
+from avar_verl.plugin.trainer.validation import COLUMNS, ValidationSamples, first_rollouts, side_by_side
 from tests.plugin.trainer.test_rollouts import nested, picture, prompt, tokenizer
 
 
@@ -112,6 +113,28 @@ def test_images_and_parts_reach_wandb_and_tensorboard(queue, tmp_path, monkeypat
     (event,) = events.Images("val/rollouts/1")
     assert event.step == 4 and (event.width, event.height) == (12, 8)
     assert {f"val/rollouts/{at}/text_summary" for at in range(3)} <= set(events.Tags()["tensors"])
+
+
+def test_the_table_reaches_trackio(tmp_path, monkeypatch):
+    """Into trackio's files on this machine, through verl's own logger."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # Read when trackio is imported.
+    pytest.importorskip("trackio", reason="not in the environment of `make env`: pip install trackio")
+    tracking = Tracking("p", "e", default_backend=["trackio"])
+    samples = ValidationSamples(2, None)
+    row = {"data_source": "s", "prompt": "p", "response": "r", "ground_truth": "g", "score": 0.5}
+    samples.rows = [{**row, "image": picture("red"), "parts": {"acc": 1.0}}, {**row, "image": None, "parts": {}}]
+    samples.log(["console", "trackio"], 4, None)
+    tracking.logger["trackio"].finish()
+    with sqlite3.connect(tmp_path / "trackio" / "p.db") as database:
+        records = database.execute("select step, metrics from metrics").fetchall()
+    logged = [(step, json.loads(text)) for step, text in records]
+    ((step, table),) = [(step, data["val/rollouts"]) for step, data in logged if "val/rollouts" in data]
+    first, second = table["_value"]
+    assert step == 4 and list(first) == [*COLUMNS, "acc"] and (first["acc"], second["acc"]) == (1.0, None)
+    assert second["image"] is None and first["response"] == "r"
+    (file,) = (tmp_path / "trackio").rglob("*.png")
+    assert first["image"]["file_path"].endswith(file.name)
+    assert Image.open(file).convert("RGB").getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_text_of_a_model_has_no_markup_in_tensorboard():
