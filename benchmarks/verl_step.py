@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of a whole verl training step and log-prob pass, with and without attention masses, side by side in one run.
 
-    torchrun --standalone --nproc_per_node=1 benchmarks/verl_step.py [--repeats 10]
+    torchrun --standalone --nproc_per_node=1 benchmarks/verl_step.py [--repeats 10] [--model "512 wide, 8 layers"]
 
-The tiny Qwen2.5-VL of the demo in verl's own TrainingWorker on the CPU, one padded sample of more than 2048 positions,
-whose roles are counted in the first line. The workers take turns; preparing the sample is not timed. The ratio is the
-median over the repeats. Guidance is on for all layers and the user's queries, the reward for all response queries; the
-dependency runs the model again with blank images, with the masses and without.
+A random Qwen2.5-VL, by default the demo's, in verl's own TrainingWorker on the CPU, one padded sample of more than 2048
+positions, whose roles are counted in the first line. The workers take turns; preparing the sample is not timed. The
+ratio is the median over the repeats. Guidance is on for all layers and the user's queries, the reward for all response
+queries; the dependency runs the model again with blank images, with the masses and without. The last table is where
+the log-prob pass with the reward spends its time: seconds of each operation, off and on.
 """
 
 import argparse
@@ -38,6 +39,17 @@ from avar_verl.tools.demo import photo_grid
 from avar_verl.tools.demo.tiny_model import build_tiny_model
 
 NUM_IMAGES = 64  # of 16 tokens
+MODELS = {
+    "the demo's": {},
+    "512 wide, 8 layers": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [8, 12, 12]},
+    },
+}
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
 
 
@@ -112,15 +124,38 @@ def compare(name: str, make_off, make_on, off, on, repeats: int) -> None:
     print(f"| {name} | {off_median:.3f} | {on_median:.3f} | {ratio:.2f} x |", flush=True)
 
 
+def operations(make, step, repeats: int) -> dict[str, float]:
+    """Seconds of one `step(make())` by operation, without what it calls."""
+    data = [make() for _ in range(repeats)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for item in data:
+            step(item)
+    return {row.key: row.self_cpu_time_total / 1e6 / repeats for row in profile.key_averages()}
+
+
+def print_operations(off: dict[str, float], on: dict[str, float]) -> None:
+    """The operations that take a hundredth of the pass, or add a thousandth to it; the rest as one."""
+    total = sum(off.values())
+    rows = {name: (off.get(name, 0.0), on.get(name, 0.0)) for name in {*off, *on}}
+    shown = {name: row for name, row in rows.items() if max(row) > total / 100 or abs(row[1] - row[0]) > total / 1000}
+    others = [row for name, row in rows.items() if name not in shown]
+    print("| operation | seconds off | seconds on | added, share of the pass |\n| --- | --- | --- | --- |")
+    ordered = sorted(shown.items(), key=lambda item: item[1][0] - item[1][1])
+    sums = {"all others": tuple(map(sum, zip(*others, strict=True))), "all": (total, sum(on.values()))}
+    for name, (before, after) in [*ordered, *sums.items()]:
+        print(f"| {name} | {before:.4f} | {after:.4f} | {100 * (after - before) / total:+.1f} % |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--model", choices=list(MODELS), default="the demo's")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     initialize_global_process_group()
     with tempfile.TemporaryDirectory() as folder:
-        path = build_tiny_model(Path(folder) / "model", max_position_embeddings=8192)
+        path = build_tiny_model(Path(folder) / "model", max_position_embeddings=8192, **MODELS[arguments.model])
         write_sample(Path(folder) / "data.parquet")
         model = HFModelConfig(
             path=str(path),
@@ -154,6 +189,8 @@ def main() -> None:
         off, on = inference(False), inference(True)
         for name, worker in (("VARS", rewarded), ("dependency", depending), ("VARS and dependency", both)):
             compare(f"log-prob pass, {name}", off, on, plain.infer_batch, worker.infer_batch, arguments.repeats)
+        spent = (operations(off, plain.infer_batch, 5), operations(on, rewarded.infer_batch, 5))
+        print_operations(*spent)
     torch.distributed.destroy_process_group()
 
 
