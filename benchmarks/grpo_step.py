@@ -173,7 +173,6 @@ def command(work: Path, steps: int) -> list[str]:
         *(sys.executable, "-m", "verl.trainer.main_ppo"),
         *("--config-dir", str(REPOSITORY / "recipes" / "avar" / "config"), "--config-name", "avar_grpo"),
         "machine=cpu_grpo",
-        "+ray_kwargs.ray_init.address=local",  # A Ray of its own, also beside others.
         "trainer.v1.trainer_mode=grpo_step",
         f"actor_rollout_ref.model.path={work / 'model'}",
         f"data.train_files={work / 'rl.parquet'}",
@@ -212,6 +211,7 @@ def launch(work: Path, rounds: int, threads: int, limit_s: float) -> dict[int, d
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
+        "RAY_ADDRESS": "local",  # Not a cluster that happens to run on this machine.
         "RAY_worker_niceness": "0",  # Ray would give its workers less of the CPU than anything else on the machine.
         "TORCHDYNAMO_DISABLE": "1",
         "VERL_FILE_LOGGER_PATH": str(work / "metrics.jsonl"),
