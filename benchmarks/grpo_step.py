@@ -222,6 +222,8 @@ def launch(work: Path, rounds: int, threads: int, limit_s: float) -> dict[int, d
         process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            print(f"verl's launcher was stopped after {limit_s:.0f} s.", file=sys.stderr)
         finally:
             # Ray's processes are in sessions of their own and would stay.
             if process.returncode is None:
@@ -229,6 +231,7 @@ def launch(work: Path, rounds: int, threads: int, limit_s: float) -> dict[int, d
                 for part in (launcher, *launcher.children(recursive=True)):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         part.kill()
+                process.wait()
     if process.returncode:
         raise SystemExit(f"verl's launcher failed:\n{(work / 'log').read_text(errors='replace')[-6000:]}")
     records = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
