@@ -12,8 +12,9 @@ the start, the data and the noise of the machine. The first round is a warm-up.
 - `dependency`: the statistic that takes another forward pass, without masses
 - `verl, polling 2 s`: `verl` with verl's own interval between two looks at the rollouts; the others look every 0.1 s
 
-Ratios are medians over the rounds of a variant's step to the step of `verl` in the same round. Writes
-OUT/grpo_step.json and OUT/grpo_step.md, and prints the latter.
+Ratios are medians over the rounds of a variant's step to the step of `verl` in the same round: of seconds, and of CPU
+seconds of all processes of the run, which other load on the machine affects least. Writes OUT/grpo_step.json and
+OUT/grpo_step.md, and prints the latter.
 """
 
 import argparse
@@ -81,6 +82,25 @@ def variant_of(step: int) -> str:
 FLAG = "grpo_step_variant"
 
 
+class CpuTime:
+    """CPU seconds of this run's Ray workers since then: they are children of the process that started this one."""
+
+    def __init__(self):
+        self.begin = self.seconds()
+
+    @staticmethod
+    def seconds() -> dict[int, float]:
+        """By process."""
+        out = {}
+        for part in psutil.Process(os.getppid()).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # It has just ended.
+                out[part.pid] = sum(part.cpu_times()[:2])
+        return out
+
+    def passed(self) -> float:
+        return sum(seconds - self.begin.get(pid, 0.0) for pid, seconds in self.seconds().items())
+
+
 def add_trainer(_module) -> None:
     """A trainer that is another variant in every step, under the name `grpo_step`."""
     from verl.trainer.ppo.v1.trainer_base import register_trainer
@@ -109,14 +129,24 @@ def add_trainer(_module) -> None:
             self.vars = VarsConfig(**VARIANTS[self.variant])
             self.replay_buffer.poll_interval = 2.0 if self.variant == SLOW_POLLING else self._interval
 
+            self._cpu = CpuTime()
+
         def _compute_old_log_prob(self, batch, metrics):
             batch.extra_info[FLAG] = self.variant
-            stock = not self.vars.measures
-            return (PPOTrainerSync if stock else AvarPPOTrainer)._compute_old_log_prob(self, batch, metrics)
+            stock, cpu = not self.vars.measures, CpuTime()
+            batch = (PPOTrainerSync if stock else AvarPPOTrainer)._compute_old_log_prob(self, batch, metrics)
+            self.timing_raw["cpu_old_log_prob"] = cpu.passed()
+            return batch
 
         def _compute_advantage(self, batch, metrics):
-            stock = not self.vars.measures
-            return (PPOTrainerSync if stock else AvarPPOTrainer)._compute_advantage(self, batch, metrics)
+            stock, cpu = not self.vars.measures, CpuTime()
+            batch = (PPOTrainerSync if stock else AvarPPOTrainer)._compute_advantage(self, batch, metrics)
+            self.timing_raw["cpu_adv"] = cpu.passed()
+            return batch
+
+        def _compute_metrics(self, *arguments, **kwargs):
+            self.timing_raw["cpu_step"] = self._cpu.passed()
+            return super()._compute_metrics(*arguments, **kwargs)
 
 
 def let_engine_switch(_module) -> None:
@@ -258,44 +288,66 @@ def interval(ratios: list[float]) -> tuple[float, float]:
 
 def summary(steps: dict[int, dict[str, float]]) -> list[dict]:
     """A row for every variant."""
-    seconds = {phase: by_variant(steps, f"timing_s/{phase}") for phase in [*PHASES, "look"]}
+    names = [*PHASES, "look", *(f"cpu_{phase}" for phase in ("old_log_prob", "adv", "step"))]
+    seconds = {name: by_variant(steps, f"timing_s/{name}") for name in names}
+
+    def ratios(name: str, variant: str) -> list[float]:
+        return [own / base for own, base in zip(seconds[name][variant], seconds[name][BASELINE], strict=True)]
+
+    def more(name: str, variant: str) -> list[float]:
+        return [own - base for own, base in zip(seconds[name][variant], seconds[name][BASELINE], strict=True)]
+
     rows = []
-    for name in VARIANTS:
-        ratios = [own / base for own, base in zip(seconds["step"][name], seconds["step"][BASELINE], strict=True)]
+    for variant in VARIANTS:
+        step = ratios("step", variant)
         # What VARS changes are two phases; the others are the same work, whose noise this leaves out.
         added = [
-            sum(seconds[phase][name][at] - seconds[phase][BASELINE][at] for phase in ("old_log_prob", "adv"))
-            for at in range(len(ratios))
+            sum(pair)
+            for pair in zip(*(more(f"cpu_{phase}", variant) for phase in ("old_log_prob", "adv")), strict=True)
         ]
         rows.append(
             {
-                "variant": name,
-                **{phase: statistics.median(seconds[phase][name]) for phase in [*PHASES, "look"]},
-                "ratio": statistics.median(ratios),
-                "ratio_80": interval(ratios),
-                "ratios": ratios,
-                "added_s": statistics.median(added),
-                "added_ratio": 1 + statistics.median(added) / statistics.median(seconds["step"][BASELINE]),
+                "variant": variant,
+                **{name: statistics.median(seconds[name][variant]) for name in names},
+                "ratios": step,
+                "ratio": statistics.median(step),
+                "ratio_80": interval(step),
+                "cpu_ratio": statistics.median(ratios("cpu_step", variant)),
+                "cpu_log_prob_ratio": statistics.median(ratios("cpu_old_log_prob", variant)),
+                "cpu_added_ratio": 1 + statistics.median(added) / statistics.median(seconds["cpu_step"][BASELINE]),
             }
         )
     return rows
 
 
 def markdown(report: dict) -> str:
+    head = ["variant", *PHASES.values(), f"step / {BASELINE}", "80 % of the rounds"]
+    cpu = [
+        "variant",
+        "CPU of log-probs",
+        f"/ {BASELINE}",
+        "CPU of a step",
+        f"/ {BASELINE}",
+        "of what VARS changes alone",
+    ]
     lines = [
         f"{report['rounds']} rounds, {report['rollouts']} rollouts of {report['prompt_tokens']:.0f} + {NEW_TOKENS} "
         f"tokens a step, {report['threads']} threads of {report['cpus']} CPUs; load average before and after: "
         f"{report['load_before']:.1f}, {report['load_after']:.1f}. Seconds are medians:",
         "",
-        f"| variant | {' | '.join(PHASES.values())} | step / {BASELINE} | 80 % of the rounds "
-        "| log-probs and advantage alone |",
-        f"| --- | {' | '.join('---' for _ in PHASES)} | --- | --- | --- |",
+        f"| {' | '.join(head)} |",
+        f"| {' | '.join('---' for _ in head)} |",
     ]
     for row in report["rows"]:
         low, high = row["ratio_80"]
         phases = " | ".join(f"{row[phase]:.3f}" for phase in PHASES)
-        ratios = f"{row['ratio']:.3f} x | {low:.2f} to {high:.2f} | {row['added_ratio']:.3f} x"
-        lines.append(f"| {row['variant']} | {phases} | {ratios} |")
+        lines.append(f"| {row['variant']} | {phases} | {row['ratio']:.3f} x | {low:.2f} to {high:.2f} |")
+    lines += ["", f"| {' | '.join(cpu)} |", f"| {' | '.join('---' for _ in cpu)} |"]
+    for row in report["rows"]:
+        lines.append(
+            f"| {row['variant']} | {row['cpu_old_log_prob']:.2f} | {row['cpu_log_prob_ratio']:.3f} x "
+            f"| {row['cpu_step']:.2f} | {row['cpu_ratio']:.3f} x | {row['cpu_added_ratio']:.3f} x |"
+        )
     look = report["rows"][0]
     lines += ["", f"Looks at the rollouts, of `{BASELINE}`: {1e3 * look['look']:.0f} ms of {look['gen']:.3f} s."]
     return "\n".join(lines)

@@ -28,8 +28,10 @@ def records(benchmark, step_seconds: dict[str, list[float]]) -> dict[int, dict[s
         name = benchmark.variant_of(step)
         seconds = step_seconds[name][seen[name]]
         seen[name] += 1
-        data = {f"timing_s/{phase}": 1.0 for phase in (*benchmark.PHASES, "look")}
-        out[step] = {**data, "timing_s/step": seconds, "timing_s/old_log_prob": seconds - 4.0}
+        data = {f"timing_s/{phase}": 1.0 for phase in (*benchmark.PHASES, "look", "cpu_adv")}
+        steps = {"timing_s/step": seconds, "timing_s/cpu_step": 2 * seconds}
+        log_probs = {"timing_s/old_log_prob": seconds - 4.0, "timing_s/cpu_old_log_prob": 2 * seconds - 8.0}
+        out[step] = {**data, **steps, **log_probs}
     return out
 
 
@@ -46,9 +48,10 @@ def test_ratios_by_hand(benchmark):
     seconds["ratio"] = [1.0, 11.0, 12.0, 21.0]
     rows = {row["variant"]: row for row in benchmark.summary(records(benchmark, seconds))}
     assert rows["ratio"]["ratios"] == pytest.approx([1.1, 1.2, 1.05]) and rows["ratio"]["ratio"] == pytest.approx(1.1)
-    assert rows["ratio"]["added_s"] == pytest.approx(1.0) and rows["ratio"]["added_ratio"] == pytest.approx(1.1)
+    assert rows["ratio"]["cpu_ratio"] == pytest.approx(1.1) and rows["ratio"]["cpu_added_ratio"] == pytest.approx(1.1)
+    assert rows["ratio"]["cpu_log_prob_ratio"] == pytest.approx(14 / 12)
     assert rows["ratio"]["step"] == 12.0 and rows["ratio"]["old_log_prob"] == 8.0 and rows["ratio"]["gen"] == 1.0
-    assert rows["verl"]["ratio"] == rows["image_share"]["added_ratio"] == 1.0
+    assert rows["verl"]["ratio"] == rows["image_share"]["cpu_added_ratio"] == 1.0
     assert benchmark.interval([float(at) for at in range(20)]) == (2.0, 17.0)
 
 
@@ -83,5 +86,5 @@ def test_one_round(benchmark, tmp_path):
     measured = {"ratio": {"avar/ratio"}, "image_share": {"avar/ratio"}, "dependency": {"avar/dependency"}}
     for step in report["steps"]:
         assert {"avar/ratio", "avar/dependency"} & set(step) == measured.get(step["variant"], set()), step
-        assert step["timing_s/step"] > step["timing_s/old_log_prob"] > 0
+        assert step["timing_s/cpu_step"] > step["timing_s/cpu_old_log_prob"] > 0
     assert (tmp_path / "grpo_step.md").read_text().strip() == done.stdout.strip()
