@@ -39,6 +39,8 @@ NOT_IN_V1 = {
 # What makes a stage do more than verl does, with the value that switches it off.
 AGTO_OFF = {"alpha": 0, "beta": 0, "measure": False}
 VARS_OFF = {"lambda_v": 0, "measure": False, "measure_dependency": False, "token_weights": "none"}
+# Its class, whose rollouts share the pixels of their prompt.
+MANAGER = "avar_verl.plugin.rollout.worker.AvarAgentLoopManager"
 FREEZES = {"freeze_vision_tower": False, "freeze_projector": False}
 
 
@@ -336,6 +338,24 @@ def _check_tools(config: DictConfig) -> None:
         )
 
 
+def _check_images(config: DictConfig) -> None:
+    """Refuse a folder of images that nothing writes to, and stored rollouts without the pixels that they share."""
+    folder, custom = config.data.get("image_folder"), config.data.get("custom_cls")
+    if folder is not None and not (custom and custom.get("path")):
+        raise ValueError(
+            f"images are written by AvarRLDataset; got data.image_folder={folder!r} with data.custom_cls.path=null, "
+            "verl's own data set. Set data.custom_cls as avar_grpo.yaml does, or data.image_folder=null."
+        )
+    manager = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
+    skip = OmegaConf.select(config, "skip.rollout_tq.enable")
+    if skip and manager == MANAGER:
+        raise ValueError(
+            "rollouts that are read back get new names, and those of a prompt name the one that has its pixels; got "
+            f"skip.rollout_tq.enable=True with agent_loop_manager_class={manager}. Set "
+            "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null."
+        )
+
+
 def check_grpo(config: DictConfig, avar: AvarConfig) -> None:
     """Refuse GRPO runs that would train without what `avar` asks for, or fail in the first step.
 
@@ -356,6 +376,7 @@ def check_grpo(config: DictConfig, avar: AvarConfig) -> None:
             _check_grpo_batches(config)
     _check_reward_manager(config, avar.reward)
     _check_tools(config)
+    _check_images(config)
 
 
 # ---- cold start ---------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ PATCHES = (
     ("compat.verl.processor:apply", "verl.utils.tokenizer.tokenizer"),
     ("compat.verl.loading:apply", "verl.utils.model"),
     ("compat.verl.rollout_features:apply", "verl.experimental.agent_loop.agent_loop"),
+    ("compat.verl.shared_features:apply", "verl.utils.transferqueue_utils"),
     ("compat.verl.packed_attention:apply", "verl.models.transformers.qwen2_vl"),
     ("compat.verl.metrics:apply", "verl.workers.engine_workers"),
     ("compat.verl.weight_socket:apply_sender", "verl.workers.rollout.vllm_rollout.vllm_rollout"),

@@ -12,6 +12,7 @@ from avar_verl.attention.capture import find_decoder
 from avar_verl.model.corrupt import first_rows
 from avar_verl.model.families import Family
 from avar_verl.model.render import merge_features, render
+from avar_verl.plugin.compat.verl.shared_features import plain_rows, read_features
 from avar_verl.plugin.config import PARTITION, PARTNER, PROMPT_ROWS
 
 
@@ -19,8 +20,7 @@ def sample_features(micro_batch: TensorDict) -> list[dict[str, torch.Tensor]]:
     """The image features of every sample, {} without an image."""
     if "multi_modal_inputs" not in micro_batch.keys():
         return [{}] * len(micro_batch)
-    items = [item.data if isinstance(item, NonTensorData) else item for item in micro_batch["multi_modal_inputs"]]
-    return [dict(item or {}) for item in items]
+    return plain_rows(micro_batch["multi_modal_inputs"])
 
 
 def prompt_rows(data: TensorDict) -> list[dict[str, int] | None]:
@@ -45,7 +45,8 @@ def partner_features(data: TensorDict) -> dict[str, dict[str, torch.Tensor]]:
         partition = tu.get_non_tensor_data(data=data, key=PARTITION, default=None)
         fields = ["multi_modal_inputs", "extra_fields"]
         got = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=fields)
-        found.update(zip(keys, map(first_rows, sample_features(got), prompt_rows(got)), strict=True))
+        own = read_features(sample_features(got))
+        found.update(zip(keys, map(first_rows, own, prompt_rows(got)), strict=True))
     return found
 
 

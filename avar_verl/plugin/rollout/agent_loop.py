@@ -15,6 +15,7 @@ from avar_verl.data.messages import place_images, read_messages
 from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import RoleMap
 from avar_verl.plugin.compat.verl.rollout_features import FEATURES
+from avar_verl.plugin.rollout.shared import CURRENT
 from avar_verl.plugin.switch import switch_on
 
 FORBIDDEN = -100.0  # vLLM's smallest logit bias: a factor of exp(-100)
@@ -57,6 +58,7 @@ class _Client:
 class RenderedPrompts:
     """Over an agent loop of verl's; changes:
 
+    - in `rollout.worker.AvarAgentLoopWorker`, a prompt's pictures are opened and rendered once for all of its rollouts;
     - the prompt is rendered by `avar_verl.model.render`: no second BOS, and vLLM gets one placeholder per image (verl
       does this only for Qwen's image processor, verl/workers/rollout/utils.py:93-113);
     - the features of the prompt go with the rollout (`plugin.compat.verl.rollout_features`);
@@ -74,6 +76,14 @@ class RenderedPrompts:
     def template_kwargs(self, tools) -> dict[str, Any]:
         return {**self.apply_chat_template_kwargs, **({"tools": tools} if tools else {})}
 
+    async def process_multi_modal_info(self, messages):
+        shared = CURRENT.get()
+        if shared is None or not shared.is_of(messages):
+            return await super().process_multi_modal_info(messages)
+        media = await shared.once("media", functools.partial(super().process_multi_modal_info, messages))
+        # Lists of its own: a loop may append what tools return.
+        return {name: list(items) if isinstance(items, list) else items for name, items in media.items()}
+
     async def ct_build_initial_tokens(self, messages, tools=None, images=None, videos=None, audios=None, **kwargs):
         if self.processor is None or videos or audios:
             media = dict(images=images, videos=videos, audios=audios)
@@ -86,7 +96,13 @@ class RenderedPrompts:
             template_kwargs=self.template_kwargs(tools),
             processor_kwargs=dict(self.mm_processor_kwargs or {}),
         )
-        self.rendered = await self.loop.run_in_executor(None, work)
+        shared = CURRENT.get()
+        if shared is not None and shared.is_of(messages):
+            name = ("rendered", repr(tools))
+            self.rendered = await shared.once(name, lambda: self.loop.run_in_executor(None, work))
+            shared.features = self.rendered.features
+        else:
+            self.rendered = await self.loop.run_in_executor(None, work)
         ids, longest = self.rendered.ids_S.tolist(), self.rollout_config.prompt_length
         if images and len(ids) > longest:
             raise ValueError(

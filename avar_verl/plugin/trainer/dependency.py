@@ -13,6 +13,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from avar_verl.model.corrupt import first_rows, partners
 from avar_verl.objectives.dependency import dependency_weights
+from avar_verl.plugin.compat.verl.shared_features import read_features
 from avar_verl.plugin.config import DEPENDENCY_OUTPUT, PARTITION, PARTNER
 from avar_verl.plugin.engine.inputs import prompt_rows, sample_features
 
@@ -31,7 +32,7 @@ def choose_partners(batch: KVBatchMeta) -> None:
     data = tq.kv_batch_get(
         keys=list(first.values()), partition_id=batch.partition_id, select_fields=["multi_modal_inputs", "extra_fields"]
     )
-    chosen = partners([*map(first_rows, sample_features(data), prompt_rows(data))])
+    chosen = partners([*map(first_rows, read_features(sample_features(data)), prompt_rows(data))])
     keys = list(first.values())
     partner_of = {uid: "" if index is None else keys[index] for uid, index in zip(first, chosen, strict=True)}
     fields = TensorDict({PARTNER: NonTensorStack(*(partner_of[uid] for uid in uids))}, batch_size=len(batch))
