@@ -313,6 +313,21 @@ def test_the_rule_of_micro_batches_is_verls(micro, fits):
         grpo(*two)
 
 
+def test_a_folder_of_images_needs_the_data_set_that_writes_it():
+    folder = "data.image_folder=/shared/images"
+    with pytest.raises(ValueError, match="images are written by AvarRLDataset; got data.image_folder='/shared/images'"):
+        grpo(folder, "data.custom_cls.path=null")
+    grpo(folder)
+    grpo("data.custom_cls.path=null")
+
+
+def test_rollouts_that_are_read_back_do_not_share_pixels():
+    skip, manager = "skip.rollout_tq.enable=true", "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"
+    with pytest.raises(ValueError, match="rollouts that are read back get new names.*agent_loop_manager_class=null"):
+        grpo(skip)
+    grpo(skip, manager)
+
+
 @pytest.mark.parametrize(
     "overrides, processes, message",
     [

@@ -71,6 +71,7 @@ def test_on_every_patch_is_everywhere_however_late():
         "verl.models.transformers.glm4v._get_input_embeds",
         "verl.workers.engine_workers.TrainingWorker._postprocess_output",
         "verl.experimental.agent_loop.agent_loop.AgentLoopWorker._compute_multi_modal_inputs",
+        "verl.utils.transferqueue_utils._async_meta_to_realdata",
     }
     assert early["flops"]
     # A key of device and vendor wins over that of a device (verl/workers/engine/base.py).

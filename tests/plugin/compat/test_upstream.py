@@ -196,6 +196,34 @@ def maybe_fix_3d_position_ids(data: TensorDict):
             "module = auto_class.from_pretrained(",
             1,
         ),
+        # compat.verl.shared_features: where workers read rows, and what clears those of a prompt
+        ("utils/transferqueue_utils.py", None, "_async_meta_to_realdata(", 3),
+        ("trainer/ppo/v1/replay_buffer.py", "ReplayBuffer._clear_groups", "keys=[*uids, *trajectory_keys],", 1),
+        ("trainer/ppo/v1/replay_buffer.py", "ReplayBuffer._materialize_batch", "if uid in selected:", 1),
+        ("trainer/ppo/v1/trainer_base.py", None, "tq.kv_clear(keys=batch.keys, partition_id=batch.partition_id)", 2),
+        # plugin.rollout.worker: one task for the rollouts of a prompt, a score that is there is not computed again
+        ("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopWorkerTQ.generate_sequences", "self._run_prompt(prompt,", 1),
+        ("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopWorkerTQ._run_prompt", "session_id=i, **prompt", 1),
+        (
+            "trainer/ppo/v1/agent_loop_tq.py",
+            "AgentLoopWorkerTQ._agent_loop_postprocess",
+            'keys.append(f"{uid}_{session_id}_{i}")',
+            1,
+        ),
+        (
+            "experimental/agent_loop/agent_loop.py",
+            "AgentLoopWorker._compute_score",
+            "if final_output.reward_score is None and enable_async_reward:",
+            1,
+        ),
+        # plugin.datasets.rl: the picture beside the bytes, and the first step after the rows are read
+        ("utils/dataset/rl_dataset.py", "RLHFDataset._build_messages", 'image["image"] = Image.open(BytesIO(', 1),
+        (
+            "utils/dataset/rl_dataset.py",
+            "RLHFDataset._read_files_and_tokenize",
+            "self.dataframe = self.maybe_filter_out_long_prompts(self.dataframe)",
+            1,
+        ),
         # rollout.agent_loop: one placeholder an image, for only one image processor
         ("workers/rollout/utils.py", "qwen2_5_vl_dedup_image_tokens", '"Qwen2VLImageProcessor" in processor', 1),
         ("utils/dataset/dataset_utils.py", None, "if isinstance(batch[0][key], torch.Tensor):", 1),
