@@ -69,6 +69,8 @@ class AvarRLDataset(RLHFDataset):
     """`RLHFDataset` whose `raw_prompt` holds every image once: `{"type": "image", "bytes": ...}`, or its path or URL
     under `image`, with the row's other keys, such as `max_pixels`.
 
+    The column of the prompt is not returned beside it: verl's rollouts store it a second time, and nothing reads it.
+
     Also opens what verl's data set does not: bytes without a dict, and a dict of a path whose `bytes` are null.
 
     Args:
@@ -125,6 +127,12 @@ class AvarRLDataset(RLHFDataset):
                     for block in message["content"]
                 ]
         return messages
+
+    def __getitem__(self, item) -> dict:
+        row = super().__getitem__(item)
+        if self.prompt_key != "raw_prompt":
+            del row[self.prompt_key]  # The same list as raw_prompt, which would be stored a second time.
+        return row
 
     @classmethod
     async def process_vision_info(cls, messages, image_patch_size, config):

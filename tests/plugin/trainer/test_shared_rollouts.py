@@ -27,6 +27,7 @@ from avar_verl.plugin.rollout import agent_loop
 from avar_verl.plugin.rollout.shared import CURRENT, SharedPrompt
 from avar_verl.plugin.switch import switch_on
 from avar_verl.plugin.trainer.dependency import choose_partners
+from benchmarks.memory import count_rows
 from tests.plugin.test_config import recipe
 
 N, N_VAL = 4, 2
@@ -187,6 +188,26 @@ def test_a_worker_reads_what_it_read_before(roll_out, queue, validate):
     assert len({id(images[0]) for images in client.images if images}) == 2
     holders = [tuple(row[HOLDER]) for row in plain_rows(raw[FIELD]) if HOLDER in row]
     assert len(holders) == 2 * n and len(set(holders)) == 2
+
+
+def test_bytes_of_stored_rows(roll_out, queue):
+    """As benchmarks/memory.py counts them: an image of 112 x 112 pixels has 64 patches of 1176 float32."""
+    keys, *_ = roll_out(stock(), Client(), [messages(0), messages(1)])
+    one_each = count_rows(keys, "train")
+    clear(queue)
+    keys, *_ = roll_out(ours(), Client(), [messages(0), messages(1)])
+    one_a_prompt = count_rows(keys, "train")
+    pixels, pictures = f"{FIELD}: pixels", "raw_prompt: pictures"
+    assert one_each[pixels] == 2 * N * 64 * 1176 * 4 and one_a_prompt[pixels] == 2 * 64 * 1176 * 4
+    assert one_each[pictures] == one_a_prompt[pictures] == 2 * N * 112 * 112 * 3
+    names = len(HOLDER) + len("train") + len("u0_0_0")
+    assert one_a_prompt.pop(FIELD) == one_each.pop(FIELD) + 2 * N * names
+    rest = set(one_each) - {pixels, pictures, "metrics"}  # Of seconds.
+    assert {name: one_each[name] for name in rest} == {name: one_a_prompt[name] for name in rest}
+    assert (
+        one_each["responses"]
+        == sum(2 + number % 3 for prompt in range(2) for number in range(10 * prompt, 10 * prompt + N)) * 8
+    )
 
 
 def test_the_reader_of_other_rows_fetches_the_holders(roll_out):
