@@ -88,7 +88,7 @@ CHECKS: dict[str, Check] = {
     "image": _error("Replace the image, or leave the row out."),
     "image_layout": _error('Write {"bytes": ...} in every row, or {"image": path} in every row.'),
     "image_layout_verl": _warning(
-        "Fine for AvarSFTDataset; verl's own MultiTurnSFTDataset needs "
+        "Fine for AvarSFTDataset and AvarRLDataset; verl's own data sets need "
         '{"bytes": ...} or {"image": path} in every row, and [] for none.'
     ),
     "image_ratio": _error("Crop or pad the image, or leave the row out."),
@@ -427,8 +427,7 @@ class RowChecker:
             images.append(image)
             problem = layout_problem(value, kind)
             if problem:
-                check = "image_layout" if kind == "rl" else "image_layout_verl"
-                result.add(check, f"image {number} is {problem}.")
+                result.add("image_layout_verl", f"image {number} is {problem}.")
             short, long = sorted(image.size)
             if long > MAX_RATIO * short:
                 result.add(

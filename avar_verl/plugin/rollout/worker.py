@@ -25,6 +25,11 @@ class AvarAgentLoopWorker(_AgentLoopWorker):
     Features that are not the prompt's own, such as those of tool images, are stored with every rollout.
     """
 
+    def __init__(self, *args, **kwargs):
+        # Ray sends the methods that it finds, and an inherited one whose class cannot be imported as a copy, to which
+        # the class of the actor is a stranger. Of the inherited ones, only this one asks for its class.
+        super().__init__(*args, **kwargs)
+
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         shared = SharedPrompt(prompt["raw_prompt"], "val" if trajectory["validate"] else "train")
         CURRENT.set(shared)  # Seen by this task, the one of the prompt, and by those that it starts.
