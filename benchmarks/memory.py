@@ -266,6 +266,7 @@ def measure(variant: str, folder: Path, settings: argparse.Namespace) -> dict:
     path = f"{REPOSITORY / 'benchmarks'}:{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "memory", COUNTS: str(counts)}
     environment |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "RAY_ADDRESS": "local"}
+    environment["VERL_FILE_LOGGER_PATH"] = str(folder / f"{variant}.jsonl")
     environment.pop("AVAR_VERL", None)
     start = time.monotonic()
     with log.open("w") as file:
