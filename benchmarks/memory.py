@@ -132,7 +132,8 @@ def role_of(command: list[str]) -> str:
     text = " ".join(command)
     actor = re.match(r"ray::(\w+)", text)
     if actor:
-        return "" if actor[1] == "IDLE" else actor[1]
+        names = {"IDLE": "", "AgentLoopWorkerTQ": "AgentLoopWorker", "AvarAgentLoopWorker": "AgentLoopWorker"}
+        return names.get(actor[1], actor[1])
     if "main_ppo" in text:
         return "launcher"
     for name in ("raylet", "gcs_server", "dashboard", "log_monitor", "runtime_env"):

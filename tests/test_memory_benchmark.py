@@ -28,7 +28,8 @@ def test_bytes_are_those_of_what_a_value_holds():
 
 
 def test_processes_have_roles():
-    actors = {"ray::IDLE": "", "ray::AgentLoopWorkerTQ.generate_sequences": "AgentLoopWorkerTQ"}
+    actors = {"ray::IDLE": "", "ray::WorkerDict.actor_update": "WorkerDict"}
+    actors |= {f"ray::{name}.generate": "AgentLoopWorker" for name in ("AgentLoopWorkerTQ", "AvarAgentLoopWorker")}
     for title, role in actors.items():
         assert memory.role_of([title]) == role
     assert memory.role_of(["python", "-m", "verl.trainer.main_ppo", "x=1"]) == "launcher"
