@@ -29,6 +29,7 @@ IMPORTED = [
     "verl.models.transformers.monkey_patch",
     "verl.workers.engine",
     "verl.workers.engine_workers",
+    "verl.utils.transferqueue_utils",
     "verl.experimental.agent_loop.agent_loop",
     "verl.experimental.reward_loop.reward_manager",
     "verl.trainer.ppo.v1",

@@ -30,6 +30,8 @@ from avar_verl.plugin.trainer.dependency import choose_partners
 from benchmarks.memory import count_rows
 from tests.plugin.test_config import recipe
 
+# With models and a worker: not among the quick ones.
+pytestmark = pytest.mark.e2e
 N, N_VAL = 4, 2
 
 
