@@ -72,12 +72,12 @@ def blank(features: Features) -> dict[str, torch.Tensor | None]:
     {'pixel_values': tensor([[0., 0.]]), 'image_grid_thw': tensor([[1, 2, 2]])}
     """
     mask = features.get("pixel_attention_mask")
-    places = next((name for name in UNNORMALISED if features.get(name) is not None), None)
+    positions = features.get("image_position_ids")
 
     def blanked(pixels: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros_like(pixels)
-        if places is not None:
-            return zeros.masked_fill((features[places] >= 0).all(-1, keepdim=True), UNNORMALISED[places])
+        if positions is not None:
+            return zeros.masked_fill((positions >= 0).all(-1, keepdim=True), UNNORMALISED["image_position_ids"])
         if mask is None or mask.dim() == 2:  # Of patches (LFM2-VL), none of which is dropped for its pixels.
             return zeros
         return zeros.masked_fill(mask.bool().unsqueeze(-3), NEARLY_ZERO)

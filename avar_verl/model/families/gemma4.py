@@ -6,6 +6,8 @@ see each other in both directions in the layers with a window. In E2B and E4B la
 one: a gradient of their attention reaches the projections of that layer.
 """
 
+from typing import Any
+
 import torch
 
 from avar_verl.model.family import Family
@@ -63,7 +65,7 @@ def keep_full_layers_causal(model: torch.nn.Module) -> None:
     versions do not), vLLM as here (vllm/model_executor/models/gemma4_mm.py:1618): otherwise log-probabilities of
     rollouts and of the trained model would differ.
     """
-    decoder = model.get_submodule("model.language_model")
+    decoder: Any = model.get_submodule("model.language_model")
     if not attends_both_ways(decoder.config):
         return
 

@@ -6,6 +6,7 @@ block or, with `enable_thinking=True`, in `<think>`.
 """
 
 import math
+from itertools import islice
 
 import torch
 
@@ -37,7 +38,9 @@ def places(processor, features: dict, image_sizes: list | None) -> list[torch.Te
         boxes += [
             (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r in range(rows) for c in range(columns)
         ]
-        out.append(torch.cat([grid_places(*next(parts), box) for box in boxes]))
+        out.append(
+            torch.cat([grid_places(h, w, box) for (h, w), box in zip(islice(parts, len(boxes)), boxes, strict=True)])
+        )
     return out
 
 
