@@ -31,7 +31,7 @@ mkdir -p "$out" && echo 7 > "$out/latest_checkpointed_iteration.txt"
 def calls(tmp_path):
     """`calls(script)` -> {"torchrun": arguments, "python": arguments} of the stages it starts."""
 
-    def run(script: str) -> dict[str, list[str]]:
+    def run(script: str, **settings: str) -> dict[str, list[str]]:
         for program in ("torchrun", "python"):
             (tmp_path / program).write_text(RECORDER)
             (tmp_path / program).chmod(0o755)
@@ -42,8 +42,9 @@ def calls(tmp_path):
             "CALLS": str(recorded),
             "TRAIN": "sft.parquet",
             "OUT": str(tmp_path / "out"),
+            **settings,
         }
-        subprocess.run(["bash", str(EXAMPLES / script)], env=environment, check=True)
+        subprocess.run(["bash", str(EXAMPLES / script)], env=environment, check=True, capture_output=True)
         return {path.name: path.read_text().splitlines() for path in recorded.iterdir()}
 
     return run
@@ -57,11 +58,11 @@ def compose(arguments: list[str]):
 def test_there_is_a_script_for_each_row_of_the_table():
     table = (EXAMPLES / "README.md").read_text()
     known = ["gemma3_12b", "glm4_6v_flash", "internvl3_5_8b", "llama3_2_11b_vision", "qwen3_5_4b", "qwen3_vl_8b"]
-    known.append("qwen3_vl_8b_zoom")
-    assert SCRIPTS == [f"{name}.sh" for name in known]
+    known += ["qwen3_vl_8b_zoom", "qwen3_5_27b", "gemma4_e4b"]
+    assert SCRIPTS == sorted(f"{name}.sh" for name in known)
     for script in SCRIPTS:
         (row,) = [line for line in table.splitlines() if f"`{script}`" in line]
-        assert row.split("`")[3] in FAMILIES
+        assert row.split("|")[3].strip(" `") in FAMILIES
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -83,7 +84,48 @@ def test_stages_compose_and_hand_over(calls, script, tmp_path):
     if script.endswith("zoom.sh"):
         tools = initialize_tools_from_config(grpo.actor_rollout_ref.rollout.multi_turn.tool_config_path)
         assert [type(tool) for tool in tools] == [ImageZoomIn] and tools[0].coordinates == "relative"
-    if script.startswith("gemma"):
+    if script.startswith("gemma3"):
         # Every sixth of 48 layers, in both stages.
         assert list(engine.agto.layers) == list(grpo.avar.vars.layers) == list(range(5, 48, 6))
         assert not cold_start.model.use_remove_padding and not grpo.actor_rollout_ref.model.use_remove_padding
+
+
+SIZES = {"1": {"GPUS": "1"}, "16": {"GPUS": "8", "NNODES": "2"}}  # And 8, above.
+
+
+def test_a_model_that_does_not_fit_is_refused(calls):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        calls("qwen3_5_27b.sh", **SIZES["1"])
+    assert b"need at least 8 GPUs; got 1" in error.value.stderr
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "script, size",
+    [
+        ("gemma4_e4b.sh", "1"),
+        ("glm4_6v_flash.sh", "1"),
+        ("qwen3_5_4b.sh", "1"),
+        ("glm4_6v_flash.sh", "16"),
+        ("qwen3_5_27b.sh", "16"),
+    ],
+)
+def test_sizes(calls, script, size):
+    """Batches divide, offloading is on where the model is large for its GPUs, and rollouts fit into the nodes."""
+    stages = calls(script, **SIZES[size])
+    for command in stages.values():
+        check_command(command)
+    cold_start, grpo = (compose(stages[program]) for program in ("torchrun", "python"))
+    for trainer in (cold_start.trainer, grpo.trainer):
+        assert trainer.nnodes * trainer.n_gpus_per_node == int(size)
+    actor, rollout = grpo.actor_rollout_ref.actor, grpo.actor_rollout_ref.rollout
+    assert int(size) % rollout.tensor_model_parallel_size == 0
+    assert actor.ppo_mini_batch_size * rollout.n % int(size) == cold_start.data.train_batch_size % int(size) == 0
+    large = size == "1" or script == "qwen3_5_27b.sh"
+    assert actor.fsdp_config.optimizer_offload == large
+    assert (cold_start.engine.optimizer_offload or cold_start.engine.offload_policy) == large
+
+
+def test_a_second_node_leaves_grpo_to_the_first(calls):
+    stages = calls("gemma4_e4b.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    assert set(stages) == {"torchrun"} and "--node_rank=1" in stages["torchrun"]
