@@ -82,8 +82,7 @@ CHECKS: dict[str, Check] = {
     "tool_calls": _error("Write the call, or the reasoning, into the content: AvarSFTDataset renders nothing else."),
     "flags": _error("Write loss_mask 0 or trainable false on assistant turns not to be trained on, and on no other."),
     "markers": _error("Name every image once with <image>, in order; spell a marker that is only meant differently."),
-    "video": _error("Leave the row out: AvarSFTDataset takes only images."),
-    "video_not_opened": _warning("Videos are counted; they are neither opened nor rendered."),
+    "video": _error("Leave the row out: samples hold text and images."),
     "marker_in_response": _error("Take it out: no model writes images, and their tokens would be trained on."),
     "image": _error("Replace the image, or leave the row out."),
     "image_layout": _error('Write {"bytes": ...} in every row, or {"image": path} in every row.'),
@@ -248,7 +247,7 @@ def check_media(values: dict, turns: list[dict], kind: Kind, result: RowResult) 
             if keys := {key for block in texts for key in block.keys() & MEDIA.keys()}:
                 result.add("null_block", f"a text block with a key of images counts as an image; got {sorted(keys)}.")
     if num_videos := len(stored["video"] + own["video"]):
-        result.add("video" if kind == "sft" else "video_not_opened", f"got {num_videos} videos.")
+        result.add("video", f"got {num_videos} videos.")
     for name, column in MEDIA.items():
         if markers[name] != len(stored[name]):
             result.add(
@@ -400,8 +399,7 @@ class RowChecker:
         result.digest = _digest(messages, images)
         if self.rendering is None and messages[0]["role"] != "system":
             result.add("no_system", "there is no system turn.")
-        has_video = any(check == "video_not_opened" for check, _ in result.findings)
-        if self.rendering is not None and not result.errors and not has_video:
+        if self.rendering is not None and not result.errors:
             self.rendering(values, turns, stored, images, kind, result)
         return result
 

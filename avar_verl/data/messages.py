@@ -7,7 +7,7 @@ text is ordinary text. No verl, no torch.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 IMAGE = "<image>"
@@ -184,6 +184,18 @@ def read_messages(messages: Any, name: str = "messages", *, markers: bool = True
     return out
 
 
+def check_kinds(kinds: Iterable[str]) -> None:
+    """Refuse everything but text and images: every entrance of samples (rows of both stages, prompts of rollouts, what
+    is measured) asks here.
+
+    Raises:
+        ValueError: a video, or audio.
+    """
+    others = sorted({*kinds} - {"text", "image"})
+    if others:
+        raise ValueError(f"a conversation must hold text and images; got a {others[0]}. Leave the row out.")
+
+
 def place_images(
     messages: Sequence[Mapping[str, Any]], images: Sequence[Any], open_one: Callable[[Any], Any] | None = None
 ) -> list[dict[str, Any]]:
@@ -193,8 +205,7 @@ def place_images(
         ValueError: different numbers of images and image blocks, a video, or anything that `open_one` refuses.
     """
     kinds = [block["type"] for message in messages for block in message["content"]]
-    if "video" in kinds:
-        raise ValueError("a conversation must hold text and images; got a video. Leave the row out.")
+    check_kinds(kinds)
     if kinds.count("image") != len(images):
         raise ValueError(
             f"a conversation must name each of its images once with {IMAGE}; got {kinds.count('image')} markers for "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from avar_verl.data.messages import images_of, read_messages, shown
+from avar_verl.data.messages import check_kinds, images_of, read_messages, shown
 from avar_verl.model.families import Family
 
 # Per-position outputs of a processor. They are recomputed from ids (`Family.token_inputs`), because rollouts append ids
@@ -116,6 +116,7 @@ def render(
             processor refuses.
     """
     messages = read_messages(messages, markers=False)
+    check_kinds(block["type"] for message in messages for block in message["content"])
     placeholder = getattr(processor, "image_token", None)
     for message in messages:
         for block in message["content"]:

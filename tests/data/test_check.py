@@ -109,7 +109,7 @@ FORMS = [
     ("sft", ["messages", 1, "content"], "<image><video>What?", "markers",
      "<video> must occur once for each of `videos`; got 1 for 0."),
     ("sft", ["videos"], ["a.mp4"], "video", "got 1 videos."),
-    ("rl", ["videos"], ["a.mp4"], "video_not_opened", "got 1 videos."),
+    ("rl", ["videos"], ["a.mp4"], "video", "got 1 videos."),
     ("sft", ["messages"], turns("a", "What?", "See <image>."), "marker_in_response",
      "a response must be text; got <image> in it."),
     ("sft", ["images"], {"bytes": b"a"}, "image_layout", "`images` must be a list; got {'bytes': b'a'}."),

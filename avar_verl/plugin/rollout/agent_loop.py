@@ -11,7 +11,7 @@ from typing import Any
 
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from avar_verl.data.messages import place_images, read_messages
+from avar_verl.data.messages import check_kinds, place_images, read_messages
 from avar_verl.model.render import Rendered, render
 from avar_verl.model.roles import RoleMap
 from avar_verl.plugin.compat.verl.rollout_features import FEATURES
@@ -65,11 +65,11 @@ class RenderedPrompts:
     - a logit bias on the family's image and video placeholders;
     - `image_fields` among the rollout's extra fields, which reach the reward function as `extra_info`.
 
-    Videos and audio take verl's path. One instance runs one rollout (agent_loop.py, `_run_agent_loop`).
+    Videos and audio are refused. One instance runs one rollout (agent_loop.py, `_run_agent_loop`).
     """
 
     rendered: Rendered | None = None
-    """The prompt; None with videos or audio, and without a processor."""
+    """The prompt; None without a processor."""
     sent_ids: list[int]
     """What vLLM gets: the ids so far with one placeholder per image."""
 
@@ -85,9 +85,9 @@ class RenderedPrompts:
         return {name: list(items) if isinstance(items, list) else items for name, items in media.items()}
 
     async def ct_build_initial_tokens(self, messages, tools=None, images=None, videos=None, audios=None, **kwargs):
-        if self.processor is None or videos or audios:
-            media = dict(images=images, videos=videos, audios=audios)
-            return await super().ct_build_initial_tokens(messages, tools, **media, **kwargs)
+        check_kinds(name for name, media in (("video", videos), ("audio", audios)) if media)
+        if self.processor is None:
+            return await super().ct_build_initial_tokens(messages, tools, images=images, **kwargs)
         work = functools.partial(
             render,
             self.processor,

@@ -167,6 +167,12 @@ class AvarToolAgentLoop(RenderedPrompts, ToolAgentLoop):
         if not self._tool_features:
             return
         prompt, family = self.rendered.features, get_family(self.processor.config.model_type)
+        if family.row_features:
+            raise ValueError(
+                "images of tools need features with a row for every image, which tell the prompt's from the others; got "
+                f"{self.processor.config.model_type}, with one row for all in {list(family.row_features)}. Use a model "
+                "of another family, or tools that return text."
+            )
         output.multi_modal_data[FEATURES] = merge_features(family, [prompt, *self._tool_features])
         extra[PROMPT_ROWS] = {key: len(value) for key, value in prompt.items() if value is not None}
         if "image_grid_thw" in prompt:  # verl derives one more (compat.verl.rollout_features).

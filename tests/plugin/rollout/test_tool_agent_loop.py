@@ -295,3 +295,14 @@ def test_a_wrong_call_is_told_why(parameters, message):
 def test_a_config_that_is_wrong_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         ImageZoomIn({"type": "native", **config})
+
+
+def test_images_of_tools_need_features_by_image():
+    loop = object.__new__(AvarToolAgentLoop)
+    loop._tool_features, loop.rendered = [{}], SimpleNamespace(features={})
+    loop.processor = SimpleNamespace(
+        config=SimpleNamespace(model_type="minicpmv4_6"), image_processor=SimpleNamespace(patch_size=14)
+    )
+    output = SimpleNamespace(extra_fields={}, response_mask=[1], multi_modal_data={})
+    with pytest.raises(ValueError, match=r"with a row for every image.*; got minicpmv4_6, with one row for all in \["):
+        loop._add_images(output)
