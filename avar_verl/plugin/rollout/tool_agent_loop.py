@@ -169,7 +169,7 @@ class AvarToolAgentLoop(RenderedPrompts, ToolAgentLoop):
         prompt, family = self.rendered.features, get_family(self.processor.config.model_type)
         if family.row_features:
             raise ValueError(
-                "images of tools need features with a row for every image, which tell the prompt's from the others; got "
+                "images of tools need features with a row for every image, to tell the prompt's from others; got "
                 f"{self.processor.config.model_type}, with one row for all in {list(family.row_features)}. Use a model "
                 "of another family, or tools that return text."
             )
