@@ -128,14 +128,17 @@ def first_rows(features: Features, rows: Mapping[str, int] | None) -> dict[str, 
     >>> first_rows({"image_grid_thw": torch.tensor([[1, 2, 2], [1, 4, 4]])}, {"image_grid_thw": 1})
     {'image_grid_thw': tensor([[1, 2, 2]])}
     """
-    return dict(features) if rows is None else {key: features[key][:count] for key, count in rows.items()}
+    if rows is None:
+        return dict(features)
+    return {key: value[: rows[key]] for key, value in features.items() if value is not None and key in rows}
 
 
 def with_first_rows(features: Features, first: Features) -> dict[str, torch.Tensor | None]:
     """The features of a sample whose first images are those of `first`, as `first_rows` returns them."""
     own = {key: value for key, value in first.items() if value is not None}
     return {
-        key: torch.cat([own[key], value[len(own[key]) :]]) if key in own else value for key, value in features.items()
+        key: torch.cat([own[key], value[len(own[key]) :]]) if value is not None and key in own else value
+        for key, value in features.items()
     }
 
 
