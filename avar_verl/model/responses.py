@@ -117,5 +117,11 @@ def response_mask(
                 f"where the template writes {tokenizer.decode(opening)!r}. Begin the response with it, or take it out "
                 "of the generation prompt (data.apply_chat_template_kwargs, such as enable_thinking)."
             )
-        mask_S[start + (_length(tokenizer, ids[start:end], opening) if opening else 0) : stop] = True
+        begin = start + (_length(tokenizer, ids[start:end], opening) if opening else 0)
+        if number == answers[-1]:
+            # To the token where the prompt says so: it may end before the header's white space, which rollouts write.
+            prompt = generation_prompt(processor, messages[:number], template_kwargs or {})
+            if rendered.prompt_ids[: len(prompt)] == prompt:
+                begin = len(ids) - (len(rendered.prompt_ids) - len(prompt))
+        mask_S[begin:stop] = True
     return mask_S

@@ -10,7 +10,7 @@ from avar_verl.model.families import FAMILIES, get_family
 from avar_verl.model.render import render
 from avar_verl.model.responses import response_mask, special_tokens
 from avar_verl.model.roles import TokenRole
-from tests.model.families.tiny import SPECS, sample_messages
+from tests.model.families.tiny import SPECS, TEMPLATES, sample_messages
 
 RESPONSE = "<think>I look at the top left: a cat.</think><answer>cat</answer>"
 THOUGHT = "I look at the top left: a cat.\n</think>\n\n<answer>cat</answer>"  # As a template writes it.
@@ -150,3 +150,76 @@ def test_every_family_trains_on_its_responses(model_type, family_processor, fami
         untrained = [{**message, "loss_mask": 0} for message in messages]
         assert not bool(response_mask(processor, role_map, untrained, rendered, kwargs).any())
     assert special_tokens(processor.tokenizer, role_map, config)
+
+
+THOUGHT_ROW = "<think>I look.</think><answer>cat</answer>"
+NAMES = [*sorted(FAMILIES), "gemma4_large", "glm4_6v"]
+# Which rows the prompts of these settings go with, where it is not both: with a thought, or without.
+WITH, WITHOUT = [THOUGHT_ROW], ["cat"]
+SETTINGS = {"default": {}, "off": {"enable_thinking": False}, "on": {"enable_thinking": True}}
+ROWS_OF = {
+    **dict.fromkeys(["qwen3_5", "qwen3_5_moe"], {"default": WITH, "off": WITHOUT, "on": WITH}),
+    "minicpmv4_6": {"default": WITHOUT, "off": WITHOUT, "on": WITH},
+    "glm4_6v": {"default": WITH, "off": WITHOUT, "on": WITH},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompt_of_the_cold_start_is_that_of_rollouts(name, setting, family_processor, family_model):
+    """Token by token up to the first one that is trained on; a row that cannot have it is refused."""
+    model_type = {"gemma4_large": "gemma4", "glm4_6v": "glm4v"}.get(name, name)
+    folder = "glm4v" if name == "glm4_6v" else name
+    processor, config = family_processor(folder), family_model(folder).config
+    if name == "glm4_6v":
+        processor = copy.copy(processor)
+        processor.chat_template = (TEMPLATES / "glm4_6v.jinja").read_text()
+    role_map = get_family(model_type).role_map(processor.tokenizer, config)
+    question, kwargs = sample_messages(1, system=True, answered=False), SETTINGS[setting]
+    prompt = render(processor, question, add_generation_prompt=True, template_kwargs=kwargs).ids_S
+    fits = []
+    for answer in (THOUGHT_ROW, "cat"):
+        messages = [*question, {"role": "assistant", "content": answer}]
+        rendered = render(processor, messages, template_kwargs=kwargs)
+        try:
+            mask_S = response_mask(processor, role_map, messages, rendered, kwargs)
+        except ValueError as error:
+            assert "begin as the generation prompt" in str(error) or "must be the row's text" in str(error)
+            continue
+        fits.append(answer)
+        first = int(mask_S.nonzero()[0])
+        if model_type == "llava_onevision":  # Its header differs by a space.
+            assert (
+                processor.tokenizer.decode(rendered.ids_S[:first]).split() == processor.tokenizer.decode(prompt).split()
+            )
+        else:
+            assert rendered.ids_S[:first].tolist() == prompt.tolist()
+        assert bool(mask_S[first:].all()) or model_type not in ("qwen2_vl", "qwen3_5", "gemma4")
+    assert fits == ROWS_OF.get(name, {}).get(setting, [THOUGHT_ROW, "cat"])
+
+
+def test_a_native_thought_that_the_template_takes_out_is_refused(family_processor, family_model):
+    processor, config = family_processor("gemma4_large"), family_model("gemma4_large").config
+    role_map = get_family("gemma4").role_map(processor.tokenizer, config)
+    messages = [turn("user", "What?"), turn("assistant", "<|channel>thought\nI look.<channel|>cat")]
+    with pytest.raises(ValueError, match=ROW + "'.*cat' for '<.channel>thought"):
+        response_mask(processor, role_map, messages, render(processor, messages))
+
+
+@pytest.mark.parametrize("effort", ["low", "high"])
+def test_a_text_of_effort_in_the_system_turn_is_prompt(effort, trained, tiny_processor, tiny_config):
+    """As Qwen3.8 writes it: the setting decides the prompt of both stages, and the system turn is SYSTEM."""
+    processor = copy.copy(tiny_processor)
+    processor.chat_template = (
+        "<|im_start|>system\nEffort: {{ reasoning_effort }}.<|im_end|>\n" + processor.chat_template
+    )
+    messages, kwargs = conversation("cat"), {"reasoning_effort": effort}
+    role_map = get_family("qwen2_5_vl").role_map(processor.tokenizer, tiny_config)
+    prompt = render(processor, messages[:-1], add_generation_prompt=True, template_kwargs=kwargs).ids_S
+    rendered = render(processor, messages, template_kwargs=kwargs)
+    mask_S = response_mask(processor, role_map, messages, rendered, kwargs)
+    assert rendered.ids_S[: int(mask_S.nonzero()[0])].tolist() == prompt.tolist()
+    system_S = role_map(prompt[None])[0] == TokenRole.SYSTEM
+    assert f"Effort: {effort}." in processor.tokenizer.decode(prompt[system_S])
+    with pytest.raises(ValueError, match="begin as the generation prompt|must be the row's text|one response"):
+        response_mask(processor, role_map, [*messages, turn("assistant", "dog")], rendered, kwargs)
