@@ -38,4 +38,4 @@ def register() -> None:
         vllm_cpu.alias_distribution()
         vllm_cpu.keep_linear_weights()
         experts = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
-        wrapt.register_post_import_hook(vllm_cpu.name_moe_activation, experts)
+        wrapt.register_post_import_hook(vllm_cpu.keep_experts, experts)

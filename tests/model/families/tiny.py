@@ -407,6 +407,7 @@ GEMMA4 = Spec(
         "head_dim": 32,
         "patch_size": 8,
         "pooling_kernel_size": 2,
+        "default_output_length": 70,  # As the checkpoint's config; vLLM reads it, transformers asks the processor.
         "position_embedding_size": 288,  # A strip of an image has as many patches in one direction as there may be.
         "use_clipped_linears": True,
         "initializer_range": 0.1,
@@ -625,6 +626,7 @@ GLM4V_MOE = Spec(
         **GLM4V.__dict__,
         "text": {
             **GLM4V.text,
+            "head_dim": 32,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "n_shared_experts": 1,

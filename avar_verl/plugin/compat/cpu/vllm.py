@@ -12,6 +12,10 @@
 3. In float32 the experts of a mixture make their activation layer anew in every forward pass
    (vllm/model_executor/layers/fused_moe/cpu_fused_moe.py:53), where no config is set, and vLLM dies while it warms up
    ("Current vLLM config is not set"). The layer's static function is what the lambda there would call.
+4. Where the processor has no AMX, experts are packed into another layout under the same name and shape
+   (cpu_fused_moe.py:318 `init_moe_grouped_gemm`), without the loader of their weights. verl gives them one again and
+   loads rows of the plain layout, so rollouts would be those of another model, without a word. vLLM's own fallback over
+   the live parameter (`init_moe_torch`) is kept, as for linear layers.
 """
 
 import importlib.metadata
@@ -84,7 +88,8 @@ def keep_linear_weights() -> None:
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
 
 
-def name_moe_activation(cpu_fused_moe) -> None:
-    """Call the activation of experts without making its layer, in `cpu_fused_moe`."""
+def keep_experts(cpu_fused_moe) -> None:
+    """Make experts compute on their parameters, and call their activation without making its layer, in `cpu_fused_moe`."""
+    cpu_fused_moe.CPUFusedMOE.check_grouped_gemm = lambda self, layer: (False, "none")
     activations = cpu_fused_moe._CPU_MOE_ACT_FN
     activations[cpu_fused_moe.MoEActivation.SILU] = cpu_fused_moe.SiluAndMul.forward_native
