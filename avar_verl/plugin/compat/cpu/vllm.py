@@ -89,7 +89,7 @@ def keep_linear_weights() -> None:
 
 
 def keep_experts(cpu_fused_moe) -> None:
-    """Make experts compute on their parameters, and call their activation without making its layer, in `cpu_fused_moe`."""
+    """Make experts compute on their parameters and call their activation without making its layer: `cpu_fused_moe`."""
     cpu_fused_moe.CPUFusedMOE.check_grouped_gemm = lambda self, layer: (False, "none")
     activations = cpu_fused_moe._CPU_MOE_ACT_FN
     activations[cpu_fused_moe.MoEActivation.SILU] = cpu_fused_moe.SiluAndMul.forward_native
