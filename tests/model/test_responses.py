@@ -164,8 +164,13 @@ ROWS_OF = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", NAMES)
+SWITCHED = [*ROWS_OF, "gemma4", "gemma4_large"]  # Their templates read `enable_thinking`.
+
+
+@pytest.mark.parametrize(
+    "name, setting",
+    [(name, setting) for name in NAMES for setting in SETTINGS if setting == "default" or name in SWITCHED],
+)
 def test_the_prompt_of_the_cold_start_is_that_of_rollouts(name, setting, family_processor, family_model):
     """Token by token up to the first one that is trained on; a row that cannot have it is refused."""
     model_type = {"gemma4_large": "gemma4", "glm4_6v": "glm4v"}.get(name, name)
