@@ -6,8 +6,8 @@
 A random Qwen2.5-VL, by default the demo's, in verl's own TrainingWorker on the CPU, one padded sample of more than 2048
 positions, whose roles are counted in the first line. The workers take turns; preparing the sample is not timed. The
 ratio is the median over the repeats. Guidance is on for all layers and the user's queries, the reward for all response
-queries; the dependency runs the model again with blank images, with the masses and without. The last table is where
-the log-prob pass with the reward spends its time: seconds of each operation, off and on.
+queries; the dependency runs the model again with blank images, with the masses and without. The last table is what
+the reward adds to the log-prob pass by operation, under torch's profiler.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -124,26 +125,30 @@ def compare(name: str, make_off, make_on, off, on, repeats: int) -> None:
     print(f"| {name} | {off_median:.3f} | {on_median:.3f} | {ratio:.2f} x |", flush=True)
 
 
-def operations(make, step, repeats: int) -> dict[str, float]:
-    """Seconds of one `step(make())` by operation, without what it calls."""
-    data = [make() for _ in range(repeats)]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for item in data:
-            step(item)
-    return {row.key: row.self_cpu_time_total / 1e6 / repeats for row in profile.key_averages()}
+def operations(make_off, make_on, off, on, repeats: int) -> dict[str, list[float]]:
+    """Seconds of a pass by operation, without what it calls: [off, on], means over repeats that take turns."""
+    seconds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for _ in range(repeats):
+        for column, (make, step) in enumerate(((make_off, off), (make_on, on))):
+            data = make()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                step(data)
+            for row in profile.key_averages():
+                seconds[row.key][column] += row.self_cpu_time_total / 1e6 / repeats
+    return seconds
 
 
-def print_operations(off: dict[str, float], on: dict[str, float]) -> None:
-    """The operations that take a hundredth of the pass, or add a thousandth to it; the rest as one."""
-    total = sum(off.values())
-    rows = {name: (off.get(name, 0.0), on.get(name, 0.0)) for name in {*off, *on}}
-    shown = {name: row for name, row in rows.items() if max(row) > total / 100 or abs(row[1] - row[0]) > total / 1000}
-    others = [row for name, row in rows.items() if name not in shown]
+def print_operations(seconds: dict[str, list[float]]) -> None:
+    """The operations that add a two-hundredth of the pass, the rest as one."""
+    total = sum(off for off, _ in seconds.values())
+    rows = {name: row for name, row in seconds.items() if abs(row[1] - row[0]) > total / 200}
+    rows = dict(sorted(rows.items(), key=lambda item: item[1][0] - item[1][1]))
+    rest = [row for name, row in seconds.items() if name not in rows]
+    rows["all others"] = [sum(column) for column in zip(*rest, strict=True)]
+    rows["all"] = [sum(column) for column in zip(*seconds.values(), strict=True)]
     print("| operation | seconds off | seconds on | added, share of the pass |\n| --- | --- | --- | --- |")
-    ordered = sorted(shown.items(), key=lambda item: item[1][0] - item[1][1])
-    sums = {"all others": tuple(map(sum, zip(*others, strict=True))), "all": (total, sum(on.values()))}
-    for name, (before, after) in [*ordered, *sums.items()]:
-        print(f"| {name} | {before:.4f} | {after:.4f} | {100 * (after - before) / total:+.1f} % |")
+    for name, (off, on) in rows.items():
+        print(f"| {name} | {off:.4f} | {on:.4f} | {100 * (on - off) / total:+.1f} % |")
 
 
 def main() -> None:
@@ -189,8 +194,7 @@ def main() -> None:
         off, on = inference(False), inference(True)
         for name, worker in (("VARS", rewarded), ("dependency", depending), ("VARS and dependency", both)):
             compare(f"log-prob pass, {name}", off, on, plain.infer_batch, worker.infer_batch, arguments.repeats)
-        spent = (operations(off, plain.infer_batch, 5), operations(on, rewarded.infer_batch, 5))
-        print_operations(*spent)
+        print_operations(operations(off, on, plain.infer_batch, rewarded.infer_batch, arguments.repeats))
     torch.distributed.destroy_process_group()
 
 
