@@ -110,19 +110,20 @@ def batch(sample: dict, pad_token_id: int, **flags):
 def compare(name: str, make_off, make_on, off, on, repeats: int) -> None:
     """Print the medians over the repeats of `off(make_off())` and `on(make_on())`; the first repeat is a warm-up.
 
-    The two `make` functions are not timed.
+    The two `make` functions are not timed. The last ratio is of CPU seconds, which other load affects least.
     """
-    seconds = {"off": [], "on": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"off": [], "on": []}
     for turn in range(repeats + 1):
         for label, make, step in (("off", make_off, off), ("on", make_on, on)):
             data = make()
-            start = time.perf_counter()
+            start = (time.perf_counter(), time.process_time())
             step(data)
             if turn:
-                seconds[label].append(time.perf_counter() - start)
-    ratio = statistics.median(on / off for on, off in zip(seconds["on"], seconds["off"], strict=True))
-    off_median, on_median = (statistics.median(seconds[label]) for label in ("off", "on"))
-    print(f"| {name} | {off_median:.3f} | {on_median:.3f} | {ratio:.2f} x |", flush=True)
+                seconds[label].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    pairs = list(zip(seconds["on"], seconds["off"], strict=True))
+    ratio, cpu_ratio = (statistics.median(on[clock] / off[clock] for on, off in pairs) for clock in (0, 1))
+    off_median, on_median = (statistics.median(wall for wall, _ in seconds[label]) for label in ("off", "on"))
+    print(f"| {name} | {off_median:.3f} | {on_median:.3f} | {ratio:.2f} x | {cpu_ratio:.2f} x |", flush=True)
 
 
 def operations(make_off, make_on, off, on, repeats: int) -> dict[str, list[float]]:
@@ -184,7 +185,7 @@ def main() -> None:
         roles = role_map(sample["input_ids"][None], response_mask=sample["loss_mask"][None])
         counts = ", ".join(f"{int((roles == role).sum())} {role.name.lower()}" for role in TokenRole)
         print(f"{roles.shape[1]} positions ({counts}), {arguments.threads} threads")
-        print("| pass | seconds off | seconds on | on / off |\n| --- | --- | --- | --- |")
+        print("| pass | seconds off | seconds on | on / off | CPU, on / off |\n| --- | --- | --- | --- | --- |")
 
         def inference(measure: bool):
             return partial(batch, sample, pad, compute_loss=False, **{MEASURE_FLAG: measure})
