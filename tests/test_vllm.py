@@ -59,10 +59,11 @@ def compare(model, processor, requests, answers: list[dict]) -> None:
         new_T = torch.tensor(answer["token_ids"])
         whole = dataclasses.replace(prompt, ids_S=torch.cat([prompt.ids_S, new_T]))
         inputs = collate(get_family(model.config.model_type), model.config, [whole], pad_id=0)
-        if "token_type_ids" in inputs:
+        causal = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}.get(model.config.model_type)
+        if causal is not None:
             # vLLM's attention on the CPU is causal between the tokens of an image too (no `supports_mm_prefix` in
-            # vllm/v1/attention/backends/cpu_attn.py), where Gemma 3 and vLLM on a GPU let them see each other.
-            inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
+            # vllm/v1/attention/backends/cpu_attn.py), where Gemma and vLLM on a GPU let them see each other.
+            inputs[causal] = torch.zeros_like(inputs[causal])
         ids_1S = prompt.ids_S[None]
         roles = RoleMap.from_pretrained(processor, model.config)(ids_1S, torch.ones_like(ids_1S))
         expected_T = logprobs(model, roles, spec, inputs, new_T)

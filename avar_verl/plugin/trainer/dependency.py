@@ -15,7 +15,6 @@ from avar_verl.model.corrupt import first_rows, partners
 from avar_verl.objectives.dependency import dependency_weights
 from avar_verl.plugin.compat.verl.shared_features import read_features
 from avar_verl.plugin.config import DEPENDENCY_OUTPUT, PARTITION, PARTNER
-from avar_verl.plugin.engine.inputs import prompt_rows, sample_features
 
 
 def choose_partners(batch: KVBatchMeta) -> None:
@@ -27,6 +26,9 @@ def choose_partners(batch: KVBatchMeta) -> None:
     Raises:
         ValueError: a prompt whose images are the only ones of their shape.
     """
+    # Here, because the trainers are registered in every verl run, and this package switches the plugin on.
+    from avar_verl.plugin.engine.inputs import prompt_rows, sample_features
+
     uids = list(tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid"])["uid"])
     first = {uid: key for uid, key in zip(reversed(uids), reversed(batch.keys), strict=True)}
     data = tq.kv_batch_get(

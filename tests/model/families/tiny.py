@@ -626,7 +626,9 @@ GLM4V_MOE = Spec(
         **GLM4V.__dict__,
         "text": {
             **GLM4V.text,
+            # As the checkpoint's config; vLLM reads them.
             "head_dim": 32,
+            "use_qk_norm": False,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "n_shared_experts": 1,
@@ -834,6 +836,13 @@ def _hub_weights(model) -> dict[str, torch.Tensor]:
     """
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     weights = revert_weight_conversion(model, model.state_dict())
+    # Gemma's checkpoints have keys and values of every layer, whether it reads them or not, and vLLM asks for them.
+    layers = range(model.config.text_config.num_hidden_layers)
+    shared = getattr(model.config.text_config, "num_kv_shared_layers", 0) or 0
+    for layer in layers[len(layers) - shared :]:
+        for part in ("k_proj", "v_proj", "k_norm"):
+            name = f"model.language_model.layers.{{}}.self_attn.{part}.weight"
+            weights[name.format(layer)] = torch.zeros_like(weights[name.format(layer - 1)])
     transposed = ".mlp.experts."  # Not those of Gemma 4.
     return {
         name: value.transpose(1, 2).contiguous() if transposed in name and value.dim() == 3 else value

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workarounds for vLLM 0.24.0, one module per part of vLLM."""
