@@ -822,6 +822,9 @@ def _fill_zeros(model: torch.nn.Module) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("position_embedding_table"):
                 tensor.normal_(std=0.5)
+            elif name.endswith("embed_tokens_per_layer.weight"):
+                # That of an image token is that of padding, which is token 0 in the checkpoints, and so in vLLM.
+                tensor[0] = tensor[model.config.text_config.pad_token_id]
             elif name.endswith("layer_scalar"):
                 tensor.fill_(0.75)
             elif model.config.model_type == "gemma4" and name.endswith("q_norm.weight"):
