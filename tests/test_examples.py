@@ -65,6 +65,7 @@ def test_there_is_a_script_for_each_row_of_the_table():
         assert row.split("|")[3].strip(" `") in FAMILIES
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_stages_compose_and_hand_over(calls, script, tmp_path):
     stages = calls(script)
