@@ -194,7 +194,7 @@ def lse_mass(
 
     all_seen = keys.all_seen(visibility, valid_BQ)
     # Short samples share a chunk, long ones are several: each product is over as many rows of a sample as fit.
-    num_samples = min(B, max(1, CHUNK_ELEMENTS // max(1, H * Q * W)))
+    num_samples = max(1, min(B, CHUNK_ELEMENTS // max(1, H * Q * W)))
     num_queries = max(1, min(Q, CHUNK_ELEMENTS // max(1, num_samples * H * W)))
     buffer = query.new_empty(num_samples * K, num_queries * G, W)
     sums = query.new_empty(len(keys.columns), B, K, Q * G)

@@ -185,6 +185,15 @@ def test_roles_that_nobody_has_have_no_mass(present):
     torch.testing.assert_close(mass[..., [SYSTEM, IMAGE]], expected[..., [SYSTEM, IMAGE]], **CLOSE)
 
 
+@pytest.mark.parametrize("samples, queries", [(0, 3), (2, 0)])
+def test_nothing_to_measure(samples, queries):
+    roles = torch.full((samples, 5), IMAGE)
+    keys, visibility = KeysByRole(roles, (SYSTEM, IMAGE)), Visibility(torch.zeros(samples, queries, dtype=torch.long))
+    query, key = torch.zeros(samples, 4, queries, 8), torch.zeros(samples, 2, 5, 8)
+    mass = lse_mass(query, key, torch.zeros(samples, 4, queries), keys, visibility, 1.0, 5)
+    assert mass.shape == (samples, 4, queries, 5)
+
+
 def test_bfloat16_errs_no_more_than_twice_what_the_full_matrix_does():
     torch.manual_seed(3)
     query, key = torch.randn(1, 4, 64, 32), torch.randn(1, 2, 64, 32)
