@@ -43,3 +43,4 @@ def register() -> None:
         vllm_cpu.keep_linear_weights()
         experts = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
         wrapt.register_post_import_hook(vllm_cpu.keep_experts, experts)
+        wrapt.register_post_import_hook(vllm_cpu.zero_reused_blocks, "vllm.v1.worker.cpu_model_runner")

@@ -28,6 +28,16 @@ def guidance(model_type: str) -> list[str]:
     return ["avar.agto.alpha=0"] if crosses else []
 
 
+def rollouts(model_type: str) -> list[str]:
+    """Settings of vLLM's linear attention on the CPU: its state is float32."""
+    if model_type not in BFLOAT16_ROLLOUTS:
+        return []
+    rollout = "actor_rollout_ref.rollout"
+    # vLLM reads the state's type from the configs of Qwen3.5, not from that of MiniCPM-V
+    # (vllm/model_executor/models/config.py:704).
+    return [f"{rollout}.dtype=bfloat16", f"+{rollout}.engine_kwargs.vllm.mamba_ssm_cache_dtype=float32"]
+
+
 def template(model_type: str) -> list[str]:
     """Settings with which the chat template's prompts end before a thought."""
     kwargs = (SPECS | OUTSIDE)[model_type].template_kwargs

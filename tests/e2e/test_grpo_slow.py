@@ -72,7 +72,7 @@ def test_grpo_with_vllm_rollouts(family_path, tmp_path, model_type):
         f"reward.custom_reward_function.path={tmp_path / 'reward.py'}",
         "avar.vars.statistic=image_share",
         *family_data.guidance(model_type),
-        *(["actor_rollout_ref.rollout.dtype=bfloat16"] if model_type in family_data.BFLOAT16_ROLLOUTS else []),
+        *family_data.rollouts(model_type),
         "actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]",
         "trainer.total_training_steps=2",
         "trainer.total_epochs=2",

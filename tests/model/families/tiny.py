@@ -181,7 +181,9 @@ QWEN3_5_TEXT = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
-    "rope_parameters": {**QWEN3_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]},
+    # As in the checkpoints: vLLM knows no other share of rotated dimensions, and takes the type of the state from here.
+    "rope_parameters": {**QWEN3_ROPE, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]},
+    "mamba_ssm_dtype": "float32",
 }
 QWEN3_5 = Spec(
     **{

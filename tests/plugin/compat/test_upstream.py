@@ -273,6 +273,11 @@ def test_upstream_lines_of_vllm():
     packing = experts[experts.index("def init_moe_grouped_gemm(") : experts.index("def init_moe_torch(")]
     assert experts.count("cpu_prepack_moe_weight(") == packing.count("cpu_prepack_moe_weight(") == 2
     assert "lambda x, w=layer_w13_weight, b=layer_w13_bias: F.linear(x, w, b)" in experts
+    runner = (vllm / "v1/worker/cpu_model_runner.py").read_text()
+    nothing = runner[runner.index("def _zero_block_ids(self, block_ids: list[int]) -> None:") :].splitlines()[1:4]
+    assert [line.strip() for line in nothing if "#" not in line] == ["pass"]
+    zeroer = (vllm / "v1/worker/utils.py").read_text()
+    assert "if not isinstance(spec, FullAttentionSpec):" in zeroer and "dp + off_bytes" in zeroer
     activation = (vllm / "model_executor/layers/activation.py").read_text()
     layer = activation[activation.index("class SiluAndMul(") :]
     assert layer.index("@staticmethod") < layer.index("def forward_native(") < layer.index("def forward_cuda(")
@@ -294,6 +299,28 @@ def test_experts_are_not_packed_and_their_activation_is_the_one_of_the_layer():
     vllm_cpu.keep_experts(module)
     assert module.CPUFusedMOE().check_grouped_gemm(None) == (False, "none")
     assert module._CPU_MOE_ACT_FN[silu](1) == 2 and module._CPU_MOE_ACT_FN["other"] == 7
+
+
+def test_new_blocks_of_attention_are_zeroed():
+    """Two layers of one group, whose blocks of 4 are two of the kernel's each."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    module = SimpleNamespace(CPUModelRunner=type("CPUModelRunner", (), {}))
+    vllm_cpu.zero_reused_blocks(module)
+    spec = FullAttentionSpec(block_size=4, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    backend = SimpleNamespace(get_kv_cache_block_dim=lambda *sizes, cache_dtype_str: 1)
+    attention = SimpleNamespace(kv_cache_spec=spec, kv_cache_group_id=0, backend=backend, layer_names=["a", "b"])
+    state = SimpleNamespace(kv_cache_spec=object(), kv_cache_group_id=1, layer_names=["c"])
+    layers = {name: SimpleNamespace(kv_cache=torch.full((2, 8, 3), float("nan"))) for name in "abc"}
+    runner = module.CPUModelRunner()
+    runner._kv_cache_spec_attn_group_iterator = lambda: [attention, state]
+    runner._kernel_block_sizes = [2, 2]
+    runner.cache_config = SimpleNamespace(cache_dtype="auto")
+    runner.compilation_config = SimpleNamespace(static_forward_context=layers)
+    runner._zero_block_ids([1, 3])
+    for name in "ab":
+        assert [bool((block == 0).all()) for block in layers[name].kv_cache.unbind(1)] == [False, False, True, True] * 2
+    assert layers["c"].kv_cache.isnan().all()
 
 
 def test_attention_interface():

@@ -16,6 +16,10 @@
    (cpu_fused_moe.py:318 `init_moe_grouped_gemm`), without the loader of their weights. verl gives them one again and
    loads rows of the plain layout, so rollouts would be those of another model, without a word. vLLM's own fallback over
    the live parameter (`init_moe_torch`) is kept, as for linear layers.
+5. Layers of a hybrid decoder share the memory of the cache: what was the float32 state of a linear attention becomes
+   keys and values in bfloat16, some of them nan. vLLM zeroes such blocks before they are used, but not on a CPU
+   (vllm/v1/worker/cpu_model_runner.py:155, "CPU attention assigns -INF to logits at invalid positions"): a weight of
+   zero times a value of nan is nan, and so are log-probabilities, from the first reused block on.
 """
 
 import importlib.metadata
@@ -93,3 +97,24 @@ def keep_experts(cpu_fused_moe) -> None:
     cpu_fused_moe.CPUFusedMOE.check_grouped_gemm = lambda self, layer: (False, "none")
     activations = cpu_fused_moe._CPU_MOE_ACT_FN
     activations[cpu_fused_moe.MoEActivation.SILU] = cpu_fused_moe.SiluAndMul.forward_native
+
+
+def zero_reused_blocks(cpu_model_runner) -> None:
+    """Make the model runner of `cpu_model_runner` zero new blocks of attention layers, as that of a GPU does."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    def _zero_block_ids(self, block_ids: list[int]) -> None:
+        for group in self._kv_cache_spec_attn_group_iterator():
+            spec = group.kv_cache_spec
+            if not isinstance(spec, FullAttentionSpec):
+                continue
+            size = self._kernel_block_sizes[group.kv_cache_group_id]
+            parts = torch.arange(spec.block_size // size)  # A block of the scheduler is several of the kernel's.
+            ids = (torch.tensor(block_ids, dtype=torch.long)[:, None] * len(parts) + parts).flatten()
+            dim = group.backend.get_kv_cache_block_dim(
+                size, spec.num_kv_heads, spec.head_size, cache_dtype_str=self.cache_config.cache_dtype
+            )
+            for name in group.layer_names:
+                self.compilation_config.static_forward_context[name].kv_cache.index_fill_(dim, ids, 0)
+
+    cpu_model_runner.CPUModelRunner._zero_block_ids = _zero_block_ids
