@@ -136,6 +136,8 @@ def render(
         # A flat list: with a list per text, LLaVA-OneVision does not tile images that come in pairs, but vLLM does.
         images=images or None,
         add_special_tokens=add_special_tokens,
+        # One text needs none, and a tokenizer that changes between texts is not for threads, in which rollouts render.
+        padding=False,
         return_tensors="pt",
         **(processor_kwargs or {}),
     )

@@ -231,6 +231,28 @@ def test_an_image_matters(model_type, tiny):
     assert (logits_of(model, one) - logits_of(model, other))[0, -1].abs().max() > 0.01
 
 
+class FixedTokenizer:
+    """A tokenizer of the package tokenizers that refuses to be changed."""
+
+    def __init__(self, tokenizer):
+        self._own = tokenizer
+
+    def __getattr__(self, name):
+        assert name not in ("enable_padding", "no_padding", "enable_truncation", "no_truncation"), name
+        return getattr(self._own, name)
+
+
+@every_family
+def test_rendering_does_not_change_the_tokenizer(model_type, tiny, monkeypatch):
+    """Rollouts are rendered in threads that share it, and one that is in use cannot be changed ("Already borrowed")."""
+    _, processor = tiny
+    messages = sample_messages(2, turns=2, system=True)
+    first = render(processor, messages, template_kwargs=dates(model_type))
+    monkeypatch.setattr(processor.tokenizer, "_tokenizer", FixedTokenizer(processor.tokenizer._tokenizer))
+    again = render(processor, messages, template_kwargs=dates(model_type))
+    assert torch.equal(first.ids_S, again.ids_S) and first.prompt_ids == again.prompt_ids
+
+
 @every_family
 def test_one_sample_is_what_the_processor_makes_of_it(model_type, tiny):
     model, processor = tiny
