@@ -2,7 +2,7 @@
 """One GRPO step of verl's actor worker on fixed rollouts, for several settings of the recipe.
 
 Run by torchrun from test_compatibility.py, with WORK_DIR/spec.json a list of scenarios (see `run`); rank 0 writes
-WORK_DIR/result.pt. scenarios.py runs one of them, too. Usage: grpo_scenarios.py WORK_DIR
+WORK_DIR/result.pt. scenarios.py runs one of them, too. Usage: -m tests.plugin.engine.grpo_scenarios WORK_DIR
 """
 
 import json

@@ -2,8 +2,8 @@
 """Trains verl's TrainingWorker on a few fixed batches, once for every scenario, and writes down what happened.
 
 Run by torchrun from test_fsdp_engine.py: verl patches transformers' classes for the whole process, which other tests
-must not see. Usage: scenarios.py WORK_DIR, with WORK_DIR/spec.json a list of scenarios (see `run`) and rank 0 writing
-WORK_DIR/result.pt.
+must not see. Usage: -m tests.plugin.engine.scenarios WORK_DIR, with WORK_DIR/spec.json a list of scenarios (see `run`);
+rank 0 writes WORK_DIR/result.pt.
 """
 
 import json

@@ -16,7 +16,7 @@ from tests.compatibility import ACTOR, ROWS
 # A minute of CPU.
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SCRIPT = Path(__file__).parent / "grpo_scenarios.py"
+ROOT = Path(__file__).parents[3]
 ENGINE_ROWS = [row for row in ROWS if row.test == "engine"]
 LOSS_ROWS = [row for row in ROWS if row.test == "loss"]
 LOSS_MODE = f"{ACTOR}.policy_loss.loss_mode="
@@ -50,8 +50,9 @@ def results(tmp_path_factory, tiny_model_path) -> dict:
     spec = {"model": str(tiny_model_path), "data": str(work / "sft.parquet")}
     spec["scenarios"] = [{"name": name, **scenarios[name]} for name in order]
     (work / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(SCRIPT)]
-    done = subprocess.run([*command, str(work)], capture_output=True, text=True, timeout=1500)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command += ["-m", "tests.plugin.engine.grpo_scenarios", str(work)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(work / "result.pt", weights_only=False)
 

@@ -25,7 +25,7 @@ from tests.model.families.tiny import SPECS
 
 pytestmark = pytest.mark.e2e
 
-SCRIPT = Path(__file__).parent / "scenarios.py"
+ROOT = Path(__file__).parents[3]
 GUIDED = {"alpha": 0.15, "beta": 0.1, "query_role": "both", "warmup_steps": 2}
 # An update with advantages of accuracy and r_visual, and with every other term of the loss.
 GRPO = {"overrides": [*KL_LOSS, ENTROPY], "rewarded": True}
@@ -64,7 +64,8 @@ def run(work: Path, model: Path, data: Path, scenarios: dict[str, dict], process
     spec = {"model": str(model), "data": str(data), "scenarios": [{"name": n, **s} for n, s in scenarios.items()]}
     (work / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*command, str(SCRIPT), str(work)], capture_output=True, text=True, timeout=600)
+    command += ["-m", "tests.plugin.engine.scenarios", str(work)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(work / "result.pt", weights_only=False)
 

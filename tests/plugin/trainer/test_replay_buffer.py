@@ -145,7 +145,8 @@ def test_a_finished_group_is_taken_at_the_next_look(queue, monkeypatch, drop):
         batch, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=1)
     finally:
         for partition, keys in (queue.kv_list() or {}).items():
-            queue.kv_clear(keys=list(keys), partition_id=partition)
+            if keys:
+                queue.kv_clear(keys=list(keys), partition_id=partition)
     assert slept == [0.1] * 3 and sorted(batch.keys) == ["late_0_0", "late_1_0"]
 
 
