@@ -115,7 +115,8 @@ def test_batches_and_padding_change_nothing(model_type, ready_checkpoint):
         alone = [record for sample in samples for record in scorer.score([sample])]
         for one, other in zip(together, alone, strict=True):
             assert one["skipped"] == other["skipped"]
-            assert one.get("dependency") == pytest.approx(other.get("dependency"), abs=2e-5)
+            # Differences of log-probabilities in float32; a linear attention carries its rounding along.
+            assert one.get("dependency") == pytest.approx(other.get("dependency"), abs=5e-5)
         reasons = [record["skipped"].get("dependency") for record in together]
         assert reasons == [None, None, "no image", "no response", None]
 
