@@ -269,6 +269,14 @@ def as_verl_image(value: Any, *, embed: bool = False, root: str | os.PathLike | 
     return {**rest, "bytes" if isinstance(held, bytes) else "image": held}
 
 
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet. Several processes may write it; a reader sees all of it or nothing."""
+    if not path.exists():
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.write_bytes(content)
+        part.replace(path)
+
+
 def image_file(value: Any, *, root: str | os.PathLike | None = None) -> tuple[str, bytes]:
     """(name, content) of a file with the image of a row's value. The name is `<sha256 of the content>.<format>`, cut to
     32 digits, so that equal images get one file.

@@ -29,8 +29,8 @@ class Family:
         represent (`avar_verl.model.regions`); `image_sizes` are the (width, height) that the processor saw, or None.
         None: boxes cannot be mapped to tokens.
     unpackable: why its samples cannot be packed into one row (use_remove_padding); None if they can.
-    leaks_packed: verl would pack its samples all the same and mix them, whether masses are wanted or not. Then packing
-        is refused in every run.
+    leaks_packed: verl packs its samples without an error and mixes them, also in runs without masses. Then packing is
+        refused in every run.
     no_flash: `no_flash(text_config)`, why flash attention cannot run a model, or would run another one; it returns None
         for a model that it runs, and is None if there is no other.
     verl_forward: verl replaces the model's forward by one of its own (verl/models/transformers/monkey_patch.py).

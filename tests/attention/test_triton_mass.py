@@ -15,6 +15,8 @@ from tests.attention.test_mass import LargestTensor
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+# In the interpreter.
+pytestmark = pytest.mark.e2e
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 LAYOUTS = ["causal", "left", "right", "packed", "id returns", "window", "window, packed, left", "rows", "strided rows"]

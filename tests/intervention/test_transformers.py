@@ -71,6 +71,7 @@ def batch(model, rendered, side="right"):
     )
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", SELF_ATTENTION)
 def test_logits_are_those_of_the_formula(model_type, attention, family_model, samples, role_map_of):

@@ -10,7 +10,6 @@ prompt is rendered. Prompts and pictures are those of verl's data set.
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import datasets
 from PIL import Image
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-from avar_verl.data.images import as_verl_image, load_image, to_rgb
+from avar_verl.data.images import as_verl_image, load_image, to_rgb, write_new
 from avar_verl.plugin.switch import switch_on
 
 # In a block: the image was a column of Hugging Face's type Image. datasets decodes it, verl's data set drops the
@@ -36,10 +35,7 @@ def write_once(folder: Path, content: bytes) -> Path:
     path = folder / hashlib.sha256(content).hexdigest()[:32]
     if not path.exists():
         load_image(content)
-        # Several loaders may write the same file. A reader sees all of it or none.
-        part = folder / f".{path.name}.{os.getpid()}"
-        part.write_bytes(content)
-        part.replace(path)
+        write_new(path, content)
     return path
 
 

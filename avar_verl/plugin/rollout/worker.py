@@ -10,7 +10,7 @@ import ray
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from avar_verl.plugin.compat.verl.rollout_features import FEATURES
-from avar_verl.plugin.compat.verl.shared_features import has_pixels
+from avar_verl.plugin.compat.verl.shared_features import holds_pixels
 from avar_verl.plugin.rollout.shared import CURRENT, SharedPrompt
 from avar_verl.plugin.switch import switch_on
 
@@ -46,7 +46,7 @@ class AvarAgentLoopWorker(_AgentLoopWorker):
             for index, one in enumerate(outputs)
             if shared.features is not None and (one.multi_modal_data or {}).get(FEATURES) is shared.features
         }
-        if not sharing or not has_pixels(shared.features):
+        if not sharing or not holds_pixels(shared.features):
             return await super()._agent_loop_postprocess(output, validate, **kwargs)
         await self._compute_score(outputs, kwargs=kwargs)  # verl's own call finds the score.
 

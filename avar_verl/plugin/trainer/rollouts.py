@@ -5,7 +5,6 @@ Shape suffixes: B = rollouts, F = fields of VISUAL_FIELDS
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 
-from avar_verl.data.images import as_verl_image, image_file
+from avar_verl.data.images import as_verl_image, image_file, write_new
 from avar_verl.data.messages import blocks_of
 from avar_verl.objectives.vars import VISUAL_FIELDS
 from avar_verl.plugin.config import OWN_TOKENS, TOOL_FILES, VISUAL_OUTPUT, VarsConfig
@@ -52,13 +51,9 @@ def image_reference(value: Any, files: dict[str, bytes]) -> str:
 
 
 def write_images(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files that are not there yet, each at once: a reader never sees half of one."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        if not (folder / name).exists():
-            part = folder / f".{name}.{os.getpid()}"
-            part.write_bytes(content)
-            part.replace(folder / name)
+        write_new(folder / name, content)
 
 
 def finite(value: float) -> float | None:

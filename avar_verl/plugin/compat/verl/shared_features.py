@@ -29,13 +29,13 @@ def plain_rows(column: Sequence) -> list[Features]:
     return [dict(getattr(row, "data", row) or {}) for row in column]
 
 
-def has_pixels(row: Features) -> bool:
+def holds_pixels(row: Features) -> bool:
     return any(name in row for name in PIXELS)
 
 
 def missing(rows: Sequence[Features]) -> dict[str, list[str]]:
     """Keys by partition of the holders of `rows` that are not among `rows`."""
-    held = {tuple(row[HOLDER]) for row in rows if HOLDER in row and has_pixels(row)}
+    held = {tuple(row[HOLDER]) for row in rows if HOLDER in row and holds_pixels(row)}
     named = dict.fromkeys(tuple(row[HOLDER]) for row in rows if HOLDER in row)
     out: dict[str, list[str]] = {}
     for partition, key in named:
@@ -53,7 +53,7 @@ def complete(rows: Sequence[Features], holders: Sequence[Features]) -> list[Feat
     pixels = {
         tuple(row[HOLDER]): {name: row[name] for name in PIXELS if name in row}
         for row in (*rows, *holders)
-        if HOLDER in row and has_pixels(row)
+        if HOLDER in row and holds_pixels(row)
     }
     out = []
     for row in rows:
